@@ -1,0 +1,137 @@
+"""Detection: when does an image leave the stability region, and how far (Huang et al. 2026, Algorithm 1)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from .profile import StabilityProfile
+
+Verdict = Literal["stable", "mild", "strong", "unscored"]
+
+#: The step count at which the published constants were reported.
+REFERENCE_STEPS = 50
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """The constants of detection and mitigation; the defaults are those reported at 50 steps.
+
+    Attributes:
+        tau_mild: score of update and x0 norm from which an image triggers. Positive.
+        tau_strong: score of the x0 norm from which a trigger is strong. At least ``tau_mild``.
+        gamma: half width, in standard deviations, of the bands that a correction clamps into. Positive.
+        mild_steps: a mild image is corrected during this many steps from the start, of 50; scaled with the step count.
+    """
+
+    tau_mild: float = 3.0
+    tau_strong: float = 14.0
+    gamma: float = 3.0
+    mild_steps: int = 10
+
+    def __post_init__(self) -> None:
+        for name in ("tau_mild", "tau_strong", "gamma"):
+            value = getattr(self, name)
+            if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
+                raise ValueError(f"{name} is {value!r}; it counts standard deviations and must be a positive number")
+        if self.tau_strong < self.tau_mild:
+            raise ValueError(
+                f"tau_strong ({self.tau_strong}) is below tau_mild ({self.tau_mild}): a strong trigger is a mild one and more"
+            )
+        if not (isinstance(self.mild_steps, int) and self.mild_steps >= 0):
+            raise ValueError(f"mild_steps is {self.mild_steps!r}; it is a number of steps, 0 or more")
+
+    def mild_limit(self, steps: int) -> int:
+        """``k``, the number of first steps in which a mild image is corrected, for a run of ``steps`` steps."""
+        return round(self.mild_steps * steps / REFERENCE_STEPS)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready mapping; inverse of :meth:`from_dict`."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Thresholds:
+        """Reads what :meth:`to_dict` wrote.
+
+        Raises:
+            ValueError: if a value is missing, unknown or out of range.
+        """
+        try:
+            return cls(**data)
+        except TypeError as error:
+            raise ValueError(f"thresholds: {error}") from None
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What one step showed, per sample of the batch (each ``[B]``).
+
+    Attributes:
+        row: the row of the profile that the step was held against.
+        update_score: ``s_delta``. ``denoised_score``: ``s_x0``. NaN where a norm is not finite.
+        correct: whether the step is to be corrected.
+        strong: whether the correction is the strong one.
+        state: the verdict so far.
+    """
+
+    row: int
+    update_score: np.ndarray
+    denoised_score: np.ndarray
+    correct: np.ndarray
+    strong: np.ndarray
+    state: list[Verdict]
+
+
+class Detector:
+    """Holds the norms of a run against a profile, step by step; knows what has triggered, and forgets nothing else.
+
+    The profile's rows are found by noise level, so that a run over the last part of the schedule (img2img) is held against
+    the right ones. A run that leaves the profile's schedule is not judged any further.
+    """
+
+    def __init__(self, profile: StabilityProfile, thresholds: Thresholds, batch: int) -> None:
+        self.profile = profile
+        self.thresholds = thresholds
+        #: Step at which each sample triggered, -1 if it has not: ``[B]``.
+        self.trigger_step = np.full(batch, -1)
+        #: Whether the trigger was strong: ``[B]``.
+        self.strong = np.zeros(batch, dtype=bool)
+        #: Why the run is not judged, if it is not.
+        self.off_schedule: str | None = None
+        self._finite = np.ones(batch, dtype=bool)
+        self._step = 0
+        self._row: int | None = None
+
+    def judge(self, sigma: float, norms: np.ndarray) -> Judgement | None:
+        """Takes in the norms ``[3, B]`` of the next step, taken from noise level ``sigma``; ``None`` off the schedule."""
+        step, self._step = self._step, self._step + 1
+        if self.off_schedule is not None:
+            return None
+        self._row = self.profile.find(sigma) if self._row is None else self._row + 1
+        row = self._row
+        if row is None or not self.profile.follows(row, sigma):
+            self.off_schedule = f"step {step}, at noise level {sigma:.4g}, is not in the profile's schedule"
+            return None
+        _, update_score, denoised_score = self.profile.scores(row, norms)
+        # A sample that was NaN or infinite once has lost its trajectory: later norms mean nothing.
+        self._finite &= np.isfinite(norms).all(axis=0)
+        tau = self.thresholds.tau_mild
+        outside = self._finite & (update_score > tau)
+        fresh = outside & (denoised_score > tau) & (self.trigger_step < 0)
+        self.trigger_step[fresh] = step
+        self.strong |= fresh & (denoised_score > self.thresholds.tau_strong)
+        early = row < self.thresholds.mild_limit(self.profile.steps)
+        correct = outside & (self.trigger_step >= 0) & (self.strong | early)
+        state = [self.verdict(sample) for sample in range(len(outside))]
+        return Judgement(row, update_score, denoised_score, correct, self.strong.copy(), state)
+
+    def verdict(self, sample: int) -> Verdict:
+        """``"stable"``, ``"mild"``, ``"strong"``; ``"unscored"`` if the sample or the run could not be judged throughout."""
+        if self.trigger_step[sample] >= 0:
+            return "strong" if self.strong[sample] else "mild"
+        return "stable" if self._finite[sample] and self.off_schedule is None and self._step else "unscored"

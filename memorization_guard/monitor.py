@@ -1,0 +1,332 @@
+"""The monitor: watches one sampling run step by step, and corrects it if it is asked to."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .detection import Detector, Judgement, Thresholds, Verdict
+from .mitigation import correct
+from .parameterization import sample_norm
+from .profile import NORMS, RunSettings, StabilityProfile
+from .trace import Trace
+
+log = logging.getLogger(__name__)
+
+# Rows of a step's measurements: the three norms, then what alignment is made of.
+_MEASURES = (*NORMS, "guidance", "guidance_dot_uncond", "uncond")
+
+
+@dataclass(frozen=True)
+class StepEvent:
+    """What a live graph needs of one step; every list has one entry a sample of the batch.
+
+    A score is ``None`` where nothing was scored; ``state`` is the verdict so far.
+    """
+
+    step: int
+    sigma: float
+    latent_norm: list[float]
+    update_norm: list[float]
+    denoised_norm: list[float]
+    guidance_norm: list[float]
+    update_score: list[float] | None
+    denoised_score: list[float] | None
+    state: list[Verdict]
+    mitigated: list[bool]
+
+
+@dataclass
+class _Step:
+    sigma: float
+    measures: Tensor  # [6, B] float32, on the latent's device
+    host: Tensor | None = None  # the same in host memory; on CUDA it is there once `arrived` has passed
+    arrived: torch.cuda.Event | None = None
+
+
+class StabilityMonitor:
+    """Traces, judges and, on request, corrects one sampling run; knows no host.
+
+    While it only traces, the device is never waited for: norms stay where they are computed and move once, at the end, or
+    without blocking for live events. With ``mitigate`` a step waits for its own norms, some bytes, since whether to correct
+    is decided from them. Whatever goes wrong inside is logged once and ends the watching, never the sampling.
+
+    Args:
+        profile: stability profile of the model; without one, and with one that does not fit ``settings``, the run is traced
+            with the signals that need none, and left unscored and uncorrected.
+        thresholds: constants of detection and mitigation.
+        mitigate: whether to correct.
+        on_step: called with a :class:`StepEvent` for every step, in order; on a GPU up to a few steps late.
+        settings: what the run is made with, to be held against the profile and written into the traces.
+    """
+
+    def __init__(
+        self,
+        profile: StabilityProfile | None = None,
+        thresholds: Thresholds | None = None,
+        mitigate: bool = False,
+        on_step: Callable[[StepEvent], None] | None = None,
+        *,
+        settings: RunSettings | None = None,
+    ) -> None:
+        self.profile = profile
+        self.thresholds = thresholds or Thresholds()
+        self.mitigate = mitigate
+        self.settings = settings or RunSettings()
+        #: How the profile fits the settings, or ``None`` without a profile.
+        self.check = profile.check(self.settings) if profile is not None else None
+        #: What ended the watching early, if anything did.
+        self.error: Exception | None = None
+        self._on_step = on_step
+        self._detector: Detector | None = None
+        self._steps: list[_Step] = []
+        self._pending: deque[_Step] = deque()  # steps not yet judged, oldest first
+        self._norms: list[np.ndarray] = []  # [6, B] of every judged step
+        self._judgements: list[Judgement | None] = []
+        self._corrected: dict[int, np.ndarray] = {}  # step -> [2, B] latent and update norm, NaN where not corrected
+
+    @torch.no_grad()
+    def step(
+        self,
+        z_prev: Tensor,
+        z_next: Tensor,
+        x0: Tensor,
+        *,
+        sigma: float,
+        x0_coefficient: float,
+        eps_cond: Tensor | None = None,
+        eps_uncond: Tensor | None = None,
+    ) -> Tensor:
+        """Takes in one solver step and returns the latent to go on with.
+
+        Args:
+            z_prev, z_next: latent before and after the step, ``[B, C, H, W]`` or ``[B, C, F, H, W]``, VP scale, any dtype.
+            x0: clean latent that the network predicted at this step, after guidance, same shape.
+            sigma: noise level before the step, in the model's own convention (see :class:`RunSettings`).
+            x0_coefficient: coefficient of x0 in ``z_next``, ``sqrt(abar_{i+1})``.
+            eps_cond, eps_uncond: noise predictions with and without the prompt, where guidance computed both.
+
+        Returns:
+            ``z_next`` itself where nothing was corrected; otherwise a new tensor, in which samples that were not corrected
+            are bit-identical.
+        """
+        if self.error is not None:
+            return z_next
+        try:
+            return self._step(z_prev, z_next, x0, float(sigma), float(x0_coefficient), eps_cond, eps_uncond)
+        except Exception as error:
+            self._fail(error)
+            return z_next
+
+    def _step(
+        self,
+        z_prev: Tensor,
+        z_next: Tensor,
+        x0: Tensor,
+        sigma: float,
+        x0_coefficient: float,
+        eps_cond: Tensor | None,
+        eps_uncond: Tensor | None,
+    ) -> Tensor:
+        step = _Step(sigma, _measure(z_prev, z_next, x0, eps_cond, eps_uncond))
+        if self._steps and self._steps[0].measures.shape != step.measures.shape:
+            raise ValueError(
+                f"the batch went from {self._steps[0].measures.shape[1]} to {step.measures.shape[1]} samples within a "
+                "run: use one monitor a run"
+            )
+        self._steps.append(step)
+        self._pending.append(step)
+        if not self._steers:
+            if self._on_step is not None:
+                _send_to_host(step)
+                self._judge_arrived()
+            return z_next
+
+        self._judge_all()
+        judgement = self._judgements[-1]
+        if judgement is not None and judgement.correct.any():
+            z_next = self._corrected_latent(judgement, z_prev, z_next, x0, x0_coefficient)
+        self._emit(len(self._steps) - 1)
+        return z_next
+
+    @property
+    def _steers(self) -> bool:
+        return self.mitigate and self._scores
+
+    @property
+    def _scores(self) -> bool:
+        return self.check is not None and self.check.valid
+
+    def _corrected_latent(
+        self, judgement: Judgement, z_prev: Tensor, z_next: Tensor, x0: Tensor, x0_coefficient: float
+    ) -> Tensor:
+        assert self.profile is not None
+        chosen = np.flatnonzero(judgement.correct)
+        index = torch.as_tensor(chosen, device=z_next.device)
+        before = z_prev[index]
+        after = correct(
+            before,
+            z_next[index],
+            x0[index],
+            x0_coefficient=x0_coefficient,
+            x0_norm=float(self.profile.mean[judgement.row, NORMS.index("denoised")]),
+            bounds=self.profile.band(judgement.row, self.thresholds.gamma),
+            strong=torch.as_tensor(judgement.strong[chosen], device=z_next.device),
+        )
+        norms = np.full((2, len(judgement.correct)), np.nan)
+        norms[:, chosen] = torch.stack([sample_norm(after), sample_norm(after.float() - before.float())]).cpu().numpy()
+        self._corrected[len(self._steps) - 1] = norms
+        return z_next.index_copy(0, index, after)
+
+    def _judge_all(self) -> None:
+        """Judges every step taken so far, waiting for the device."""
+        if not self._pending:
+            return
+        block = torch.stack([step.measures for step in self._pending]).cpu().numpy()
+        for measures in block:
+            self._judge(self._pending.popleft(), measures)
+
+    def _judge_arrived(self) -> None:
+        """Judges the steps whose norms have reached host memory, in order, without waiting for any."""
+        while self._pending:
+            step = self._pending[0]
+            if step.host is None or not (step.arrived is None or step.arrived.query()):
+                return
+            self._judge(self._pending.popleft(), step.host.numpy())
+            self._emit(len(self._norms) - 1)
+
+    def _judge(self, step: _Step, measures: np.ndarray) -> None:
+        if self._scores and self._detector is None:
+            assert self.profile is not None
+            self._detector = Detector(self.profile, self.thresholds, measures.shape[1])
+        self._norms.append(measures)
+        self._judgements.append(self._detector.judge(step.sigma, measures[: len(NORMS)]) if self._detector else None)
+
+    def _emit(self, index: int) -> None:
+        if self._on_step is None:
+            return
+        norms, judgement = self._norms[index], self._judgements[index]
+        batch = norms.shape[1]
+        corrected = self._corrected.get(index)
+        event = StepEvent(
+            step=index,
+            sigma=self._steps[index].sigma,
+            **{f"{name}_norm": norms[i].tolist() for i, name in enumerate((*NORMS, "guidance"))},
+            update_score=judgement.update_score.tolist() if judgement else None,
+            denoised_score=judgement.denoised_score.tolist() if judgement else None,
+            state=judgement.state if judgement else ["unscored"] * batch,
+            mitigated=(np.isfinite(corrected[0]) if corrected is not None else np.zeros(batch, bool)).tolist(),
+        )
+        try:
+            self._on_step(event)
+        except Exception:
+            log.warning("Memorization Guard: the live view failed and is switched off for this run.", exc_info=True)
+            self._on_step = None
+
+    def _fail(self, error: Exception) -> None:
+        self.error = error
+        log.warning("Memorization Guard stopped watching this run; the image is not affected: %s", error, exc_info=True)
+
+    @property
+    def traces(self) -> list[Trace]:
+        """One trace a sample, in batch order, of the steps so far; empty before the first.
+
+        Waits for the device and sends the live events that are still due, so read it once the run is over.
+        """
+        try:
+            due = len(self._norms)
+            self._judge_all()
+            for index in range(due, len(self._norms)):
+                self._emit(index)
+        except Exception as error:
+            self._fail(error)
+        if not self._norms:
+            return []
+        measures = np.stack(self._norms).astype(np.float64)  # [steps, 6, B]
+        return [self._trace(measures[:, :, sample], sample) for sample in range(measures.shape[2])]
+
+    def _trace(self, measures: np.ndarray, sample: int) -> Trace:
+        latent, update, denoised, guidance, dot, uncond = measures.T
+        with np.errstate(divide="ignore", invalid="ignore"):
+            alignment = np.clip(dot / (guidance * uncond), -1.0, 1.0)
+        broken = np.flatnonzero(~np.isfinite(measures[:, : len(NORMS)]).all(axis=1))
+        corrected = np.full((2, len(measures)), np.nan)
+        for step, norms in self._corrected.items():
+            corrected[:, step] = norms[:, sample]
+        trace = Trace(
+            nonfinite_step=int(broken[0]) if len(broken) else None,
+            note=self._note(),
+            sigma=np.array([step.sigma for step in self._steps[: len(measures)]]),
+            latent_norm=latent,
+            update_norm=update,
+            denoised_norm=denoised,
+            update_score=np.full(len(measures), np.nan),
+            denoised_score=np.full(len(measures), np.nan),
+            guidance_norm=guidance,
+            alignment=alignment,
+            corrected_latent_norm=corrected[0],
+            corrected_update_norm=corrected[1],
+            settings=self.settings,
+            thresholds=self.thresholds,
+            mitigation=self.mitigate,
+        )
+        if self._detector is not None:
+            self._add_scores(trace, self._detector, sample)
+        return trace
+
+    def _add_scores(self, trace: Trace, detector: Detector, sample: int) -> None:
+        profile = detector.profile
+        bands = {name: {key: np.full(trace.steps, np.nan) for key in ("mean", "std")} for name in NORMS}
+        for step, judgement in enumerate(self._judgements):
+            if judgement is None:
+                continue
+            trace.update_score[step] = judgement.update_score[sample]
+            trace.denoised_score[step] = judgement.denoised_score[sample]
+            for column, band in enumerate(bands.values()):
+                band["mean"][step] = profile.mean[judgement.row, column]
+                band["std"][step] = profile.std[judgement.row, column]
+        trigger = int(detector.trigger_step[sample])
+        trace.verdict = detector.verdict(sample)
+        trace.trigger_step = trigger if trigger >= 0 else None
+        trace.bands = bands
+        trace.reference_count = profile.count
+
+    def _note(self) -> str | None:
+        if self.error is not None:
+            return f"Watching ended early: {self.error}"
+        if self._detector is not None and self._detector.off_schedule is not None:
+            return f"The run is not scored: {self._detector.off_schedule}. Calibrate a profile with the run's own schedule."
+        return str(self.check) if self.check is not None and (self.check.invalid or self.check.weakened) else None
+
+
+def _measure(z_prev: Tensor, z_next: Tensor, x0: Tensor, eps_cond: Tensor | None, eps_uncond: Tensor | None) -> Tensor:
+    """The measurements of one step, ``[6, B]`` float32 on the latent's device; NaN where there is no guidance."""
+    measures = torch.empty((len(_MEASURES), len(z_next)), dtype=torch.float32, device=z_next.device)
+    sample_norm(z_next, out=measures[0])
+    # float() copies nothing for float32; half precision would round the small difference of two large numbers.
+    sample_norm(z_next.float() - z_prev, out=measures[1])
+    sample_norm(x0, out=measures[2])
+    if eps_cond is None or eps_uncond is None:
+        measures[3:] = torch.nan
+        return measures
+    guidance = (eps_cond.float() - eps_uncond).flatten(1)
+    sample_norm(guidance, out=measures[3])
+    torch.linalg.vecdot(guidance, eps_uncond.float().flatten(1), out=measures[4])
+    sample_norm(eps_uncond, out=measures[5])
+    return measures
+
+
+def _send_to_host(step: _Step) -> None:
+    if not step.measures.is_cuda:
+        step.host = step.measures.cpu()
+        return
+    step.host = torch.empty(step.measures.shape, dtype=torch.float32, pin_memory=True)
+    step.host.copy_(step.measures, non_blocking=True)
+    step.arrived = torch.cuda.Event()
+    step.arrived.record()

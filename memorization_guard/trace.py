@@ -1,0 +1,182 @@
+"""The trace: what one image's sampling run looked like, and what was concluded. ``docs/trace.md`` describes the JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from typing import Any, get_args
+
+import numpy as np
+
+from .detection import Thresholds, Verdict
+from .profile import NORMS, RunSettings
+
+FORMAT = "memorization-guard.trace"
+FORMAT_VERSION = 1
+
+VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
+
+#: The fields of a trace that have one number a step.
+STEP_FIELDS = (
+    "sigma",
+    "latent_norm",
+    "update_norm",
+    "denoised_norm",
+    "update_score",
+    "denoised_score",
+    "guidance_norm",
+    "alignment",
+    "corrected_latent_norm",
+    "corrected_update_norm",
+)
+
+
+def _empty() -> np.ndarray:
+    return np.zeros(0)
+
+
+@dataclass(kw_only=True, eq=False)
+class Trace:
+    """One image's run. Every per-step array is ``[steps]`` float64, with NaN where there is no value.
+
+    Attributes:
+        verdict: ``"stable"``, ``"mild"``, ``"strong"``, or ``"unscored"`` (no profile that fits, or a latent that was NaN).
+        trigger_step: first step at which update and x0 norm both left the region, or ``None``.
+        nonfinite_step: first step at which the latent was NaN or infinite, or ``None``.
+        note: one sentence for people on why a run is unscored or less certain, or ``None``.
+        sigma: noise level before the step.
+        latent_norm, update_norm, denoised_norm: ``|z_{i+1}|``, ``|z_{i+1} - z_i|`` and ``|x0_i|`` on the VP scale, as the
+            sampler proposed them, before any correction.
+        update_score, denoised_score: distance of the two norms from the reference, in standard deviations.
+        guidance_norm: ``|eps_cond - eps_uncond|`` (Wen et al. 2024). alignment: ``cos(eps_cond - eps_uncond, eps_uncond)``.
+        mitigated: ``[steps]`` bool, the steps that were corrected.
+        corrected_latent_norm, corrected_update_norm: the norms after correction; NaN where nothing was corrected.
+        bands: for each of ``latent``, ``update``, ``denoised`` the reference ``mean`` and ``std`` of the steps taken; empty
+            without a profile.
+        reference_count: number of reference runs behind the bands, or ``None``.
+        settings: what the run was made with. thresholds: what it was judged by.
+        mitigation: whether mitigation was switched on.
+    """
+
+    verdict: Verdict = "unscored"
+    trigger_step: int | None = None
+    nonfinite_step: int | None = None
+    note: str | None = None
+    sigma: np.ndarray = field(default_factory=_empty)
+    latent_norm: np.ndarray = field(default_factory=_empty)
+    update_norm: np.ndarray = field(default_factory=_empty)
+    denoised_norm: np.ndarray = field(default_factory=_empty)
+    update_score: np.ndarray = field(default_factory=_empty)
+    denoised_score: np.ndarray = field(default_factory=_empty)
+    guidance_norm: np.ndarray = field(default_factory=_empty)
+    alignment: np.ndarray = field(default_factory=_empty)
+    corrected_latent_norm: np.ndarray = field(default_factory=_empty)
+    corrected_update_norm: np.ndarray = field(default_factory=_empty)
+    bands: Mapping[str, Mapping[str, np.ndarray]] = field(default_factory=dict)
+    reference_count: int | None = None
+    settings: RunSettings = field(default_factory=RunSettings)
+    thresholds: Thresholds = field(default_factory=Thresholds)
+    mitigation: bool = False
+
+    @property
+    def steps(self) -> int:
+        """Number of steps taken."""
+        return len(self.sigma)
+
+    @property
+    def mitigated(self) -> np.ndarray:
+        """``[steps]`` bool, the steps that were corrected."""
+        return np.isfinite(self.corrected_latent_norm)
+
+    @property
+    def score(self) -> float | None:
+        """``S_mem``, the largest update score of all steps; ``None`` where no step was scored."""
+        finite = self.update_score[np.isfinite(self.update_score)]
+        return float(finite.max()) if len(finite) else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form, version 1; strict JSON, with ``null`` for what is not there."""
+        return {
+            "format": FORMAT,
+            "version": FORMAT_VERSION,
+            "verdict": self.verdict,
+            "score": _number(self.score),
+            "trigger_step": self.trigger_step,
+            "nonfinite_step": self.nonfinite_step,
+            "note": self.note,
+            "mitigation": self.mitigation,
+            "settings": self.settings.to_dict(),
+            "thresholds": self.thresholds.to_dict(),
+            "steps": {name: _numbers(getattr(self, name)) for name in STEP_FIELDS}
+            | {"mitigated": self.mitigated.tolist()},
+            "bands": {
+                name: {key: _numbers(values) for key, values in band.items()} for name, band in self.bands.items()
+            },
+            "reference_count": self.reference_count,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Trace:
+        """Reads what :meth:`to_dict` wrote.
+
+        Raises:
+            ValueError: if it is not a trace, one of a newer version, or does not hold together.
+        """
+        if not isinstance(data, Mapping) or data.get("format") != FORMAT:
+            raise ValueError(f"this is not a trace: its 'format' is not {FORMAT!r}")
+        if data.get("version") != FORMAT_VERSION:
+            raise ValueError(
+                f"the trace has version {data.get('version')!r}, this version of Memorization Guard reads "
+                f"{FORMAT_VERSION}: update it"
+            )
+        try:
+            steps = {name: _array(data["steps"][name]) for name in STEP_FIELDS}
+            bands = {
+                name: {key: _array(data["bands"][name][key]) for key in ("mean", "std")}
+                for name in NORMS
+                if name in data["bands"]
+            }
+            trace = cls(
+                verdict=data["verdict"],
+                trigger_step=data["trigger_step"],
+                nonfinite_step=data["nonfinite_step"],
+                note=data["note"],
+                mitigation=data["mitigation"],
+                settings=RunSettings.from_dict(data["settings"]),
+                thresholds=Thresholds.from_dict(data["thresholds"]),
+                bands=bands,
+                reference_count=data["reference_count"],
+                **steps,
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"the trace is incomplete or damaged: {type(error).__name__}: {error}") from None
+        if trace.verdict not in VERDICTS:
+            raise ValueError(f"the trace's verdict is {trace.verdict!r}; known: {', '.join(VERDICTS)}")
+        lengths = {len(values) for values in steps.values()}
+        lengths |= {len(values) for band in bands.values() for values in band.values()}
+        if len(lengths) != 1:
+            raise ValueError(f"the trace's per-step lists have different lengths: {sorted(lengths)}")
+        return trace
+
+
+def trace_schema() -> dict[str, Any]:
+    """The JSON schema (draft 2020-12) of a trace's JSON form."""
+    return json.loads(resources.files(__package__).joinpath("trace.schema.json").read_text(encoding="utf-8"))
+
+
+def _number(value: float | None) -> float | None:
+    # Seven digits are what float32 holds; more would only make files larger.
+    return None if value is None or not math.isfinite(value) else float(f"{value:.7g}")
+
+
+def _numbers(values: np.ndarray) -> list[float | None]:
+    return [_number(value) for value in values.tolist()]
+
+
+def _array(values: Sequence[float | None]) -> np.ndarray:
+    if isinstance(values, (str, bytes)):
+        raise TypeError("a per-step list is text")
+    return np.array([math.nan if value is None else value for value in values], dtype=np.float64)
