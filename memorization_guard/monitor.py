@@ -308,17 +308,18 @@ class StabilityMonitor:
 def _measure(z_prev: Tensor, z_next: Tensor, x0: Tensor, eps_cond: Tensor | None, eps_uncond: Tensor | None) -> Tensor:
     """The measurements of one step, ``[6, B]`` float32 on the latent's device; NaN where there is no guidance."""
     measures = torch.empty((len(_MEASURES), len(z_next)), dtype=torch.float32, device=z_next.device)
-    sample_norm(z_next, out=measures[0])
+    latent, update, denoised, guidance, dot, uncond = measures.unbind()
+    sample_norm(z_next, out=latent)
     # float() copies nothing for float32; half precision would round the small difference of two large numbers.
-    sample_norm(z_next.float() - z_prev, out=measures[1])
-    sample_norm(x0, out=measures[2])
+    sample_norm(z_next.float() - z_prev, out=update)
+    sample_norm(x0, out=denoised)
     if eps_cond is None or eps_uncond is None:
-        measures[3:] = torch.nan
+        measures[len(NORMS) :] = torch.nan
         return measures
-    guidance = (eps_cond.float() - eps_uncond).flatten(1)
-    sample_norm(guidance, out=measures[3])
-    torch.linalg.vecdot(guidance, eps_uncond.float().flatten(1), out=measures[4])
-    sample_norm(eps_uncond, out=measures[5])
+    direction = eps_cond.float() - eps_uncond
+    sample_norm(direction, out=guidance)
+    torch.linalg.vecdot(direction.flatten(1), eps_uncond.float().flatten(1), out=dot)
+    sample_norm(eps_uncond, out=uncond)
     return measures
 
 

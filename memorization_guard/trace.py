@@ -110,11 +110,8 @@ class Trace:
             "mitigation": self.mitigation,
             "settings": self.settings.to_dict(),
             "thresholds": self.thresholds.to_dict(),
-            "steps": {name: _numbers(getattr(self, name)) for name in STEP_FIELDS}
-            | {"mitigated": self.mitigated.tolist()},
-            "bands": {
-                name: {key: _numbers(values) for key, values in band.items()} for name, band in self.bands.items()
-            },
+            "steps": {name: _numbers(getattr(self, name)) for name in STEP_FIELDS} | {"mitigated": self.mitigated.tolist()},
+            "bands": {name: {key: _numbers(values) for key, values in band.items()} for name, band in self.bands.items()},
             "reference_count": self.reference_count,
         }
 

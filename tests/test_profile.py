@@ -1,0 +1,154 @@
+"""Stability profiles: files, and what they say about a run they do not fit."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from memorization_guard import ProfileError, RunSettings, StabilityProfile
+
+SETTINGS = RunSettings(
+    model="tiny",
+    model_hash="0123456789abcdef",
+    prediction_type="epsilon",
+    sampler="PNDM",
+    scheduler="leading",
+    steps=4,
+    guidance_scale=7.5,
+    latent_shape=(4, 16, 16),
+    sigmas=(14.0, 5.0, 2.0, 0.5),
+)
+
+
+def profile(settings=SETTINGS):
+    norms = np.arange(12, dtype=float).reshape(4, 3) + 10
+    return StabilityProfile(mean=norms, std=norms / 10, count=50, settings=settings, left_out={"not finite": 2})
+
+
+def test_a_file_gives_back_what_was_saved(tmp_path):
+    saved = profile()
+    path = saved.save(tmp_path / "tiny.safetensors")
+    loaded = StabilityProfile.load(path)
+    np.testing.assert_array_equal(loaded.mean, saved.mean)
+    np.testing.assert_array_equal(loaded.std, saved.std)
+    assert (loaded.count, loaded.settings, loaded.left_out) == (50, SETTINGS, {"not finite": 2})
+    assert [p.name for p in tmp_path.iterdir()] == ["tiny.safetensors"]
+
+
+def test_a_failed_save_leaves_the_old_file_and_no_debris(tmp_path, monkeypatch):
+    path = profile().save(tmp_path / "tiny.safetensors")
+    before = path.read_bytes()
+
+    def full_disk(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        dataclasses.replace(profile(), count=99).save(path)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["tiny.safetensors"]
+
+
+def test_unreadable_files_say_what_to_do(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no stability profile at"):
+        StabilityProfile.load(tmp_path / "missing.safetensors")
+    path = tmp_path / "bad.safetensors"
+    path.write_bytes(b"not safetensors")
+    with pytest.raises(ProfileError, match="calibrate again"):
+        StabilityProfile.load(path)
+    save_file({"weight": np.zeros(3)}, path)
+    with pytest.raises(ProfileError, match="not a stability profile"):
+        StabilityProfile.load(path)
+    save_file({"mean": np.zeros((4, 3))}, path, metadata={"format": "memorization-guard.profile", "version": "99"})
+    with pytest.raises(ProfileError, match="update Memorization Guard"):
+        StabilityProfile.load(path)
+    save_file({"mean": np.zeros((4, 3))}, path, metadata={"format": "memorization-guard.profile", "version": "1"})
+    with pytest.raises(ProfileError, match="calibrate again"):
+        StabilityProfile.load(path)
+
+
+def fields(mismatches):
+    return {m.field for m in mismatches}
+
+
+def test_the_same_settings_fit():
+    check = profile().check(SETTINGS)
+    assert check.valid
+    assert not check.weakened
+    assert str(check) == "The profile fits this run."
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"model_hash": "f" * 16}, "model_hash"),
+        ({"prediction_type": "v_prediction"}, "prediction_type"),
+        ({"sampler": "DDIM"}, "sampler"),
+        ({"latent_shape": (4, 32, 32)}, "latent_shape"),
+        ({"guidance_scale": 12.0}, "guidance_scale"),
+        ({"sigmas": (14.0, 6.0, 2.0, 0.5)}, "sigmas"),
+        ({"sigmas": None, "steps": 20}, "steps"),
+    ],
+)
+def test_what_makes_a_profile_invalid_is_named(changes, field):
+    check = profile().check(dataclasses.replace(SETTINGS, **changes))
+    assert not check.valid
+    assert field in fields(check.invalid)
+    assert "Calibrate a profile" in str(check)
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"guidance_scale": 7.0}, "guidance_scale"),
+        ({"scheduler": "trailing"}, "scheduler"),
+        ({"model": "renamed", "model_hash": None}, "model"),
+        ({"steps": 2, "sigmas": (2.0, 0.5)}, "steps"),
+    ],
+)
+def test_what_weakens_a_profile_is_named(changes, field):
+    check = profile().check(dataclasses.replace(SETTINGS, **changes))
+    assert check.valid
+    assert fields(check.weakened) == {field}
+
+
+def test_a_name_does_not_matter_when_the_weights_are_the_same():
+    assert not profile().check(dataclasses.replace(SETTINGS, model="renamed")).weakened
+
+
+def test_what_nobody_knows_is_no_difference():
+    assert profile().check(RunSettings()).valid
+    assert profile(RunSettings()).check(SETTINGS).valid
+
+
+def test_every_difference_is_named_at_once():
+    check = profile().check(
+        RunSettings(model_hash="f" * 16, prediction_type="sample", sampler="x", steps=9, guidance_scale=1.0, latent_shape=(1,))
+    )
+    assert fields(check.invalid) == {"model_hash", "prediction_type", "sampler", "steps", "guidance_scale", "latent_shape"}
+
+
+def test_skipping_every_other_step_is_not_part_of_the_schedule():
+    check = profile().check(dataclasses.replace(SETTINGS, steps=2, sigmas=(14.0, 2.0)))
+    assert "sigmas" in fields(check.invalid)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"mean": np.ones((4, 2)), "std": np.ones((4, 2))},
+        {"mean": np.ones((4, 3)), "std": np.ones((3, 3))},
+        {"mean": np.full((4, 3), np.nan), "std": np.ones((4, 3))},
+        {"mean": np.ones((4, 3)), "std": -np.ones((4, 3))},
+        {"mean": np.ones((4, 3)), "std": np.ones((4, 3)), "settings": RunSettings(steps=5)},
+    ],
+)
+def test_statistics_that_do_not_hold_together_are_refused(arguments):
+    with pytest.raises(ValueError, match=r"mean and std|finite|number of steps"):
+        StabilityProfile(count=50, **arguments)
+
+
+def test_the_statistics_cannot_be_changed_behind_the_profiles_back():
+    with pytest.raises(ValueError, match="read-only"):
+        profile().mean[0, 0] = 1.0
