@@ -14,6 +14,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from memorization_guard.diffusers import guard
@@ -22,7 +23,7 @@ from memorization_guard.lab import profile as lab_profile
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from memorization_guard import StabilityMonitor, StabilityProfile
+from memorization_guard import StabilityMonitor
 
 LATENTS = ((1, 4, 64, 64), (8, 16, 128, 128))
 STEPS = 50
@@ -103,37 +104,34 @@ def synchronisations(call: Callable[[], object]) -> int:
     )
 
 
-def bare(device: str, stability: StabilityProfile | None) -> None:
-    for shape in LATENTS:
-        z_prev, z_next, x0, cond, uncond = (torch.randn(shape, device=device) for _ in range(5))
-        small = shape[0] * shape[1] * shape[2] * shape[3] < 1 << 18
-        count = 200 if small else 20
+def bare(device: str, shape: tuple[int, ...]) -> None:
+    z_prev, z_next, x0, cond, uncond = (torch.randn(shape, device=device) for _ in range(5))
+    count = 200 if z_prev.numel() < 1 << 18 else 20
 
-        def floor() -> None:
-            for x in (z_next, z_next - z_prev, x0):
-                torch.linalg.vector_norm(x.flatten(1), dim=1)
+    def floor() -> None:
+        for x in (z_next, z_next - z_prev, x0):
+            torch.linalg.vector_norm(x.flatten(1), dim=1)
 
-        def per_call(call: Callable[[], object]) -> list[float]:
-            def many() -> None:
-                for _ in range(count):
-                    call()
+    def per_call(call: Callable[[], object]) -> str:
+        def many() -> None:
+            for _ in range(count):
+                call()
 
-            many()
-            return [timed(many, device) / count * 1e6 for _ in range(9)]
+        many()
+        return quartiles([timed(many, device) / count * 1e6 for _ in range(9)])
 
-        print(f"bare monitor, {'x'.join(map(str, shape))} float32 on {device}, microseconds a step:")
-        print(f"  {'floor':20} {quartiles(per_call(floor))}")
-        for name, predictions in (("norms", {}), ("norms and guidance", {"eps_cond": cond, "eps_uncond": uncond})):
-            monitor = StabilityMonitor()
-
-            def step() -> None:
-                monitor.step(z_prev, z_next, x0, sigma=1.0, x0_coefficient=0.5, **predictions)  # noqa: B023
-
-            microseconds = quartiles(per_call(step))
-            with _Counter() as counter:
-                step()
-            waits = f", synchronisations {synchronisations(step)}" if device == "cuda" else ""
-            print(f"  {name:20} {microseconds}; tensors allocated {counter.created}{waits}")
+    print(f"bare monitor, {'x'.join(map(str, shape))} float32 on {device}, microseconds a step:")
+    print(f"  {'floor':20} {per_call(floor)}")
+    norms_only = partial(StabilityMonitor().step, z_prev, z_next, x0, sigma=1.0, x0_coefficient=0.5)
+    guided = partial(
+        StabilityMonitor().step, z_prev, z_next, x0, sigma=1.0, x0_coefficient=0.5, eps_cond=cond, eps_uncond=uncond
+    )
+    for name, step in (("norms", norms_only), ("norms and guidance", guided)):
+        microseconds = per_call(step)
+        with _Counter() as counter:
+            step()
+        waits = f", synchronisations {synchronisations(step)}" if device == "cuda" else ""
+        print(f"  {name:20} {microseconds}; tensors allocated {counter.created}{waits}")
 
 
 def main() -> None:
@@ -142,7 +140,8 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=12)
     arguments = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
-    bare(arguments.device, None)
+    for shape in LATENTS:
+        bare(arguments.device, shape)
     sampling(arguments.device, arguments.runs)
 
 

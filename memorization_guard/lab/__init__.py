@@ -1,0 +1,120 @@
+"""A small Stable Diffusion that really memorizes some of its training images, to try and to measure the guard on.
+
+``docs/lab.md`` describes the world it was trained on, and what was measured. Nobody needs a download or a GPU for it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ..profile import StabilityProfile
+from .world import SIZE, captions, duplicates
+
+MODEL = Path(__file__).parent / "model"
+PROFILE = Path(__file__).parent / "profile.safetensors"
+
+#: Copy score from which an image counts as a copy. Chosen from the distribution of the highest score against any of the
+#: 105 training images over fresh ordinary images; see "Copy score" in docs/lab.md.
+COPY_THRESHOLD = 0.75
+
+GROUPS = ("reference", "ordinary", "rare", "exact", "template")
+
+
+def pipeline(folder: str | Path = MODEL) -> Any:
+    """The bundled model as a ``diffusers.StableDiffusionPipeline``: 64 x 64 pixels, latents ``[4, 16, 16]``, on the CPU.
+
+    Raises:
+        ImportError: if diffusers or transformers is missing; says how to install them.
+    """
+    try:
+        from diffusers import StableDiffusionPipeline
+    except ImportError as error:
+        raise ImportError('the lab model needs diffusers: pip install "memorization-guard[diffusers]"') from error
+    pipe = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def profile() -> StabilityProfile:
+    """The stability profile of the bundled model for PNDM, 50 steps, guidance 7.5, from the first 50 reference prompts."""
+    return StabilityProfile.load(PROFILE)
+
+
+def prompts(group: str, split: str = "evaluation") -> list[str]:
+    """Prompts of a group; no prompt is in two groups or splits.
+
+    Args:
+        group: ``"reference"`` and ``"ordinary"`` (captions never trained on), ``"rare"`` (trained on, with names as rare as
+            those of the next two, each time with another image), ``"exact"`` (one image, seen thousands of times),
+            ``"template"`` (as exact, but part of the image varies).
+        split: ``"evaluation"`` for figures, ``"tuning"`` for whatever is chosen; reference prompts have no split.
+
+    Raises:
+        ValueError: for an unknown group or split.
+    """
+    if group not in GROUPS:
+        raise ValueError(f"there is no group {group!r}; there are {', '.join(GROUPS)}")
+    if split not in ("evaluation", "tuning"):
+        raise ValueError(f"there is no split {split!r}; there are evaluation and tuning")
+    return [caption.text for caption in captions()[group if group == "reference" else f"{group}/{split}"]]
+
+
+def training_image(prompt: str) -> Image.Image:
+    """The image that was duplicated in training under ``prompt``; of a template, one with a sample of its varying part.
+
+    Raises:
+        KeyError: if no image was duplicated under it.
+    """
+    return Image.fromarray(_duplicate(prompt)[0])
+
+
+def training_mask(prompt: str) -> np.ndarray:
+    """Which pixels of the training image never varied, ``[64, 64]`` bool: all of an exact one, part of a template."""
+    return _duplicate(prompt)[1] > 250
+
+
+def copy_score(image: Image.Image | np.ndarray, prompt: str) -> float:
+    """Similarity in [0, 1] of an image with the training image of ``prompt``.
+
+    The correlation, negative ones counted as 0, of the pixels that never varied in training, each colour channel's own mean
+    removed: blind to brightness and contrast, so that a faded copy is a copy.
+
+    Args:
+        image: 64 x 64 RGB, as an image or an array ``[64, 64, 3]`` of any number type and range.
+        prompt: of the exact or template group.
+
+    Raises:
+        KeyError: if no image was duplicated under ``prompt``.
+        ValueError: if the image has another size.
+    """
+    original, _ = _duplicate(prompt)
+    return _correlation(_pixels(image), original, training_mask(prompt))
+
+
+def nearest_copy(image: Image.Image | np.ndarray) -> tuple[float, str]:
+    """The highest copy score of an image over all duplicated training images, and the prompt it belongs to."""
+    pixels = _pixels(image)
+    return max((_correlation(pixels, original, mask > 250), text) for text, (original, mask) in duplicates().items())
+
+
+def _duplicate(prompt: str) -> tuple[np.ndarray, np.ndarray]:
+    if prompt not in duplicates():
+        raise KeyError(f"no training image was duplicated under {prompt!r}: it is no exact or template prompt of the lab")
+    return duplicates()[prompt]
+
+
+def _pixels(image: Image.Image | np.ndarray) -> np.ndarray:
+    pixels = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image, dtype=np.float64)
+    if pixels.shape != (SIZE, SIZE, 3):
+        raise ValueError(f"the image has shape {pixels.shape}; the lab's images are {SIZE} x {SIZE} RGB")
+    return pixels
+
+
+def _correlation(a: np.ndarray, b: np.ndarray, mask: np.ndarray) -> float:
+    a, b = (x[mask].astype(np.float64) for x in (a, b))
+    a, b = a - a.mean(0), b - b.mean(0)
+    return float(max(0.0, (a * b).sum() / max(np.linalg.norm(a) * np.linalg.norm(b), 1e-12)))
