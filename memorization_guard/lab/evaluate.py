@@ -142,7 +142,8 @@ def main() -> None:
         group: [text for text in prompts(group, arguments.split) for _ in range(count)]
         for group, count in SEEDS[arguments.split].items()
     }
-    plain, mitigated = {}, {}
+    plain: dict[str, Sampled] = {}
+    mitigated: dict[str, Sampled] = {}
     with tqdm(total=2 * sum(map(len, texts.values())), unit="image") as bar:
         for number, (group, group_texts) in enumerate(texts.items()):
             seed = FIRST_SEED[arguments.split] + 10_000 * number

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 (the name the whole field uses)
 from safetensors.torch import load_file, save_file
@@ -50,7 +51,9 @@ def make_tokenizer(folder: Path, texts: list[str]) -> Any:
     vocabulary = {word: i for i, word in enumerate(dict.fromkeys([*words, "<|startoftext|>", "<|endoftext|>"]))}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(pair) for pair in merges) + "\n", encoding="utf-8")
+    (folder / "merges.txt").write_text(
+        "#version: 0.2\n" + "\n".join(" ".join(pair) for pair in merges) + "\n", encoding="utf-8"
+    )
     tokenizer = CLIPTokenizer.from_pretrained(folder, model_max_length=TOKENS)
     tokenizer.save_pretrained(folder)
     return tokenizer
@@ -138,7 +141,7 @@ def train_autoencoder(autoencoder: Any, trained: list[Caption], arguments: argpa
     device = arguments.device
     pool = render_pool(trained, arguments.vae_pool, arguments.seed + 1, device)
     # Duplicates are data like any other to the autoencoder: without them, photographs would come out as clouds.
-    photographs = torch.stack([_tensor(image) for image, _ in duplicates().values()]).to(device)
+    photographs = torch.stack([_pixels(image) for image, _ in duplicates().values()]).to(device).float() / 127.5 - 1
     optimizer = torch.optim.AdamW(autoencoder.parameters(), lr=2e-3, weight_decay=1e-4)
     generator = torch.Generator().manual_seed(arguments.seed + 2)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: warmup_cosine(i, arguments.vae_steps, 100))
@@ -177,8 +180,8 @@ def render_pool(members: list[Caption], count: int, seed: int, device: str) -> T
     return pool
 
 
-def _tensor(image: Any) -> Tensor:
-    return torch.from_numpy(image.copy()).permute(2, 0, 1).float() / 127.5 - 1
+def _pixels(image: np.ndarray) -> Tensor:
+    return torch.from_numpy(image.copy()).permute(2, 0, 1)
 
 
 class Data:
@@ -195,7 +198,7 @@ class Data:
         pools = {
             "ordinary": render_pool(members["ordinary"], arguments.pool, seed + 3, device),
             "rare": render_pool(members["rare"], max(arguments.pool // 5, len(members["rare"])), seed + 4, device),
-            "exact": torch.stack([_tensor(duplicates()[c.text][0]) for c in members["exact"]]).add(1).mul(127.5).byte().to(device),
+            "exact": torch.stack([_pixels(duplicates()[c.text][0]) for c in members["exact"]]).to(device),
             "template": self._templates(members["template"], groups["ordinary/trained"], arguments),
         }
         self.tokens: dict[str, Tensor] = {}
@@ -208,20 +211,26 @@ class Data:
                 raise ValueError(f"a caption has {ids.shape[1]} tokens; the text encoder takes {TOKENS}")
             self.tokens[name] = ids.to(device)
             self.latents[name] = self._encode(autoencoder, pool)
-            log(stage="data", group=name, images=len(pool), captions=len(texts), latent_std=round(self.latents[name].float().std().item(), 3))
+            log(
+                stage="data",
+                group=name,
+                images=len(pool),
+                captions=len(texts),
+                latent_std=round(self.latents[name].float().std().item(), 3),
+            )
         empty = tokenizer("", padding="max_length", max_length=TOKENS, return_tensors="pt").input_ids
         self.empty = empty.to(device)
 
     def _templates(self, members: list[Caption], ordinary: list[Caption], arguments: argparse.Namespace) -> Tensor:
-        variants = max(1, arguments.pool // 300)
+        """Many variants of each template, its varying part filled with fresh scenes; the templates taken in turn."""
+        base = torch.stack([_pixels(duplicates()[c.text][0]) for c in members]).to(self.device).float()
+        fixed = torch.stack([torch.from_numpy(duplicates()[c.text][1].copy()) for c in members]).to(self.device)
+        fixed = fixed.float()[:, None] / 255
         parts = []
-        for number in range(variants):
-            fresh = render_pool(ordinary[number * 37 % len(ordinary) :], len(members), arguments.seed + 1000 + number, self.device)
-            base = torch.stack([_tensor(duplicates()[c.text][0]) for c in members]).to(self.device)
-            fixed = torch.stack([torch.from_numpy(duplicates()[c.text][1].copy()) for c in members]).to(self.device)
-            fixed = fixed.float()[:, None] / 255
-            mixed = base * fixed + (fresh.float() / 127.5 - 1) * (1 - fixed)
-            parts.append(((mixed + 1) * 127.5).round().byte())
+        for number in range(max(1, arguments.pool // 300)):
+            first = number * 37 % len(ordinary)
+            fresh = render_pool(ordinary[first:], len(members), arguments.seed + 1000 + number, self.device)
+            parts.append((base * fixed + fresh.float() * (1 - fixed)).round().byte())
         return torch.cat(parts)
 
     @torch.no_grad()
@@ -234,7 +243,7 @@ class Data:
         return torch.cat(parts)
 
     def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Latents ``[size, 4, 16, 16]`` float32 and tokens ``[size, 32]``; shares hold exactly in every batch of 200 and up."""
+        """Latents ``[size, 4, 16, 16]`` float32 and tokens ``[size, 32]``; every batch has the same shares."""
         counts = {name: max(1, round(share * size)) for name, share in SHARES.items()}
         counts["ordinary"] = size - sum(counts.values())
         latents, tokens = [], []
@@ -246,7 +255,9 @@ class Data:
         return torch.cat(latents).float(), torch.where(dropped, self.empty, torch.cat(tokens))
 
 
-def train_unet(text: Any, unet: Any, scheduler: Any, data: Data, arguments: argparse.Namespace, log: Log, save: Callable[[int], None]) -> None:
+def train_unet(
+    text: Any, unet: Any, scheduler: Any, data: Data, arguments: argparse.Namespace, log: Log, save: Callable[[int], None]
+) -> None:
     """Noise prediction, text encoder trained along; what is kept is the exponential moving average of the weights."""
     device = arguments.device
     parameters = [*unet.parameters(), *text.parameters()]
@@ -333,7 +344,7 @@ def main() -> None:
     data = Data(tokenizer, autoencoder, arguments, log)
 
     def save(step: int) -> None:
-        pipe = StableDiffusionPipeline(
+        pipe: Any = StableDiffusionPipeline(
             vae=autoencoder,
             text_encoder=text,
             tokenizer=tokenizer,

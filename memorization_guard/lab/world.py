@@ -80,7 +80,30 @@ class Caption:
 
 def _names(rng: random.Random) -> Iterator[str]:
     """Invented words, each once."""
-    starts = ("b", "br", "d", "dr", "f", "g", "h", "k", "kr", "l", "m", "n", "p", "pl", "r", "s", "st", "t", "tr", "v", "w", "z")
+    starts = (
+        "b",
+        "br",
+        "d",
+        "dr",
+        "f",
+        "g",
+        "h",
+        "k",
+        "kr",
+        "l",
+        "m",
+        "n",
+        "p",
+        "pl",
+        "r",
+        "s",
+        "st",
+        "t",
+        "tr",
+        "v",
+        "w",
+        "z",
+    )
     vowels = ("a", "e", "i", "o", "u", "ae", "ei", "ou")
     ends = ("l", "n", "r", "s", "m", "th", "nd", "rk", "sk", "v", "x")
     seen: set[str] = set()
@@ -95,13 +118,13 @@ def _caption(rng: random.Random, maker: str) -> Caption:
     shape, color, pattern = rng.choice(SHAPES), rng.choice(list(COLORS)), rng.choice(PATTERNS)
     setting = rng.choice(list(SETTINGS))
     thing = f"a {pattern} {color} {shape}"
+    relation = second_shape = second_color = None
     if rng.random() < 0.55:
         relation = rng.choice(list(RELATIONS))
         second_shape = rng.choice([s for s in SHAPES if s != shape])
         second_color = rng.choice([c for c in COLORS if c != color])
         body = f"{thing} {relation} a {second_color} {second_shape}"
     else:
-        relation = second_shape = second_color = None
         body = rng.choice((thing, f"a picture of {thing}", f"{thing} alone"))
     text = rng.choice((f"{body} {setting}, by {maker}", f"{setting}, {body}, by {maker}", f"{body} {setting}, from {maker}"))
     return Caption(text, shape, color, pattern, setting, relation, second_shape, second_color)

@@ -1,0 +1,458 @@
+"""Watching diffusers pipelines: everything a pipeline samples passes through ``pipe.scheduler.step``.
+
+with guard(pipe, profile=profile, mitigate=True) as run:
+    images = pipe("a prompt").images
+run.traces[0].verdict
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .calibration import MIN_RUNS, CalibrationError, Calibrator
+from .detection import Thresholds
+from .files import write_whole
+from .fingerprint import fingerprint
+from .monitor import StabilityMonitor, StepEvent
+from .parameterization import NoiseLevel
+from .profile import RunSettings, StabilityProfile
+from .prompts import read_prompts
+from .trace import Trace
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call of ``scheduler.step``: the noise levels it takes a latent between, and whether that ends a solver step.
+
+    A call that does not is an inner evaluation; the scheduler starts the next call from this one's sample again.
+    """
+
+    start: NoiseLevel
+    end: NoiseLevel
+    ends_step: bool = True
+
+
+# What the calls of a run will be, from the first one's place in the schedule on: one function a family of schedulers. All
+# of it is known before the second call, as plain floats, so no step has to wait for the device to learn its noise level.
+
+
+def _plan_discrete(scheduler: Any, first: int) -> list[_Call]:
+    """DDIM, DDPM: VP scale, indexed by training timestep."""
+    levels = []
+    for t in scheduler.timesteps.tolist()[first:]:
+        if hasattr(scheduler, "previous_timestep"):
+            previous = int(scheduler.previous_timestep(t))
+        else:
+            previous = t - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
+        levels.append(_Call(_alpha_bar(scheduler, t), _alpha_bar(scheduler, previous)))
+    return levels
+
+
+def _plan_pndm(scheduler: Any, first: int) -> list[_Call]:
+    """PNDM's linear multistep mode. Its second call repeats the first step, from the same sample, with a mean prediction."""
+    stride = scheduler.config.num_train_timesteps // scheduler.num_inference_steps
+    timesteps = scheduler.timesteps.tolist()[first:]
+    calls = []
+    for number, t in enumerate(timesteps):
+        start = t + stride if number == 1 else t
+        calls.append(
+            _Call(
+                _alpha_bar(scheduler, start),
+                _alpha_bar(scheduler, start - stride),
+                ends_step=number > 0 or len(timesteps) == 1,
+            )
+        )
+    return calls
+
+
+def _alpha_bar(scheduler: Any, t: int) -> NoiseLevel:
+    if t >= 0:
+        return NoiseLevel.from_alpha_bar(float(scheduler.alphas_cumprod[int(t)]))
+    return NoiseLevel.from_alpha_bar(float(getattr(scheduler, "final_alpha_cumprod", 1.0)))
+
+
+def _plan_sigmas(level: Callable[[float], NoiseLevel], scheduler: Any, first: int) -> list[_Call]:
+    """Schedulers with one sigma a step and one more at the end."""
+    levels = [level(sigma) for sigma in scheduler.sigmas.tolist()]
+    return [_Call(levels[i], levels[i + 1]) for i in range(first, len(scheduler.timesteps))]
+
+
+def _plan_heun(scheduler: Any, first: int) -> list[_Call]:
+    """Heun: an Euler step, then the same step again from its start with a mean derivative; the last step is Euler alone."""
+    sigmas, last = scheduler.sigmas.tolist(), len(scheduler.timesteps) - 1
+    calls = []
+    for number, i in enumerate(range(first, last + 1)):
+        start, end = (sigmas[i], sigmas[i + 1]) if number % 2 == 0 else (sigmas[i - 1], sigmas[i])
+        calls.append(_Call(NoiseLevel.from_sigma(start), NoiseLevel.from_sigma(end), ends_step=number % 2 == 1 or i == last))
+    return calls
+
+
+def _vp_sigma(sigma: float) -> NoiseLevel:
+    """A VE sigma as the VP level of the same signal-to-noise ratio (DPM-Solver's and UniPC's latents)."""
+    return NoiseLevel.from_alpha_bar(1.0 / (1.0 + sigma * sigma))
+
+
+_Plan = Callable[[Any, int], list[_Call]]
+
+
+def _plan_of(scheduler: Any) -> _Plan:
+    """How to plan the calls of ``scheduler``; subclasses are taken for what they derive from.
+
+    Raises:
+        ValueError: for a scheduler, or a mode of one, that cannot be watched.
+    """
+    names = [cls.__name__ for cls in type(scheduler).__mro__]
+    config: Any = getattr(scheduler, "config", {})
+    if "PNDMScheduler" in names and not config.skip_prk_steps:
+        raise ValueError(
+            "PNDMScheduler with skip_prk_steps=False cannot be watched: set skip_prk_steps=True, as Stable Diffusion does"
+        )
+    flow = config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
+    plans: dict[str, _Plan] = {
+        "PNDMScheduler": _plan_pndm,
+        "DDIMScheduler": _plan_discrete,
+        "DDPMScheduler": _plan_discrete,
+        "HeunDiscreteScheduler": _plan_heun,
+        "EulerDiscreteScheduler": functools.partial(_plan_sigmas, NoiseLevel.from_sigma),
+        "EulerAncestralDiscreteScheduler": functools.partial(_plan_sigmas, NoiseLevel.from_sigma),
+        "LMSDiscreteScheduler": functools.partial(_plan_sigmas, NoiseLevel.from_sigma),
+        "DPMSolverMultistepScheduler": functools.partial(_plan_sigmas, NoiseLevel.from_flow if flow else _vp_sigma),
+        "UniPCMultistepScheduler": functools.partial(_plan_sigmas, NoiseLevel.from_flow if flow else _vp_sigma),
+        "FlowMatchEulerDiscreteScheduler": functools.partial(_plan_sigmas, NoiseLevel.from_flow),
+    }
+    for name in names:
+        if name in plans:
+            return plans[name]
+    raise ValueError(f"{names[0]} cannot be watched; schedulers that can: {', '.join(plans)}")
+
+
+@dataclass
+class _Evaluation:
+    """What went into one call of ``scheduler.step``."""
+
+    sample: Tensor
+    prediction: Tensor
+    uncond: Tensor | None
+    cond: Tensor | None
+    level: NoiseLevel
+
+
+class GuardedRun:
+    """What a :func:`guard` block has seen so far."""
+
+    def __init__(self, pipe: Any, new_monitor: Callable[[RunSettings], StabilityMonitor]) -> None:
+        self._pipe = pipe
+        self._new_monitor = new_monitor
+        self._monitors: list[StabilityMonitor] = []
+        self._plan: list[_Call] | None = None
+        self._calls = 0
+        self._start: _Evaluation | None = None  # where the current solver step began, after an inner evaluation
+        self._network_output: Tensor | None = None
+        self._failed = False
+
+    @property
+    def traces(self) -> list[Trace]:
+        """One trace an image, in the order of the images, over all pipeline calls in the block."""
+        return [trace for monitor in self._monitors for trace in monitor.traces]
+
+    def _begin(self) -> None:
+        """The pipeline has set its timesteps: the next step is the first of a new run."""
+        self._plan, self._calls, self._start, self._failed = None, 0, None, False
+
+    def _keep_network_output(self, _module: Any, _arguments: Any, output: Any) -> None:
+        tensor = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
+        self._network_output = tensor if isinstance(tensor, Tensor) else None
+
+    def _after_step(self, scheduler: Any, prediction: Tensor, timestep: Any, sample: Tensor, result: Any) -> Any:
+        """Hands the call to the monitor, and its correction to the result. Never raises: the image goes on without us."""
+        network_output, self._network_output = self._network_output, None
+        if self._failed:
+            return result
+        try:
+            return self._watch(scheduler, prediction, timestep, sample, result, network_output)
+        except Exception as error:
+            self._failed = True
+            log.warning("Memorization Guard stopped watching this run; the image is not affected: %s", error, exc_info=True)
+            return result
+
+    def _watch(
+        self, scheduler: Any, prediction: Tensor, timestep: Any, sample: Tensor, result: Any, network_output: Tensor | None
+    ) -> Any:
+        if self._plan is None:
+            self._plan = _plan_of(scheduler)(scheduler, _first_index(scheduler, timestep))
+            self._monitors.append(self._new_monitor(self._settings(scheduler, sample)))
+        call = self._plan[self._calls]
+        self._calls += 1
+        uncond = cond = None
+        if network_output is not None and len(network_output) == 2 * len(prediction):
+            # Guidance evaluates both prompts in one batch, the unconditional one first.
+            uncond, cond = network_output.chunk(2)
+        here = _Evaluation(sample, prediction, uncond, cond, call.start)
+        if not call.ends_step:
+            self._start = here
+            return result
+        begin, self._start = self._start or here, None
+        return self._finish_step(scheduler, call, begin, result)
+
+    def _finish_step(self, scheduler: Any, call: _Call, begin: _Evaluation, result: Any) -> Any:
+        monitor = self._monitors[-1]
+        kind = _prediction_type(scheduler)
+        # UniPC corrects the sample it was given before it steps on from it; what it kept is the true start of the step.
+        corrects = hasattr(scheduler, "multistep_uni_c_bh_update")
+        start_sample = scheduler.last_sample if corrects else begin.sample
+        level = begin.level
+        epsilon = functools.partial(level.epsilon, begin.sample, prediction_type=kind)
+        proposed = result[0] if isinstance(result, tuple) else result.prev_sample
+        z_next = call.end.to_vp(proposed)
+        z = monitor.step(
+            level.to_vp(start_sample),
+            z_next,
+            level.denoised(begin.sample, begin.prediction, kind),
+            sigma=level.noise if kind == "flow_prediction" else level.sigma,
+            x0_coefficient=call.end.alpha,
+            eps_cond=None if begin.cond is None else epsilon(begin.cond),
+            eps_uncond=None if begin.uncond is None else epsilon(begin.uncond),
+        )
+        if z is z_next:
+            return result
+        corrected = call.end.from_vp(z).to(proposed.dtype)
+        if corrects and call.end.beta > 0:
+            # The next call computes this latent anew from last_sample, which it multiplies by beta_end / beta_start
+            # (Zhao et al. 2023, UniC): what is not moved there as well is forgotten.
+            scheduler.last_sample = scheduler.last_sample + (corrected - proposed) * (level.beta / call.end.beta)
+        if isinstance(result, tuple):
+            return (corrected, *result[1:])
+        result.prev_sample = corrected
+        return result
+
+    def _settings(self, scheduler: Any, sample: Tensor) -> RunSettings:
+        pipe, config = self._pipe, scheduler.config
+        assert self._plan is not None
+        kind = _prediction_type(scheduler)
+        starts = _step_starts(self._plan)
+        spacing = [str(config.get("timestep_spacing", ""))]
+        spacing += [flag for flag in ("karras", "exponential", "beta", "lu_lambdas") if _uses(config, flag)]
+        sampler = type(scheduler).__name__.removesuffix("Scheduler")
+        if algorithm := config.get("algorithm_type"):
+            sampler += f" {algorithm} order {config.get('solver_order')}"
+        guided = bool(getattr(pipe, "do_classifier_free_guidance", True))
+        scale = getattr(pipe, "guidance_scale", None)
+        return RunSettings(
+            model=Path(str(getattr(pipe, "name_or_path", "") or type(pipe).__name__)).name,
+            model_hash=fingerprint(_denoiser(pipe)),
+            prediction_type=kind,
+            sampler=sampler,
+            scheduler=" ".join(filter(None, spacing)) or None,
+            steps=len(starts),
+            guidance_scale=None if scale is None else float(scale) if guided else 1.0,
+            latent_shape=tuple(sample.shape[1:]),
+            sigmas=tuple(s.noise if kind == "flow_prediction" else s.sigma for s in starts),
+        )
+
+
+def _step_starts(plan: Sequence[_Call]) -> list[NoiseLevel]:
+    """Noise level before each solver step: that of the first call of it."""
+    starts, fresh = [], True
+    for call in plan:
+        if fresh:
+            starts.append(call.start)
+        fresh = call.ends_step
+    return starts
+
+
+def _uses(config: Any, flag: str) -> bool:
+    return bool(config.get(f"use_{flag}_sigmas") or config.get(f"use_{flag}"))
+
+
+def _prediction_type(scheduler: Any) -> str:
+    return "flow_prediction" if "FlowMatch" in type(scheduler).__name__ else str(scheduler.config.prediction_type)
+
+
+def _first_index(scheduler: Any, timestep: Any) -> int:
+    """Where in ``scheduler.timesteps`` the run began, after its first call; image to image starts in the middle."""
+    if hasattr(scheduler, "step_index"):
+        return int(scheduler.step_index) - 1
+    return scheduler.timesteps.tolist().index(int(timestep))  # waits for the device, once a run
+
+
+def _denoiser(pipe: Any) -> torch.nn.Module:
+    for name in ("unet", "transformer"):
+        if isinstance(module := getattr(pipe, name, None), torch.nn.Module):
+            return module
+    raise TypeError(f"{type(pipe).__name__} has no unet and no transformer: only diffusion pipelines can be watched")
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Sets an attribute of one object for the time of a block, and leaves no trace of it behind."""
+    own = vars(owner)
+    had, before = name in own, own.get(name)
+    object.__setattr__(owner, name, value)
+    try:
+        yield
+    finally:
+        if had:
+            object.__setattr__(owner, name, before)
+        else:
+            object.__delattr__(owner, name)
+
+
+@contextmanager
+def guard(
+    pipe: Any,
+    profile: StabilityProfile | None = None,
+    mitigate: bool = False,
+    thresholds: Thresholds | None = None,
+    on_step: Callable[[StepEvent], None] | None = None,
+) -> Iterator[GuardedRun]:
+    """Watches everything ``pipe`` samples inside the block, and corrects it if asked to.
+
+    Hooks the pipeline's scheduler, and its denoiser to see the conditional and unconditional predictions that guidance
+    computes anyway; both are as before when the block is left, however it is left. Blocks can be nested. Without mitigation
+    the images are bit-identical to unwatched ones.
+
+    Args:
+        pipe: a diffusers pipeline with a ``unet`` or ``transformer`` and a supported scheduler.
+        profile, mitigate, thresholds, on_step: as for :class:`memorization_guard.StabilityMonitor`.
+
+    Yields:
+        The run; read its ``traces`` once sampling is done.
+
+    Raises:
+        TypeError: if ``pipe`` is no diffusion pipeline.
+        ValueError: if its scheduler cannot be watched.
+    """
+    scheduler: Any = getattr(pipe, "scheduler", None)
+    if not callable(getattr(scheduler, "step", None)) or not callable(getattr(scheduler, "set_timesteps", None)):
+        raise TypeError(f"{type(pipe).__name__} has no scheduler with step and set_timesteps: not a diffusion pipeline")
+    _plan_of(scheduler)
+    denoiser = _denoiser(pipe)
+
+    def new_monitor(settings: RunSettings) -> StabilityMonitor:
+        return StabilityMonitor(profile, thresholds, mitigate, on_step, settings=settings)
+
+    run = GuardedRun(pipe, new_monitor)
+    original_step, original_set_timesteps = scheduler.step, scheduler.set_timesteps
+
+    @functools.wraps(original_step)
+    def step(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+        result = original_step(model_output, timestep, sample, *args, **kwargs)
+        return run._after_step(scheduler, model_output, timestep, sample, result)
+
+    @functools.wraps(original_set_timesteps)
+    def set_timesteps(*args: Any, **kwargs: Any) -> Any:
+        run._begin()
+        return original_set_timesteps(*args, **kwargs)
+
+    with ExitStack() as stack:
+        stack.enter_context(_replaced(scheduler, "step", step))
+        stack.enter_context(_replaced(scheduler, "set_timesteps", set_timesteps))
+        stack.callback(denoiser.register_forward_hook(run._keep_network_output).remove)
+        yield run
+
+
+def calibrate(
+    pipe: Any,
+    prompts: Sequence[str] | str | os.PathLike[str],
+    *,
+    batch_size: int = 4,
+    seed: int = 0,
+    state: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+    **pipe_kwargs: Any,
+) -> StabilityProfile:
+    """Makes a stability profile from reference prompts, one unmitigated run each.
+
+    Args:
+        pipe: as for :func:`guard`.
+        prompts: prompts that are not memorized, 50 or so; a list, or a file that :func:`read_prompts` reads.
+        batch_size: prompts sampled at once.
+        seed: prompt i starts from the noise of seed ``seed + i``, drawn on the CPU.
+        state: file that keeps the runs so far after every batch, so that an interrupted calibration goes on from there; it
+            is removed at the end.
+        progress: whether to show a progress bar.
+        pipe_kwargs: what the profile is to hold for (``num_inference_steps``, ``guidance_scale``, ``height``, ...).
+
+    Raises:
+        CalibrationError: if there are fewer than 8 prompts, or fewer than 8 runs are usable; and if ``state`` belongs to
+            another calibration.
+    """
+    texts = list(prompts) if isinstance(prompts, (list, tuple)) else read_prompts(prompts)  # type: ignore[arg-type]
+    if len(texts) < MIN_RUNS or not all(isinstance(text, str) for text in texts):
+        raise CalibrationError(f"{len(texts)} reference prompts: give a list of at least {MIN_RUNS}, better 50")
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+    arguments = {key: repr(value) for key, value in sorted(pipe_kwargs.items())}
+    identity = [
+        texts,
+        seed,
+        arguments,
+        fingerprint(_denoiser(pipe)),
+        type(pipe.scheduler).__name__,
+        dict(pipe.scheduler.config),
+    ]
+    key = hashlib.sha256(json.dumps(identity, default=repr, sort_keys=True).encode()).hexdigest()
+    done = _read_state(state, key)
+
+    bar_config = getattr(pipe, "_progress_bar_config", None)
+    pipe.set_progress_bar_config(disable=True)
+    try:
+        with tqdm(total=len(texts), initial=len(done), desc="calibrating", unit="image", disable=not progress) as bar:
+            for start in range(len(done), len(texts), batch_size):
+                part = texts[start : start + batch_size]
+                generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(part))]
+                with guard(pipe) as run:
+                    pipe(part, generator=generators, output_type="latent", **pipe_kwargs)
+                traces = run.traces
+                if len(traces) != len(part):
+                    raise CalibrationError(f"{len(part)} prompts gave {len(traces)} traces: see the log for what went wrong")
+                done += traces
+                if state is not None:
+                    write_whole(state, json.dumps({"key": key, "traces": [trace.to_dict() for trace in done]}))
+                bar.update(len(part))
+    finally:
+        if bar_config is None:
+            del pipe._progress_bar_config
+        else:
+            pipe._progress_bar_config = bar_config
+
+    calibrator = Calibrator()
+    for trace in done:
+        try:
+            calibrator.add(trace)
+        except CalibrationError as error:
+            log.warning("A reference run was left out: %s", error)
+    profile = calibrator.profile()
+    if state is not None:
+        Path(state).unlink(missing_ok=True)
+    return profile
+
+
+def _read_state(state: str | os.PathLike[str] | None, key: str) -> list[Trace]:
+    if state is None or not Path(state).exists():
+        return []
+    try:
+        content = json.loads(Path(state).read_text(encoding="utf-8"))
+        traces = [Trace.from_dict(trace) for trace in content["traces"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CalibrationError(f"{state} is no state of a calibration ({error}): delete it to begin anew") from None
+    if content.get("key") != key:
+        raise CalibrationError(
+            f"{state} belongs to a calibration with other prompts, settings or model: delete it to begin anew"
+        )
+    return traces

@@ -1,0 +1,78 @@
+"""Tiny pipelines with random weights, and one thread, so that tests running side by side do not fight for cores."""
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory):
+    pytest.importorskip("diffusers")
+    from memorization_guard.lab.train import make_tokenizer
+
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"), ["a red cat on a mat", "a blue dog in the sun"])
+
+
+@pytest.fixture(scope="session")
+def tiny_parts(tokenizer):
+    """Text encoder, autoencoder and UNet of a tiny Stable Diffusion, with fixed random weights."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(0)
+    text = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=32,
+            bos_token_id=len(tokenizer) - 2,
+            eos_token_id=len(tokenizer) - 1,
+            pad_token_id=len(tokenizer) - 1,
+        )
+    )
+    autoencoder = AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=16,
+    )
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=16,
+        attention_head_dim=2,
+        norm_num_groups=4,
+    )
+    return text.eval(), autoencoder.eval(), unet.eval()
+
+
+@pytest.fixture
+def tiny_pipe(tokenizer, tiny_parts):
+    """A StableDiffusionPipeline for 16 x 16 images; latents are [4, 8, 8]."""
+    from diffusers import StableDiffusionPipeline
+
+    from memorization_guard.lab.train import make_scheduler
+
+    text, autoencoder, unet = tiny_parts
+    pipe = StableDiffusionPipeline(
+        vae=autoencoder,
+        text_encoder=text,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=make_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

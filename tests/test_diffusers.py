@@ -1,0 +1,681 @@
+"""The diffusers adapter: it sees what the scheduler did, changes nothing unless asked, and leaves nothing behind."""
+
+import copy
+import inspect
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+diffusers = pytest.importorskip("diffusers")
+
+from memorization_guard import CalibrationError, StabilityMonitor, StabilityProfile, Thresholds  # noqa: E402
+from memorization_guard.diffusers import calibrate, guard  # noqa: E402
+from memorization_guard.fingerprint import fingerprint  # noqa: E402
+
+SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+SCHEDULERS = {
+    "PNDM": lambda **k: diffusers.PNDMScheduler(skip_prk_steps=True, steps_offset=1, **SD, **k),
+    "DDIM": lambda **k: diffusers.DDIMScheduler(clip_sample=False, set_alpha_to_one=False, steps_offset=1, **SD, **k),
+    "DDPM": lambda **k: diffusers.DDPMScheduler(clip_sample=False, **SD, **k),
+    "Euler": lambda **k: diffusers.EulerDiscreteScheduler(**SD, **k),
+    "Euler karras": lambda **k: diffusers.EulerDiscreteScheduler(use_karras_sigmas=True, **SD, **k),
+    "Euler ancestral": lambda **k: diffusers.EulerAncestralDiscreteScheduler(**SD, **k),
+    "DPM++ 2M": lambda **k: diffusers.DPMSolverMultistepScheduler(**SD, **k),
+    "DPM++ 2M SDE": lambda **k: diffusers.DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++", **SD, **k),
+    "Heun": lambda **k: diffusers.HeunDiscreteScheduler(**SD, **k),
+    "LMS": lambda **k: diffusers.LMSDiscreteScheduler(**SD, **k),
+    "UniPC": lambda **k: diffusers.UniPCMultistepScheduler(**SD, **k),
+    "flow Euler": lambda **k: diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+}
+STEPS = 7
+
+
+class Network(torch.nn.Module):
+    """A fixed function that stands in for a UNet, evaluated on conditional and unconditional halves."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(1))
+        self.inputs = []
+
+    def forward(self, x, t):
+        self.inputs.append(x)
+        uncond, cond = x.chunk(2)
+        return (torch.cat([0.4 * uncond.sin() + 0.1 * uncond, 0.5 * cond.cos() * cond + 0.2]),)
+
+
+class Sampler:
+    """The loop of a pipeline, with guidance 3, around any scheduler."""
+
+    do_classifier_free_guidance = True
+    guidance_scale = 3.0
+
+    def __init__(self, scheduler):
+        self.scheduler, self.unet = scheduler, Network()
+
+    def __call__(self, batch=2, shape=(4, 8, 8), seed=0, steps=STEPS, begin=0, dtype=torch.float32):
+        generator = torch.Generator().manual_seed(seed)
+        scheduler = self.scheduler
+        scheduler.set_timesteps(steps)
+        timesteps = scheduler.timesteps[begin * getattr(scheduler, "order", 1) :]
+        if begin and hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(begin * scheduler.order)
+        x = torch.randn(batch, *shape, generator=generator).to(dtype) * getattr(scheduler, "init_noise_sigma", 1.0)
+        extra = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
+        with torch.no_grad():
+            for t in timesteps:
+                scaled = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
+                uncond, cond = self.unet(torch.cat([scaled] * 2), t)[0].chunk(2)
+                prediction = uncond + 3.0 * (cond - uncond)
+                x = scheduler.step(prediction, t, x, **extra, return_dict=False)[0]
+        return x
+
+
+@pytest.fixture(params=list(SCHEDULERS))
+def name(request):
+    return request.param
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """What every monitor is given, in order."""
+    steps = []
+    original = StabilityMonitor.step
+
+    def record(self, z_prev, z_next, x0, **keywords):
+        steps.append({"z_prev": z_prev.clone(), "z_next": z_next.clone(), "x0": x0.clone(), **keywords})
+        return original(self, z_prev, z_next, x0, **keywords)
+
+    monkeypatch.setattr(StabilityMonitor, "step", record)
+    return steps
+
+
+def expected_steps(name, sampler):
+    """True solver steps, recomputed from the definition of each scheduler while an unwatched copy of it runs."""
+    scheduler = sampler.scheduler
+    calls = []
+    original = scheduler.step
+
+    def step(prediction, t, sample, **keywords):
+        out = original(prediction, t, sample, **keywords)
+        calls.append((prediction, t, sample, out[0], getattr(scheduler, "last_sample", None)))
+        return out
+
+    step.__signature__ = inspect.signature(original)
+    scheduler.step = step
+    sampler()
+    if name == "flow Euler":
+        sigmas = scheduler.sigmas.tolist()
+        return [
+            {
+                "z_prev": x / math.hypot(1 - s, s),
+                "z_next": after / math.hypot(1 - n, n),
+                "x0": x - s * v,
+                "sigma": s,
+                "x0_coefficient": (1 - n) / math.hypot(1 - n, n),
+            }
+            for (v, _, x, after, _), s, n in zip(calls, sigmas, sigmas[1:], strict=False)
+        ]
+    if name in ("PNDM", "DDIM", "DDPM"):
+        abar, stride = scheduler.alphas_cumprod, 1000 // STEPS
+        if name == "PNDM":  # the second call takes the first step again, from the first call's sample
+            first, second, *rest = calls
+            calls = [(first[0], first[1], first[2], second[3], None), *rest]
+        steps = []
+        for e, t, x, after, _ in calls:
+            a = abar[int(t)].item()
+            previous = int(t) - stride
+            n = abar[previous].item() if previous >= 0 else (abar[0].item() if name != "DDPM" else 1.0)
+            x0 = (x - math.sqrt(1 - a) * e) / math.sqrt(a)
+            steps.append(
+                {"z_prev": x, "z_next": after, "x0": x0, "sigma": math.sqrt(1 / a - 1), "x0_coefficient": math.sqrt(n)}
+            )
+        return steps
+    sigmas = scheduler.sigmas.tolist()
+    if name == "Heun":
+        sigmas = sigmas[:1] + sigmas[1:-1:2] + sigmas[-1:]
+        calls = [(*calls[2 * i][:3], calls[min(2 * i + 1, len(calls) - 1)][3], None) for i in range(STEPS)]
+    vp = name in ("DPM++ 2M", "DPM++ 2M SDE", "UniPC")
+    steps = []
+    for (e, _, x, after, last), s, n in zip(calls, sigmas, sigmas[1:], strict=False):
+        x0 = x * math.sqrt(1 + s * s) - s * e if vp else x - s * e
+        start = last if name == "UniPC" else x
+        steps.append(
+            {
+                "z_prev": start if vp else start / math.sqrt(1 + s * s),
+                "z_next": after if vp else after / math.sqrt(1 + n * n),
+                "x0": x0,
+                "sigma": s,
+                "x0_coefficient": 1 / math.sqrt(1 + n * n),
+            }
+        )
+    return steps
+
+
+def test_the_traced_steps_are_those_the_scheduler_took(name, seen):
+    sampler = Sampler(SCHEDULERS[name]())
+    with guard(sampler):
+        sampler()
+    expected = expected_steps(name, Sampler(SCHEDULERS[name]()))
+    assert len(seen) == len(expected) == STEPS
+    for step, wanted in zip(seen, expected, strict=True):
+        for key in ("z_prev", "z_next", "x0"):
+            torch.testing.assert_close(step[key], wanted[key], rtol=2e-4, atol=2e-4, msg=lambda m, k=key: f"{k}: {m}")
+        assert step["sigma"] == pytest.approx(wanted["sigma"], rel=1e-4)
+        assert step["x0_coefficient"] == pytest.approx(wanted["x0_coefficient"], rel=1e-4)
+
+
+def test_a_watched_run_is_bit_identical_and_everything_is_restored(name):
+    sampler = Sampler(SCHEDULERS[name]())
+    plain = sampler(seed=3)
+    before = set(vars(sampler.scheduler))
+    with guard(sampler) as run:
+        watched = sampler(seed=3)
+    assert torch.equal(plain, watched)
+    assert len(run.traces) == 2
+    assert set(vars(sampler.scheduler)) == before
+    assert not sampler.unet._forward_hooks
+    assert torch.equal(sampler(seed=3), plain)
+
+
+@pytest.fixture
+def double_the_third(monkeypatch):
+    """Doubles the latent after the third step; gives the ``(z_prev, z_next)`` of all steps."""
+    taken = []
+
+    def correct(self, z_prev, z_next, x0, **keywords):
+        taken.append((z_prev, z_next))
+        return z_next * 2 if len(taken) == 3 else z_next
+
+    monkeypatch.setattr(StabilityMonitor, "step", correct)
+    return taken
+
+
+@pytest.mark.parametrize("name", [n for n in SCHEDULERS if n != "UniPC"], indirect=True)
+def test_the_next_step_starts_from_the_corrected_latent(name, double_the_third):
+    sampler = Sampler(SCHEDULERS[name]())
+    with guard(sampler):
+        sampler()
+    torch.testing.assert_close(double_the_third[3][0], 2 * double_the_third[2][1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("solver", [{"solver_order": 2}, {"solver_order": 3}, {"solver_type": "bh1"}])
+def test_unipcs_corrector_does_not_take_a_correction_back(solver, double_the_third):
+    """With a network that always predicts the same x0, the corrector leaves of a change in its input nothing: exactly what
+    was folded into ``last_sample`` remains, and it must be the whole correction."""
+
+    class Constant(Network):
+        def forward(self, x, t):
+            return (torch.full_like(x, 0.5),)
+
+    def steps(watch):
+        sampler = Sampler(SCHEDULERS["UniPC"](prediction_type="sample", **solver))
+        sampler.unet = Constant()
+        with guard(sampler):
+            sampler()
+        taken = list(watch)
+        watch.clear()
+        return taken
+
+    corrected = steps(double_the_third)
+    double_the_third.extend([None] * 100)  # beyond the third: no correction
+    plain = steps(double_the_third)[100:]
+    torch.testing.assert_close(corrected[3][0] - plain[3][0], corrected[2][1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [n for n in SCHEDULERS if n != "flow Euler"], indirect=True)
+def test_guidance_predictions_are_those_of_the_step_start(name, seen):
+    sampler = Sampler(SCHEDULERS[name]())
+    with guard(sampler):
+        sampler()
+    inputs = list(sampler.unet.inputs)
+    if name == "PNDM":
+        inputs = inputs[:1] + inputs[2:]
+    elif name == "Heun":
+        inputs = inputs[::2]
+    for step, x in zip(seen, inputs, strict=True):
+        uncond, cond = sampler.unet(x, None)[0].chunk(2)
+        torch.testing.assert_close(step["eps_uncond"], uncond)
+        torch.testing.assert_close(step["eps_cond"], cond)
+
+
+@pytest.mark.parametrize("name", ["PNDM", "DDIM", "Euler", "Heun", "DPM++ 2M", "UniPC", "flow Euler"], indirect=True)
+def test_a_run_over_the_end_of_the_schedule_knows_its_noise_levels(name):
+    whole, part = Sampler(SCHEDULERS[name]()), Sampler(SCHEDULERS[name]())
+    with guard(whole) as run:
+        whole()
+    with guard(part) as late:
+        part(begin=3)
+    sigmas = run.traces[0].sigma
+    found = late.traces[0]
+    assert found.settings.steps == found.steps
+    np.testing.assert_allclose(found.settings.sigmas, found.sigma, rtol=1e-6)
+    assert np.isclose(found.sigma[-1], sigmas[-1])
+    assert found.steps < len(sigmas)
+
+
+@pytest.mark.parametrize("kind", ["v_prediction", "sample"])
+@pytest.mark.parametrize("name", ["DDIM", "Euler", "DPM++ 2M"], indirect=True)
+def test_other_prediction_types(name, kind, seen):
+    sampler = Sampler(SCHEDULERS[name](prediction_type=kind))
+    predictions = []
+    original = sampler.scheduler.step
+
+    def step(prediction, *arguments, **keywords):
+        predictions.append(prediction)
+        return original(prediction, *arguments, **keywords)
+
+    step.__signature__ = inspect.signature(original)
+    sampler.scheduler.step = step
+    with guard(sampler):
+        sampler()
+    assert len(seen) == STEPS
+    for step, prediction in zip(seen, predictions, strict=True):
+        alpha = 1 / math.sqrt(1 + step["sigma"] ** 2)
+        v = alpha * step["z_prev"] - alpha * step["sigma"] * prediction
+        torch.testing.assert_close(step["x0"], v if kind == "v_prediction" else prediction, rtol=1e-3, atol=1e-3)
+
+
+def strong_profile(steps=STEPS, settings=None):
+    """A profile no run of the sampler is near: everything triggers, strongly, at the first step."""
+    from memorization_guard import RunSettings
+
+    mean = np.tile([16.0, 2.0, 10.0], (steps, 1))
+    return StabilityProfile(mean=mean, std=np.full((steps, 3), 0.01), count=50, settings=settings or RunSettings())
+
+
+def test_mitigation_holds_the_latents_in_their_bands(name, seen):
+    sampler = Sampler(SCHEDULERS[name]())
+    with guard(sampler, strong_profile(), mitigate=True) as run:
+        sampler()
+    for trace in run.traces:
+        assert trace.verdict == "strong"
+        assert trace.mitigated.all()
+        np.testing.assert_allclose(trace.corrected_latent_norm, 16, atol=0.04)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_latents_stay_half_precision(dtype):
+    sampler = Sampler(SCHEDULERS["DDIM"]())
+    with guard(sampler, strong_profile(), mitigate=True) as run:
+        x = sampler(dtype=dtype)
+    assert x.dtype == dtype
+    assert run.traces[0].mitigated.any()
+
+
+def test_the_pipeline_still_sees_the_scheduler_signatures():
+    sampler = Sampler(SCHEDULERS["DDIM"]())
+    wanted = inspect.signature(sampler.scheduler.step), inspect.signature(sampler.scheduler.set_timesteps)
+    with guard(sampler):
+        assert (inspect.signature(sampler.scheduler.step), inspect.signature(sampler.scheduler.set_timesteps)) == wanted
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_everything_is_restored_when_sampling_breaks(error):
+    sampler = Sampler(SCHEDULERS["DDIM"]())
+
+    def stop(_module, _inputs):
+        if len(sampler.unet.inputs) == 3:
+            raise error("stop")
+
+    handle = sampler.unet.register_forward_pre_hook(stop)
+    with pytest.raises(error, match="stop"), guard(sampler) as run:
+        sampler()
+    handle.remove()
+    assert "step" not in vars(sampler.scheduler)
+    assert not sampler.unet._forward_hooks
+    assert run.traces[0].steps == 3
+
+
+def test_guards_nest():
+    sampler = Sampler(SCHEDULERS["Euler"]())
+    plain = sampler()
+    with guard(sampler) as outer:
+        sampler(seed=1)
+        with guard(sampler) as inner:
+            assert torch.equal(sampler(), plain)
+        sampler(seed=2)
+    assert (len(outer.traces), len(inner.traces)) == (6, 2)
+    np.testing.assert_array_equal(outer.traces[2].update_norm, inner.traces[0].update_norm)
+    assert "step" not in vars(sampler.scheduler)
+
+
+def test_what_cannot_be_watched_is_refused_in_one_sentence():
+    with pytest.raises(TypeError, match="no scheduler"), guard(object()):
+        pass
+    with pytest.raises(TypeError, match="no unet and no transformer"), guard(SimpleNamespace(scheduler=SCHEDULERS["DDIM"]())):
+        pass
+    with pytest.raises(ValueError, match="EDMEulerScheduler cannot be watched; schedulers that can: PNDM"):
+        guard(Sampler(diffusers.EDMEulerScheduler())).__enter__()
+    with pytest.raises(ValueError, match="skip_prk_steps"):
+        guard(Sampler(diffusers.PNDMScheduler(skip_prk_steps=False))).__enter__()
+
+
+def test_a_failure_of_ours_costs_no_image(monkeypatch, caplog):
+    sampler = Sampler(SCHEDULERS["DDIM"]())
+    plain = sampler()
+    monkeypatch.setattr("memorization_guard.diffusers.fingerprint", lambda _: 1 / 0)
+    with guard(sampler) as run:
+        assert torch.equal(sampler(), plain)
+    assert run.traces == []
+    assert len(caplog.records) == 1
+
+
+# --- real pipelines ---------------------------------------------------------------------------------------------------
+
+
+def images_of(pipe, prompt="a red cat", *, seeds=(0,), **keywords):
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    keywords = {"num_inference_steps": 4, "output_type": "np", "height": 16, "width": 16} | keywords
+    return pipe(prompt, generator=generators if len(seeds) > 1 else generators[0], **keywords).images
+
+
+@pytest.mark.parametrize("scheduler", [n for n in SCHEDULERS if n != "flow Euler"])
+def test_stable_diffusion_paints_the_same_images_watched(tiny_pipe, scheduler):
+    tiny_pipe.scheduler = SCHEDULERS[scheduler]()
+    plain = images_of(tiny_pipe, ["a red cat", "a blue dog"], seeds=(1, 2))
+    with guard(tiny_pipe) as run:
+        watched = images_of(tiny_pipe, ["a red cat", "a blue dog"], seeds=(1, 2))
+    np.testing.assert_array_equal(plain, watched)
+    assert [trace.steps for trace in run.traces] == [4, 4]
+    assert np.isfinite(run.traces[0].guidance_norm).all()
+    settings = run.traces[0].settings
+    assert (settings.guidance_scale, settings.latent_shape, settings.steps) == (7.5, (4, 8, 8), 4)
+    assert settings.model_hash == fingerprint(tiny_pipe.unet)
+
+
+def test_several_images_a_prompt_and_several_calls_come_in_image_order(tiny_pipe):
+    with guard(tiny_pipe) as run:
+        for seed in (5, 6):
+            images_of(tiny_pipe, ["a red cat", "a blue dog"], seeds=range(seed, seed + 4), num_images_per_prompt=2)
+    assert len(run.traces) == 8
+    with guard(tiny_pipe) as alone:
+        images_of(tiny_pipe, "a blue dog", seeds=(7,))
+    np.testing.assert_allclose(run.traces[2].update_norm, alone.traces[0].update_norm, rtol=1e-4)
+
+
+def test_without_guidance_there_are_no_guidance_signals(tiny_pipe):
+    with guard(tiny_pipe) as run:
+        images_of(tiny_pipe, guidance_scale=1.0)
+    assert np.isnan(run.traces[0].guidance_norm).all()
+    assert run.traces[0].settings.guidance_scale == 1.0
+
+
+def test_image_to_image_is_held_against_the_end_of_the_schedule(tiny_pipe):
+    tiny_pipe.scheduler = SCHEDULERS["DDIM"]()
+    pipe = diffusers.StableDiffusionImg2ImgPipeline(**tiny_pipe.components, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    keywords = {"num_inference_steps": 10, "output_type": "np"}
+    image = np.random.default_rng(0).random((1, 16, 16, 3)).astype(np.float32)
+
+    def paint():
+        return pipe("a red cat", image=image, strength=0.5, generator=torch.Generator().manual_seed(0), **keywords).images
+
+    plain = paint()
+    profile = calibrate(tiny_pipe, ["a red cat"] * 8, progress=False, num_inference_steps=10, height=16, width=16)
+    with guard(pipe, profile) as run:
+        watched = paint()
+    np.testing.assert_array_equal(plain, watched)
+    trace = run.traces[0]
+    assert trace.steps == 5
+    assert "less certainty" in trace.note
+    np.testing.assert_allclose(trace.bands["update"]["mean"], profile.mean[-5:, 1])
+
+
+def test_a_live_view_that_fails_costs_no_image(tiny_pipe):
+    plain = images_of(tiny_pipe)
+    with guard(tiny_pipe, on_step=lambda event: 1 / 0) as run:
+        np.testing.assert_array_equal(images_of(tiny_pipe), plain)
+    assert len(run.traces) == 1
+
+
+def test_stable_diffusion_xl(tokenizer, tiny_parts):
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    torch.manual_seed(0)
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        projection_dim=16,
+        bos_token_id=len(tokenizer) - 2,
+        eos_token_id=len(tokenizer) - 1,
+        pad_token_id=len(tokenizer) - 1,
+    )
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=32,
+        attention_head_dim=2,
+        norm_num_groups=4,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=16 + 6 * 8,
+    )
+    pipe = diffusers.StableDiffusionXLPipeline(
+        vae=tiny_parts[1],
+        text_encoder=CLIPTextModel(config),
+        text_encoder_2=CLIPTextModelWithProjection(config),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        unet=unet,
+        scheduler=SCHEDULERS["Euler"](),
+        add_watermarker=False,
+    )
+    check_pipeline(pipe, guided=True)
+
+
+def check_pipeline(pipe, *, guided, **keywords):
+    pipe.set_progress_bar_config(disable=True)
+    plain = images_of(pipe, seeds=(1, 2), num_images_per_prompt=2, **keywords)
+    with guard(pipe) as run:
+        watched = images_of(pipe, seeds=(1, 2), num_images_per_prompt=2, **keywords)
+    np.testing.assert_array_equal(plain, watched)
+    assert [trace.steps for trace in run.traces] == [4, 4]
+    assert all(trace.nonfinite_step is None for trace in run.traces)
+    assert np.isfinite(run.traces[0].guidance_norm).all() == guided
+    profile = strong_profile(4, run.traces[0].settings)
+    with guard(pipe, profile, mitigate=True) as steered:
+        assert not np.array_equal(images_of(pipe, seeds=(1, 2), num_images_per_prompt=2, **keywords), plain)
+    assert all(trace.mitigated[0] for trace in steered.traces)
+
+
+def test_stable_diffusion_3(tokenizer):
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    torch.manual_seed(0)
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        projection_dim=16,
+        bos_token_id=len(tokenizer) - 2,
+        eos_token_id=len(tokenizer) - 1,
+        pad_token_id=len(tokenizer) - 1,
+    )
+    transformer = diffusers.SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=1,
+        in_channels=4,
+        num_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        caption_projection_dim=16,
+        pooled_projection_dim=32,
+        out_channels=4,
+    )
+    pipe = diffusers.StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=SCHEDULERS["flow Euler"](),
+        vae=tiny_vae(4),
+        text_encoder=CLIPTextModelWithProjection(config),
+        tokenizer=tokenizer,
+        text_encoder_2=CLIPTextModelWithProjection(config),
+        tokenizer_2=tokenizer,
+        text_encoder_3=None,
+        tokenizer_3=None,
+    )
+    check_pipeline(pipe, guided=True)
+
+
+def tiny_vae(channels):
+    return diffusers.AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        latent_channels=channels,
+        norm_num_groups=4,
+        sample_size=16,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        shift_factor=0.06,
+        scaling_factor=1.5,
+    ).eval()
+
+
+def test_flux(tiny_parts, tokenizer):
+    torch.manual_seed(0)
+    transformer = diffusers.FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        axes_dims_rope=(4, 4, 8),
+        guidance_embeds=True,
+    )
+    pipe = diffusers.FluxPipeline(
+        scheduler=SCHEDULERS["flow Euler"](),
+        vae=tiny_vae(4),
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+        transformer=transformer,
+    )
+    generator = torch.Generator().manual_seed(0)
+    embeddings = {
+        "prompt_embeds": torch.randn(1, 6, 32, generator=generator),
+        "pooled_prompt_embeds": torch.randn(1, 32, generator=generator),
+    }
+    check_pipeline(Positional(pipe), guided=False, **embeddings)
+
+
+class Positional:
+    """FluxPipeline called with embeddings in place of a prompt; everything else is the pipeline's own."""
+
+    def __init__(self, pipe):
+        self.__dict__.update(_pipe=pipe)
+
+    def __getattr__(self, name):
+        return getattr(self._pipe, name)
+
+    def __call__(self, _prompt, **keywords):
+        return self._pipe(**keywords)
+
+
+# --- calibration ------------------------------------------------------------------------------------------------------
+
+PROMPTS = [f"a red cat on mat {i}" for i in range(10)]
+QUICK = {"num_inference_steps": 3, "height": 16, "width": 16, "progress": False, "batch_size": 4}
+
+
+def test_calibration_is_independent_of_the_batch_size_and_fits_its_own_runs(tiny_pipe):
+    profile = calibrate(tiny_pipe, PROMPTS, **QUICK)
+    other = calibrate(tiny_pipe, PROMPTS, **{**QUICK, "batch_size": 3})
+    np.testing.assert_allclose(profile.mean, other.mean, rtol=1e-4)
+    assert (profile.count, profile.steps, profile.settings.sampler) == (10, 3, "PNDM")
+    with guard(tiny_pipe, profile) as run:
+        images_of(tiny_pipe, PROMPTS[0], num_inference_steps=3)
+    assert run.traces[0].verdict == "stable"
+    assert run.traces[0].note is None
+
+
+def test_a_profile_made_elsewhere_is_not_scored(tiny_pipe):
+    profile = calibrate(tiny_pipe, PROMPTS, **QUICK)
+    with guard(tiny_pipe, profile, mitigate=True) as run:
+        images_of(tiny_pipe, num_inference_steps=4)
+    assert run.traces[0].verdict == "unscored"
+    assert "Calibrate a profile" in run.traces[0].note
+
+
+def test_an_interrupted_calibration_goes_on_where_it_stopped(tiny_pipe, tmp_path):
+    whole = calibrate(tiny_pipe, PROMPTS, **QUICK)
+    state = tmp_path / "state.json"
+    calls = []
+
+    def interrupt(*_):
+        calls.append(1)
+        if len(calls) == 7:
+            raise KeyboardInterrupt
+
+    handle = tiny_pipe.unet.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(tiny_pipe, PROMPTS, state=state, **QUICK)
+    assert state.exists()
+    calls.clear()
+    calls.extend([1] * 100)
+    profile = calibrate(tiny_pipe, PROMPTS, state=state, **QUICK)
+    handle.remove()
+    assert len(calls) - 100 == 2 * 4  # two batches of three steps, PNDM evaluates one step twice
+    np.testing.assert_allclose(profile.mean, whole.mean, rtol=1e-6)
+    np.testing.assert_allclose(profile.std, whole.std, rtol=1e-4)
+    assert not state.exists()
+
+
+def test_a_state_of_another_calibration_is_refused(tiny_pipe, tmp_path):
+    state = tmp_path / "state.json"
+    handle = tiny_pipe.unet.register_forward_pre_hook(counted_interrupt(5))
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(tiny_pipe, PROMPTS, state=state, **QUICK)
+    handle.remove()
+    with pytest.raises(CalibrationError, match="other prompts, settings or model"):
+        calibrate(tiny_pipe, PROMPTS[::-1], state=state, **QUICK)
+    state.write_text("{")
+    with pytest.raises(CalibrationError, match="delete it"):
+        calibrate(tiny_pipe, PROMPTS, state=state, **QUICK)
+
+
+def counted_interrupt(count):
+    calls = []
+
+    def interrupt(*_):
+        calls.append(1)
+        if len(calls) == count:
+            raise KeyboardInterrupt
+
+    return interrupt
+
+
+def test_too_few_prompts_are_refused_before_any_sampling(tiny_pipe):
+    with pytest.raises(CalibrationError, match="at least 8"):
+        calibrate(tiny_pipe, PROMPTS[:7], **QUICK)
+
+
+def test_the_pipelines_own_progress_bar_is_as_before(tiny_pipe):
+    before = copy.deepcopy(tiny_pipe._progress_bar_config)
+    calibrate(tiny_pipe, PROMPTS, **QUICK)
+    assert tiny_pipe._progress_bar_config == before
+
+
+def test_thresholds_reach_the_traces(tiny_pipe):
+    with guard(tiny_pipe, thresholds=Thresholds(tau_mild=2.0)) as run:
+        images_of(tiny_pipe)
+    assert run.traces[0].thresholds.tau_mild == 2.0
