@@ -283,7 +283,7 @@ def strong_profile(steps=STEPS, settings=None):
     """A profile no run of the sampler is near: everything triggers, strongly, at the first step."""
     from memorization_guard import RunSettings
 
-    mean = np.tile([16.0, 2.0, 10.0], (steps, 1))
+    mean = np.tile([16.0, 7.0, 10.0], (steps, 1))
     return StabilityProfile(mean=mean, std=np.full((steps, 3), 0.01), count=50, settings=settings or RunSettings())
 
 
