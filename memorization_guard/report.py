@@ -1,0 +1,196 @@
+"""The demo's report: a self-contained HTML page, and one picture of the same."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+from PIL import Image, ImageDraw, ImageFont
+
+from . import graph
+from .trace import Trace
+
+STATEMENT = (
+    "A verdict says how far the norms of this run lie from those of ordinary prompts. It is evidence that the model "
+    "reproduces something it was trained on; it does not prove a copy, and a stable verdict does not prove that there is none."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """One prompt sampled twice from the same noise.
+
+    Attributes:
+        prompt, group: the text, and where it comes from (``"exact"``, ``"ordinary"``, ...).
+        training_image: the image that was duplicated in training under this prompt, if one was.
+        plain_image, plain_trace: without mitigation. mitigated_image, mitigated_trace: with it.
+        plain_copy, mitigated_copy: copy score of each, or ``None`` where there is no training image.
+    """
+
+    prompt: str
+    group: str
+    training_image: Image.Image | None
+    plain_image: Image.Image
+    plain_trace: Trace
+    mitigated_image: Image.Image
+    mitigated_trace: Trace
+    plain_copy: float | None = None
+    mitigated_copy: float | None = None
+
+
+_STYLE = """
+:root{--page:#f7f8fa;--card:#fff;--text:#1c2430;--muted:#667085;--line:#e4e7ec;--bad:#c2410c;--good:#00805c}
+@media(prefers-color-scheme:dark){:root{--page:#0c111d;--card:#161b26;--text:#e8ecf2;--muted:#98a2b3;--line:#344054;
+--bad:#ff9466;--good:#3ddbaa}}
+*{box-sizing:border-box}
+body{margin:0;background:var(--page);color:var(--text);font:15px/1.5 system-ui,sans-serif}
+main{max-width:1120px;margin:0 auto;padding:24px 16px 48px}
+h1{font-size:26px;line-height:1.2;margin:8px 0}
+p{max-width:72ch}
+.muted{color:var(--muted)}
+.scroll{overflow-x:auto}
+table{border-collapse:collapse;width:100%;font-size:14px}
+th,td{text-align:left;padding:6px 10px 6px 0;border-bottom:1px solid var(--line);vertical-align:top}
+td.number,th.number{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
+article{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:16px;margin:20px 0}
+article h2{font-size:16px;margin:0 0 12px;overflow-wrap:anywhere}
+.tag{font-size:12px;border:1px solid var(--line);border-radius:99px;padding:1px 9px;margin-right:8px;color:var(--muted)}
+.sides{display:grid;grid-template-columns:minmax(110px,170px) 1fr 1fr;gap:16px}
+.sides>figure{margin:0;min-width:0}
+figure img{width:100%;max-width:170px;border-radius:6px;image-rendering:auto;display:block}
+figcaption{font-size:13px;margin:6px 0}
+.mg-graph{width:100%;height:auto;display:block}
+.bad{color:var(--bad);font-weight:600}.good{color:var(--good);font-weight:600}
+details{margin-top:12px;font-size:13px}
+pre{overflow:auto;max-height:320px;background:var(--page);padding:10px;border-radius:6px}
+@media(max-width:760px){.sides{grid-template-columns:1fr 1fr}.sides>.training{grid-column:1/-1}
+.sides>.training img{max-width:120px}}
+@media(max-width:520px){.sides{grid-template-columns:1fr}}
+"""
+
+
+def html_report(comparisons: Sequence[Comparison], *, title: str, introduction: str, copy_threshold: float) -> str:
+    """The page: no scripts, no network, follows light and dark, readable on a phone.
+
+    Args:
+        comparisons: what was sampled.
+        title, introduction: text over the table.
+        copy_threshold: copy score from which an image counts as a copy.
+    """
+    rows = "".join(_row(comparison, copy_threshold) for comparison in comparisons)
+    cards = "".join(_card(comparison, copy_threshold) for comparison in comparisons)
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
+<title>{escape(title)}</title><style>{_STYLE}{graph.svg_style()}</style></head>
+<body><main><h1>{escape(title)}</h1><p>{escape(introduction)}</p>
+<div class="scroll"><table><thead><tr><th>prompt</th><th>group</th><th>verdict</th><th class="number">S_mem</th>
+<th class="number">trigger step</th><th class="number">copy score without</th><th class="number">with mitigation</th>
+</tr></thead><tbody>{rows}</tbody></table></div>{cards}
+<p class="muted">{escape(STATEMENT)}</p></main></body></html>
+"""
+
+
+def _row(comparison: Comparison, threshold: float) -> str:
+    trace = comparison.plain_trace
+    return (
+        f"<tr><td>{escape(comparison.prompt)}</td><td>{escape(comparison.group)}</td><td>{_verdict(trace)}</td>"
+        f'<td class="number">{_or_dash(trace.score, ".1f")}</td><td class="number">{_or_dash(trace.trigger_step, "d")}</td>'
+        f'<td class="number">{_copy(comparison.plain_copy, threshold)}</td>'
+        f'<td class="number">{_copy(comparison.mitigated_copy, threshold)}</td></tr>'
+    )
+
+
+def _card(comparison: Comparison, threshold: float) -> str:
+    training = ""
+    if comparison.training_image is not None:
+        training = _figure("training", comparison.training_image, "training image", "")
+    return (
+        f'<article><h2><span class="tag">{escape(comparison.group)}</span>{escape(comparison.prompt)}</h2><div class="sides">'
+        + (
+            training
+            or '<figure class="training"><figcaption class="muted">no training image under this prompt</figcaption></figure>'
+        )
+        + _figure(
+            "plain",
+            comparison.plain_image,
+            f"without mitigation{_copy_note(comparison.plain_copy, threshold)}",
+            graph.svg(comparison.plain_trace, alone=False),
+        )
+        + _figure(
+            "mitigated",
+            comparison.mitigated_image,
+            f"with mitigation{_copy_note(comparison.mitigated_copy, threshold)}",
+            graph.svg(comparison.mitigated_trace, alone=False),
+        )
+        + f"</div><details><summary>Numbers of the run without mitigation</summary><pre>"
+        f"{escape(json.dumps(comparison.plain_trace.to_dict(), indent=1))}</pre></details></article>"
+    )
+
+
+def _figure(kind: str, image: Image.Image, caption: str, drawing: str) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return (
+        f'<figure class="{kind}"><img alt="{escape(kind)}" width="{image.width}" height="{image.height}" '
+        f'src="data:image/png;base64,{data}"><figcaption>{caption}</figcaption>{drawing}</figure>'
+    )
+
+
+def _verdict(trace: Trace) -> str:
+    kind = "good" if trace.verdict == "stable" else "bad" if trace.trigger_step is not None else "muted"
+    return f'<span class="{kind}">{trace.verdict}</span>'
+
+
+def _copy(score: float | None, threshold: float) -> str:
+    if score is None:
+        return "-"
+    return f'<span class="{"bad" if score > threshold else "good"}">{score:.2f}</span>'
+
+
+def _copy_note(score: float | None, threshold: float) -> str:
+    return "" if score is None else f" · copy score {_copy(score, threshold)}"
+
+
+def _or_dash(value: float | None, format_: str) -> str:
+    return "-" if value is None else format(value, format_)
+
+
+def contact_sheet(comparisons: Sequence[Comparison], *, copy_threshold: float) -> Image.Image:
+    """The same as one picture, 1200 pixels wide: a row a prompt, its training image, and both images over their graphs."""
+    side, gap, head = 168, 16, 46
+    graph_width = (1200 - 6 * gap - 3 * side) // 2
+    row = head + side + gap
+    sheet = Image.new("RGB", (1200, row * len(comparisons) + 2 * gap + 18), "#ffffff")
+    draw = ImageDraw.Draw(sheet)
+    font, small = ImageFont.load_default(15), ImageFont.load_default(13)
+    ink, muted = (graph.COLORS[role][0] for role in ("ink", "muted"))
+    columns = [gap + i * (side + gap) for i in range(4)]
+    columns.append(columns[3] + graph_width + gap)
+    for number, name in enumerate(("training image", "without mitigation", "with mitigation", "without", "with mitigation")):
+        draw.text((columns[number], gap), name, muted, font=small)
+    for index, comparison in enumerate(comparisons):
+        top = gap + 18 + index * row
+        draw.text((gap, top + 14), f"{comparison.group}:  {comparison.prompt}", ink, font=font)
+        top += head
+        for place, picture, score in (
+            (0, comparison.training_image, None),
+            (1, comparison.plain_image, comparison.plain_copy),
+            (2, comparison.mitigated_image, comparison.mitigated_copy),
+        ):
+            if picture is None:
+                draw.text((columns[place], top + side // 2), "none under this prompt", muted, font=small)
+                continue
+            sheet.paste(picture.convert("RGB").resize((side, side), Image.Resampling.BICUBIC), (columns[place], top))
+            if score is not None:
+                color = graph.COLORS["trigger" if score > copy_threshold else "corrected"][0]
+                draw.rectangle((columns[place], top + side - 20, columns[place] + 74, top + side), fill="#ffffff")
+                draw.text((columns[place] + 4, top + side - 18), f"copy {score:.2f}", color, font=small)
+        for place, trace in ((3, comparison.plain_trace), (4, comparison.mitigated_trace)):
+            drawing = graph.image(trace, width=graph_width, height=side, scale=2)
+            sheet.paste(drawing.resize((graph_width, side), Image.Resampling.LANCZOS), (columns[place], top))
+    return sheet

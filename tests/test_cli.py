@@ -1,0 +1,157 @@
+"""The console command: what it writes, and what it says when something is wrong."""
+
+import json
+import os
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+
+import jsonschema
+import pytest
+from PIL import Image
+
+from memorization_guard import StabilityProfile, trace_schema
+
+pytest.importorskip("typer")
+from typer.testing import CliRunner
+
+from memorization_guard.cli import app
+
+
+@pytest.fixture
+def call():
+    def run(*arguments):
+        return CliRunner().invoke(app, [str(a) for a in arguments])
+
+    return run
+
+
+@pytest.fixture
+def model(tiny_pipe, tmp_path):
+    tiny_pipe.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\n".join(json.dumps({"caption": f"a red cat {i}"}) for i in range(9)), encoding="utf-8")
+    return path
+
+
+QUICK = ("--steps", 3, "--height", 16, "--width", 16, "--device", "cpu")
+
+
+def test_calibrate_then_trace(call, model, prompts, tmp_path):
+    profile = tmp_path / "tiny.safetensors"
+    result = call("calibrate", model, "--prompts", prompts, "-o", profile, *QUICK)
+    assert result.exit_code == 0, result.output
+    assert "3 steps from 9 reference runs" in result.output
+    assert StabilityProfile.load(profile).settings.model == "model"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "prompts.jsonl", "tiny.safetensors"]
+
+    files = {"--json": tmp_path / "t.json", "--plot": tmp_path / "t.svg", "--image": tmp_path / "t.png"}
+    options = [part for pair in files.items() for part in pair]
+    result = call("trace", model, "a <b>cat</b>", "--profile", profile, "--mitigate", *QUICK, *options)
+    assert result.exit_code == 0, result.output
+    data = json.loads(files["--json"].read_text())
+    jsonschema.Draft202012Validator(trace_schema()).validate(data)
+    assert f"verdict: {data['verdict']}" in result.output
+    assert data["verdict"] in ("stable", "mild", "strong")
+    ET.parse(files["--plot"])
+    assert Image.open(files["--image"]).size == (16, 16)
+
+
+def test_without_a_profile_it_says_that_nothing_is_scored(call, model, tmp_path):
+    result = call("trace", model, "a cat", "--plot", tmp_path / "t.png", *QUICK)
+    assert result.exit_code == 0, result.output
+    assert "verdict: unscored" in result.output
+    assert "memorization-guard calibrate" in result.output
+    assert Image.open(tmp_path / "t.png").size == (960, 400)
+
+
+def test_a_profile_that_does_not_fit_is_said(call, model, prompts, tmp_path):
+    profile = tmp_path / "tiny.safetensors"
+    call("calibrate", model, "--prompts", prompts, "-o", profile, *QUICK)
+    result = call("trace", model, "a cat", "--profile", profile, *QUICK, "--guidance", 3)
+    assert result.exit_code == 0
+    assert "verdict: unscored" in result.output
+    assert "guidance scale: profile 7.5, run 3.0" in result.output
+
+
+def one_line_error(result, *words):
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    assert len(result.stderr.strip().splitlines()) == 1
+    for word in words:
+        assert word in result.stderr
+
+
+def test_what_a_user_can_get_wrong_ends_in_one_line_and_exit_code_2(call, model, prompts, tmp_path):
+    missing, out = tmp_path / "missing", tmp_path / "out.safetensors"
+    one_line_error(call("trace", missing, "a cat"), "no model at", "missing")
+    (tmp_path / "empty").mkdir()
+    one_line_error(call("trace", tmp_path / "empty", "a cat"), "no model_index.json")
+    checkpoint = tmp_path / "model.ckpt"
+    checkpoint.write_bytes(b"x")
+    one_line_error(call("trace", checkpoint, "a cat"), "no .safetensors file", "convert")
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(b"nonsense")
+    one_line_error(call("trace", broken, "a cat"), "cannot be loaded")
+    one_line_error(call("trace", model, "a cat", "--profile", broken), "calibrate again")
+    one_line_error(call("trace", model, "a cat", "--profile", missing), "no stability profile at")
+    one_line_error(call("trace", model, "a cat", "--plot", tmp_path / "t.gif"), ".svg or .png")
+    one_line_error(call("trace", model, "a cat", "--json", tmp_path / "no" / "t.json"), "does not exist")
+    one_line_error(call("trace", model, "a cat", "--json", tmp_path), "is a folder")
+    one_line_error(call("calibrate", model, "--prompts", missing.with_suffix(".txt"), "-o", out), "no prompt list")
+    (tmp_path / "bad.txt").write_bytes(b"\xff\xff")
+    one_line_error(call("calibrate", model, "--prompts", tmp_path / "bad.txt", "-o", out), "not UTF-8")
+    (tmp_path / "few.txt").write_text("a\nb\n")
+    one_line_error(call("calibrate", model, "--prompts", tmp_path / "few.txt", "-o", out), "at least 8")
+    assert not out.exists()
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(call, model, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    one_line_error(call("trace", model, "a cat", "--json", tmp_path / "t.json", *QUICK), "No space left on device")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
+
+
+def test_an_interrupted_calibration_keeps_its_runs_and_says_where(call, model, prompts, tmp_path, monkeypatch):
+    from diffusers import StableDiffusionPipeline
+
+    original, calls = StableDiffusionPipeline.__call__, []
+
+    def interrupt(self, *arguments, **keywords):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(self, *arguments, **keywords)
+
+    monkeypatch.setattr(StableDiffusionPipeline, "__call__", interrupt)
+    result = call("calibrate", model, "--prompts", prompts, "-o", tmp_path / "p.safetensors", *QUICK)
+    assert result.exit_code == 130
+    assert "p.safetensors.partial.json" in result.stderr
+    result = call("calibrate", model, "--prompts", prompts, "-o", tmp_path / "p.safetensors", *QUICK)
+    assert result.exit_code == 0
+    assert len(calls) == 2 + 2
+
+
+def test_help_answers_without_loading_torch():
+    code = "import sys; sys.argv=['x','--help']\nimport memorization_guard.cli as c\ntry: c.main()\nexcept SystemExit: pass\n"
+    code += "assert 'diffusers' not in sys.modules and 'transformers' not in sys.modules"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"COLUMNS": "100"})
+    assert result.returncode == 0, result.stderr
+    for command in ("demo", "calibrate", "trace"):
+        assert command in result.stdout
+
+
+def test_the_module_is_the_command():
+    result = subprocess.run(
+        [sys.executable, "-m", "memorization_guard", "trace", "/nowhere", "x"], capture_output=True, text=True
+    )
+    assert result.returncode == 2
+    assert result.stderr.startswith("memorization-guard: there is no model at /nowhere")

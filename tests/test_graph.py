@@ -1,0 +1,150 @@
+"""The stability graph says what the trace says, in both forms."""
+
+import dataclasses
+import math
+import re
+import xml.etree.ElementTree as ET
+
+import numpy as np
+import pytest
+
+from memorization_guard import Trace
+from memorization_guard.graph import COLORS, image, svg
+
+STEPS = 12
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+@pytest.fixture
+def trace():
+    update = np.full(STEPS, 2.0)
+    update[5:] = 6.0
+    corrected = np.full(STEPS, np.nan)
+    corrected[5:9] = 2.5
+    latent = np.full(STEPS, np.nan)
+    latent[5:9] = 30.0
+    band = {"mean": np.full(STEPS, 2.0), "std": np.full(STEPS, 0.2)}
+    return Trace(
+        verdict="strong",
+        trigger_step=5,
+        sigma=np.linspace(12, 1, STEPS),
+        latent_norm=np.full(STEPS, 31.0),
+        update_norm=update,
+        denoised_norm=np.full(STEPS, 20.0),
+        update_score=(update - 2) / 0.2,
+        denoised_score=np.zeros(STEPS),
+        guidance_norm=np.zeros(STEPS),
+        alignment=np.zeros(STEPS),
+        corrected_latent_norm=latent,
+        corrected_update_norm=corrected,
+        bands={"latent": band, "update": band, "denoised": band},
+        mitigation=True,
+    )
+
+
+def parts(text, tag, css):
+    return [e for e in ET.fromstring(text).iter(f"{SVG}{tag}") if css in e.get("class", "").split()]
+
+
+def points(element):
+    return np.array([[float(v) for v in pair.split(",")] for pair in element.get("points").split()])
+
+
+def words(text):
+    return [e.text for e in ET.fromstring(text).iter(f"{SVG}text")]
+
+
+def test_the_path_taken_the_proposal_and_the_band_are_drawn_to_one_scale(trace):
+    text = svg(trace)
+    path, proposal = points(parts(text, "polyline", "stroke-path")[0]), points(parts(text, "polyline", "stroke-proposal")[0])
+    assert len(path) == len(proposal) == STEPS
+    pixels = (proposal[0, 1] - proposal[6, 1]) / 4.0  # the proposal rises from norm 2 to 6
+    assert path[0, 1] - path[6, 1] == pytest.approx(0.5 * pixels, abs=0.2)
+    assert path[10, 1] == pytest.approx(proposal[10, 1])
+    band = points(parts(text, "polygon", "fill-band")[0])
+    assert np.ptp(band[:, 1]) == pytest.approx(2 * 3 * 0.2 * pixels, abs=0.2)
+    assert len(parts(text, "circle", "fill-corrected")) == 4
+    trigger = points(parts(text, "polyline", "stroke-trigger")[0])
+    assert set(trigger[:, 0]) == {path[5, 0]}
+    assert "strong · S_mem 20.0 · left the band at step 5" in words(text)
+    assert "4 steps corrected" in words(text)
+
+
+def test_everything_lies_inside_the_drawing(trace):
+    for quantity in ("update", "denoised", "latent"):
+        for tag in ("polyline", "polygon"):
+            for element in ET.fromstring(svg(trace, quantity=quantity)).iter(f"{SVG}{tag}"):
+                xy = points(element)
+                assert (xy >= 0).all()
+                assert (xy[:, 0] <= 480).all()
+                assert (xy[:, 1] <= 200).all()
+
+
+def test_without_a_profile_there_is_a_line_and_no_band(trace):
+    bare = dataclasses.replace(trace, verdict="unscored", trigger_step=None, bands={}, update_score=np.full(STEPS, np.nan))
+    text = svg(bare)
+    assert not parts(text, "polygon", "fill-band")
+    assert len(parts(text, "polyline", "stroke-path")) == 1
+    assert "unscored · no score" in words(text)
+
+
+def test_missing_values_leave_a_gap(trace):
+    trace.update_norm[8:10] = np.nan
+    plain = dataclasses.replace(
+        trace, corrected_latent_norm=np.full(STEPS, np.nan), corrected_update_norm=np.full(STEPS, np.nan), nonfinite_step=8
+    )
+    text = svg(plain)
+    assert [len(points(e)) for e in parts(text, "polyline", "stroke-path")] == [8, 2]
+    assert "not a number from step 8" in words(text)
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_hardly_any_steps_are_no_error(steps):
+    trace = Trace(
+        **{name: np.ones(steps) for name in ("sigma", "latent_norm", "update_norm", "denoised_norm")}
+        | {
+            name: np.full(steps, math.nan)
+            for name in (
+                "update_score",
+                "denoised_score",
+                "guidance_norm",
+                "alignment",
+                "corrected_latent_norm",
+                "corrected_update_norm",
+            )
+        }
+    )
+    ET.fromstring(svg(trace))
+    assert image(trace).size == (960, 400)
+
+
+def test_it_is_named_for_those_who_cannot_see_it_and_styles_itself_only_if_alone(trace):
+    root = ET.fromstring(svg(trace))
+    assert root.get("role") == "img"
+    assert "left the band at step 5" in root.get("aria-label")
+    assert "prefers-color-scheme:dark" in svg(trace)
+    assert "<style>" not in svg(trace, alone=False)
+    used = set(re.findall(r'class="(?:fill|stroke)-(\w+)', svg(trace)))
+    assert used <= set(COLORS)
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_the_picture_shows_the_same_colours_in_the_same_places(trace, dark):
+    picture = np.asarray(image(trace, dark=dark)).astype(int)
+    assert picture.shape == (400, 960, 3)
+
+    def near(role):
+        color = [int(COLORS[role][dark][i : i + 2], 16) for i in (1, 3, 5)]
+        return np.argwhere(np.abs(picture - color).sum(axis=2) < 12)
+
+    text = svg(trace)
+    trigger = parts(text, "circle", "fill-trigger")[0]
+    place = np.array([float(trigger.get("cy")), float(trigger.get("cx"))]) * 2
+    assert np.linalg.norm(near("trigger") - place, axis=1).min() < 3
+    assert len(near("band")) > 500
+    assert len(near("corrected")) > 20
+
+
+def test_an_unknown_quantity_is_refused(trace):
+    with pytest.raises(ValueError, match="there are update, denoised, latent"):
+        svg(trace, quantity="speed")

@@ -1,0 +1,122 @@
+"""The demo's page and picture."""
+
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from memorization_guard import Trace
+from memorization_guard.report import Comparison, contact_sheet, html_report
+
+
+def trace(verdict="stable", corrected=False):
+    steps = 10
+    band = {"mean": np.full(steps, 2.0), "std": np.full(steps, 0.1)}
+    after = np.full(steps, 2.0 if corrected else np.nan)
+    return Trace(
+        verdict=verdict,
+        trigger_step=None if verdict == "stable" else 2,
+        sigma=np.linspace(10, 1, steps),
+        latent_norm=np.ones(steps),
+        update_norm=np.full(steps, 2.1),
+        denoised_norm=np.ones(steps),
+        update_score=np.ones(steps),
+        denoised_score=np.ones(steps),
+        guidance_norm=np.ones(steps),
+        alignment=np.ones(steps),
+        corrected_latent_norm=after,
+        corrected_update_norm=after,
+        bands={"latent": band, "update": band, "denoised": band},
+    )
+
+
+def picture(color):
+    return Image.new("RGB", (64, 64), color)
+
+
+@pytest.fixture
+def comparisons():
+    return [
+        Comparison(
+            prompt="<script>alert('x')</script> & a cat",
+            group="exact",
+            training_image=picture("red"),
+            plain_image=picture("red"),
+            plain_trace=trace("strong"),
+            mitigated_image=picture("blue"),
+            mitigated_trace=trace("strong", corrected=True),
+            plain_copy=0.99,
+            mitigated_copy=0.12,
+        ),
+        Comparison(
+            prompt="a dog",
+            group="ordinary",
+            training_image=None,
+            plain_image=picture("green"),
+            plain_trace=trace(),
+            mitigated_image=picture("green"),
+            mitigated_trace=trace(),
+        ),
+    ]
+
+
+class Tags(HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.seen, self.open, self.text = [], [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.seen.append((tag, dict(attrs)))
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.seen.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_the_page_is_whole_and_needs_no_network(comparisons):
+    page = html_report(comparisons, title="T & T", introduction="i", copy_threshold=0.75)
+    tags = Tags(page)
+    assert tags.open == []
+    images = [attributes["src"] for tag, attributes in tags.seen if tag == "img"]
+    assert len(images) == 5
+    assert all(source.startswith("data:image/png;base64,") for source in images)
+    assert sum(tag == "svg" for tag, _ in tags.seen) == 4
+    assert re.findall(r'(?:src|href)="(?!data:)', page) == []
+    assert "url(" not in page
+    assert "prefers-color-scheme:dark" in page
+
+
+def test_text_from_users_is_never_html(comparisons):
+    page = html_report(comparisons, title="<b>", introduction="<i>", copy_threshold=0.75)
+    tags = Tags(page)
+    assert {tag for tag, _ in tags.seen} & {"script", "b", "i"} == set()
+    assert "<script>alert('x')</script> & a cat" in tags.text
+
+
+def test_a_copy_is_marked_by_the_threshold(comparisons):
+    page = html_report(comparisons, title="t", introduction="i", copy_threshold=0.75)
+    assert '<span class="bad">0.99</span>' in page
+    assert '<span class="good">0.12</span>' in page
+
+
+def test_the_picture_holds_every_image_in_its_row(comparisons):
+    sheet = np.asarray(contact_sheet(comparisons, copy_threshold=0.75)).astype(int)
+    assert sheet.shape[1] == 1200
+    half = 34 + (sheet.shape[0] - 50) // 2
+
+    def rows_of(color):
+        return np.argwhere(np.abs(sheet - color).sum(axis=2) < 10)[:, 0]
+
+    assert rows_of([255, 0, 0]).max() < half
+    assert rows_of([0, 0, 255]).max() < half
+    assert rows_of([0, 128, 0]).min() > half

@@ -1,0 +1,107 @@
+"""The JSON form of a trace: valid against the shipped schema, and back without loss."""
+
+import json
+
+import jsonschema
+import numpy as np
+import pytest
+import torch
+
+from memorization_guard import Calibrator, RunSettings, StabilityMonitor, Trace, trace_schema
+from memorization_guard.trace import STEP_FIELDS
+
+STEPS = 6
+
+
+def traces(profile=None, *, mitigate=False, factor=1.0, guided=True, broken=False, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    monitor = StabilityMonitor(
+        profile, mitigate=mitigate, settings=RunSettings(model="lab", steps=STEPS, latent_shape=(4, 8, 8))
+    )
+    z = torch.randn(2, 4, 8, 8, generator=generator)
+    for i in range(STEPS):
+        x0 = torch.randn(2, 4, 8, 8, generator=generator) * factor
+        z_next = 0.9 * z + 0.3 * x0
+        if broken and i == 3:
+            z_next[0] = torch.nan
+        predictions = {"eps_cond": x0, "eps_uncond": z} if guided else {}
+        z = monitor.step(z, z_next, x0, sigma=float(STEPS - i), x0_coefficient=0.3, **predictions)
+    return monitor.traces
+
+
+@pytest.fixture(scope="module")
+def profile():
+    calibrator = Calibrator()
+    for seed in range(10, 30):
+        for trace in traces(seed=seed):
+            calibrator.add(trace)
+    return calibrator.profile()
+
+
+CASES = {
+    "without a profile": {},
+    "without guidance": {"guided": False},
+    "stable": {"scored": True},
+    "mitigated": {"scored": True, "mitigate": True, "factor": 8.0},
+    "broken": {"scored": True, "mitigate": True, "broken": True},
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_every_trace_is_valid_strict_json_and_comes_back(case, profile):
+    case = dict(case)
+    for trace in traces(profile if case.pop("scored", False) else None, **case):
+        text = json.dumps(trace.to_dict(), allow_nan=False)
+        data = json.loads(text)
+        jsonschema.Draft202012Validator(trace_schema()).validate(data)
+        again = Trace.from_dict(data)
+        assert again.to_dict() == data
+        for name in STEP_FIELDS:
+            np.testing.assert_allclose(getattr(again, name), getattr(trace, name), rtol=1e-6)
+        np.testing.assert_array_equal(again.mitigated, trace.mitigated)
+        assert (again.verdict, again.settings.model, again.thresholds) == (trace.verdict, "lab", trace.thresholds)
+
+
+def test_the_schema_is_a_schema_and_knows_every_field(profile):
+    schema = trace_schema()
+    jsonschema.Draft202012Validator.check_schema(schema)
+    data = traces(profile)[0].to_dict()
+    assert set(schema["properties"]) == set(data)
+    for part in ("settings", "thresholds", "steps"):
+        assert set(schema["properties"][part]["properties"]) == set(data[part])
+
+
+def test_the_documents_name_every_field(profile, request):
+    text = (request.config.rootpath / "docs" / "trace.md").read_text(encoding="utf-8")
+    data = traces(profile)[0].to_dict()
+    assert [name for name in (*data, *data["steps"], *data["settings"], *data["thresholds"]) if name not in text] == []
+
+
+def broken(change):
+    data = traces()[0].to_dict()
+    change(data)
+    return data
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d.update(format="other"), "not a trace"),
+        (lambda d: d.update(version=2), "update it"),
+        (lambda d: d.pop("steps"), "incomplete"),
+        (lambda d: d["steps"].pop("alignment"), "incomplete"),
+        (lambda d: d["steps"].update(sigma="12345"), "incomplete"),
+        (lambda d: d["steps"]["sigma"].pop(), "different lengths"),
+        (lambda d: d.update(verdict="fine"), "known: stable"),
+        (lambda d: d["thresholds"].update(gamma=-1), "gamma"),
+        (lambda d: d["thresholds"].update(unknown=1), "thresholds"),
+    ],
+)
+def test_damaged_json_is_refused_in_clear_words(change, message):
+    with pytest.raises(ValueError, match=message):
+        Trace.from_dict(broken(change))
+
+
+def test_something_else_is_refused():
+    with pytest.raises(ValueError, match="not a trace"):
+        Trace.from_dict([1, 2])
