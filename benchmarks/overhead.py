@@ -17,13 +17,13 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from memorization_guard.diffusers import guard
-from memorization_guard.lab import pipeline, prompts
-from memorization_guard.lab import profile as lab_profile
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from memorization_guard import StabilityMonitor
+from memorization_guard.diffusers import guard
+from memorization_guard.lab import pipeline, prompts
+from memorization_guard.lab import profile as lab_profile
 
 LATENTS = ((1, 4, 64, 64), (8, 16, 128, 128))
 STEPS = 50

@@ -42,6 +42,9 @@ class Comparison:
     mitigated_copy: float | None = None
 
 
+#: Width and height at which a graph's text has its natural size; the columns of the page are a little wider, a phone's as wide.
+_GRAPH = (380, 210)
+
 _STYLE = """
 :root{--page:#f7f8fa;--card:#fff;--text:#1c2430;--muted:#667085;--line:#e4e7ec;--bad:#c2410c;--good:#00805c}
 @media(prefers-color-scheme:dark){:root{--page:#0c111d;--card:#161b26;--text:#e8ecf2;--muted:#98a2b3;--line:#344054;
@@ -85,7 +88,7 @@ def html_report(comparisons: Sequence[Comparison], *, title: str, introduction: 
     cards = "".join(_card(comparison, copy_threshold) for comparison in comparisons)
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
-<title>{escape(title)}</title><style>{_STYLE}{graph.svg_style()}</style></head>
+<title>{escape(title)}</title><style>{_STYLE}{graph.style()}</style></head>
 <body><main><h1>{escape(title)}</h1><p>{escape(introduction)}</p>
 <div class="scroll"><table><thead><tr><th>prompt</th><th>group</th><th>verdict</th><th class="number">S_mem</th>
 <th class="number">trigger step</th><th class="number">copy score without</th><th class="number">with mitigation</th>
@@ -118,13 +121,13 @@ def _card(comparison: Comparison, threshold: float) -> str:
             "plain",
             comparison.plain_image,
             f"without mitigation{_copy_note(comparison.plain_copy, threshold)}",
-            graph.svg(comparison.plain_trace, alone=False),
+            graph.svg(comparison.plain_trace, *_GRAPH, standalone=False),
         )
         + _figure(
             "mitigated",
             comparison.mitigated_image,
             f"with mitigation{_copy_note(comparison.mitigated_copy, threshold)}",
-            graph.svg(comparison.mitigated_trace, alone=False),
+            graph.svg(comparison.mitigated_trace, *_GRAPH, standalone=False),
         )
         + f"</div><details><summary>Numbers of the run without mitigation</summary><pre>"
         f"{escape(json.dumps(comparison.plain_trace.to_dict(), indent=1))}</pre></details></article>"
@@ -168,7 +171,7 @@ def contact_sheet(comparisons: Sequence[Comparison], *, copy_threshold: float) -
     sheet = Image.new("RGB", (1200, row * len(comparisons) + 2 * gap + 18), "#ffffff")
     draw = ImageDraw.Draw(sheet)
     font, small = ImageFont.load_default(15), ImageFont.load_default(13)
-    ink, muted = (graph.COLORS[role][0] for role in ("ink", "muted"))
+    ink, muted = graph.LIGHT["ink"], graph.LIGHT["muted"]
     columns = [gap + i * (side + gap) for i in range(4)]
     columns.append(columns[3] + graph_width + gap)
     for number, name in enumerate(("training image", "without mitigation", "with mitigation", "without", "with mitigation")):
@@ -187,10 +190,9 @@ def contact_sheet(comparisons: Sequence[Comparison], *, copy_threshold: float) -
                 continue
             sheet.paste(picture.convert("RGB").resize((side, side), Image.Resampling.BICUBIC), (columns[place], top))
             if score is not None:
-                color = graph.COLORS["trigger" if score > copy_threshold else "corrected"][0]
+                color = graph.LIGHT["alarm" if score > copy_threshold else "corrected"]
                 draw.rectangle((columns[place], top + side - 20, columns[place] + 74, top + side), fill="#ffffff")
                 draw.text((columns[place] + 4, top + side - 18), f"copy {score:.2f}", color, font=small)
         for place, trace in ((3, comparison.plain_trace), (4, comparison.mitigated_trace)):
-            drawing = graph.image(trace, width=graph_width, height=side, scale=2)
-            sheet.paste(drawing.resize((graph_width, side), Image.Resampling.LANCZOS), (columns[place], top))
+            sheet.paste(graph.image(trace, graph_width, side), (columns[place], top))
     return sheet

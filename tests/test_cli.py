@@ -67,7 +67,7 @@ def test_without_a_profile_it_says_that_nothing_is_scored(call, model, tmp_path)
     assert result.exit_code == 0, result.output
     assert "verdict: unscored" in result.output
     assert "memorization-guard calibrate" in result.output
-    assert Image.open(tmp_path / "t.png").size == (960, 400)
+    assert Image.open(tmp_path / "t.png").size == (640, 300)
 
 
 def test_a_profile_that_does_not_fit_is_said(call, model, prompts, tmp_path):

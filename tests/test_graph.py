@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from memorization_guard import Trace
-from memorization_guard.graph import COLORS, image, svg
+from memorization_guard.graph import DARK, LIGHT, image, style, svg
 
 STEPS = 12
 SVG = "{http://www.w3.org/2000/svg}"
@@ -54,20 +54,22 @@ def words(text):
     return [e.text for e in ET.fromstring(text).iter(f"{SVG}text")]
 
 
-def test_the_path_taken_the_proposal_and_the_band_are_drawn_to_one_scale(trace):
+def test_the_run_the_proposals_and_the_band_are_drawn_to_one_scale(trace):
     text = svg(trace)
-    path, proposal = points(parts(text, "polyline", "stroke-path")[0]), points(parts(text, "polyline", "stroke-proposal")[0])
-    assert len(path) == len(proposal) == STEPS
-    pixels = (proposal[0, 1] - proposal[6, 1]) / 4.0  # the proposal rises from norm 2 to 6
-    assert path[0, 1] - path[6, 1] == pytest.approx(0.5 * pixels, abs=0.2)
-    assert path[10, 1] == pytest.approx(proposal[10, 1])
-    band = points(parts(text, "polygon", "fill-band")[0])
+    run = points(parts(text, "polyline", "mg-run")[0])
+    assert len(run) == STEPS
+    proposed = [float(e.get("cy")) for e in parts(text, "circle", "mg-proposed")]
+    corrected = [float(e.get("cy")) for e in parts(text, "circle", "mg-corrected")]
+    assert len(proposed) == len(corrected) == 4
+    pixels = (run[0, 1] - run[10, 1]) / 4.0  # the run goes from norm 2 to 6, and was corrected to 2.5 in between
+    assert corrected == pytest.approx([run[0, 1] - 0.5 * pixels] * 4, abs=0.2)
+    assert run[5:9, 1] == pytest.approx(corrected)
+    assert proposed == pytest.approx([run[10, 1]] * 4, abs=0.2)
+    band = points(parts(text, "polygon", "mg-band")[0])
     assert np.ptp(band[:, 1]) == pytest.approx(2 * 3 * 0.2 * pixels, abs=0.2)
-    assert len(parts(text, "circle", "fill-corrected")) == 4
-    trigger = points(parts(text, "polyline", "stroke-trigger")[0])
-    assert set(trigger[:, 0]) == {path[5, 0]}
-    assert "strong · S_mem 20.0 · left the band at step 5" in words(text)
-    assert "4 steps corrected" in words(text)
+    trigger = points(parts(text, "polyline", "mg-trigger")[0])
+    assert set(trigger[:, 0]) == {run[5, 0]}
+    assert {"strong", "S_mem 20.0", "trigger at step 5", "corrected", "before correction"} <= set(words(text))
 
 
 def test_everything_lies_inside_the_drawing(trace):
@@ -76,16 +78,17 @@ def test_everything_lies_inside_the_drawing(trace):
             for element in ET.fromstring(svg(trace, quantity=quantity)).iter(f"{SVG}{tag}"):
                 xy = points(element)
                 assert (xy >= 0).all()
-                assert (xy[:, 0] <= 480).all()
-                assert (xy[:, 1] <= 200).all()
+                assert (xy[:, 0] <= 640).all()
+                assert (xy[:, 1] <= 300).all()
 
 
 def test_without_a_profile_there_is_a_line_and_no_band(trace):
     bare = dataclasses.replace(trace, verdict="unscored", trigger_step=None, bands={}, update_score=np.full(STEPS, np.nan))
     text = svg(bare)
-    assert not parts(text, "polygon", "fill-band")
-    assert len(parts(text, "polyline", "stroke-path")) == 1
-    assert "unscored · no score" in words(text)
+    assert not parts(text, "polygon", "mg-band")
+    assert len(parts(text, "polyline", "mg-run")) == 1
+    assert "unscored" in words(text)
+    assert not any("S_mem" in word for word in words(text))
 
 
 def test_missing_values_leave_a_gap(trace):
@@ -94,7 +97,7 @@ def test_missing_values_leave_a_gap(trace):
         trace, corrected_latent_norm=np.full(STEPS, np.nan), corrected_update_norm=np.full(STEPS, np.nan), nonfinite_step=8
     )
     text = svg(plain)
-    assert [len(points(e)) for e in parts(text, "polyline", "stroke-path")] == [8, 2]
+    assert [len(points(e)) for e in parts(text, "polyline", "mg-run")] == [8, 2]
     assert "not a number from step 8" in words(text)
 
 
@@ -115,36 +118,43 @@ def test_hardly_any_steps_are_no_error(steps):
         }
     )
     ET.fromstring(svg(trace))
-    assert image(trace).size == (960, 400)
+    assert image(trace).size == (640, 300)
 
 
-def test_it_is_named_for_those_who_cannot_see_it_and_styles_itself_only_if_alone(trace):
+def test_it_is_described_for_those_who_cannot_see_it_and_styles_itself_only_if_alone(trace):
     root = ET.fromstring(svg(trace))
     assert root.get("role") == "img"
-    assert "left the band at step 5" in root.get("aria-label")
+    assert root.find(f"{SVG}title").text == "Stability graph: strong, S_mem 20.0"
+    description = root.find(f"{SVG}desc").text
+    assert "left its stability region at step 5" in description
+    assert "4 steps were corrected" in description
     assert "prefers-color-scheme:dark" in svg(trace)
-    assert "<style>" not in svg(trace, alone=False)
-    used = set(re.findall(r'class="(?:fill|stroke)-(\w+)', svg(trace)))
-    assert used <= set(COLORS)
+    assert "<style>" not in svg(trace, standalone=False)
+    for name in set(re.findall(r'class="(mg-[\w-]+)', svg(trace))):
+        assert f".{name}{{" in style()
 
 
-@pytest.mark.parametrize("dark", [False, True])
-def test_the_picture_shows_the_same_colours_in_the_same_places(trace, dark):
-    picture = np.asarray(image(trace, dark=dark)).astype(int)
-    assert picture.shape == (400, 960, 3)
+@pytest.mark.parametrize("palette", [LIGHT, DARK])
+def test_the_picture_shows_the_same_things_in_the_same_places(trace, palette):
+    picture = np.asarray(image(trace, dark=palette is DARK)).astype(int)
+    assert picture.shape == (300, 640, 3)
 
-    def near(role):
-        color = [int(COLORS[role][dark][i : i + 2], 16) for i in (1, 3, 5)]
-        return np.argwhere(np.abs(picture - color).sum(axis=2) < 12)
+    def near(name):
+        color = [int(palette[name][i : i + 2], 16) for i in (1, 3, 5)]
+        return np.argwhere(np.abs(picture - color).sum(axis=2) < 24)
 
-    text = svg(trace)
-    trigger = parts(text, "circle", "fill-trigger")[0]
-    place = np.array([float(trigger.get("cy")), float(trigger.get("cx"))]) * 2
-    assert np.linalg.norm(near("trigger") - place, axis=1).min() < 3
+    corrected = parts(svg(trace), "circle", "mg-corrected")
+    for dot in corrected:
+        place = np.array([float(dot.get("cy")), float(dot.get("cx"))])
+        assert np.linalg.norm(near("corrected") - place, axis=1).min() < 2
     assert len(near("band")) > 500
-    assert len(near("corrected")) > 20
 
 
 def test_an_unknown_quantity_is_refused(trace):
     with pytest.raises(ValueError, match="there are update, denoised, latent"):
         svg(trace, quantity="speed")
+
+
+def test_a_graph_too_small_to_read_is_refused(trace):
+    with pytest.raises(ValueError, match="at least 240 x 140"):
+        image(trace, 100, 80)

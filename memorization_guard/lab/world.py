@@ -60,7 +60,7 @@ SETTINGS = {
 }
 
 #: Images and captions of each group, as (tuning, evaluation).
-EXACT, TEMPLATE, RARE = (12, 40), (8, 30), (10, 30)
+EXACT, TEMPLATE, RARE = (10, 30), (6, 24), (10, 30)
 ORDINARY_TRAINED, REFERENCE, ORDINARY = 4000, 64, (160, 640)
 
 
