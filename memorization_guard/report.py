@@ -42,7 +42,7 @@ class Comparison:
     mitigated_copy: float | None = None
 
 
-#: Width and height at which a graph's text has its natural size; the columns of the page are a little wider, a phone's as wide.
+#: Width and height at which a graph's text has its natural size: about a column of the page, or a phone.
 _GRAPH = (380, 210)
 
 _STYLE = """

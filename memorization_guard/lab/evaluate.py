@@ -1,6 +1,6 @@
-"""The lab's figures: how well memorization is detected and mitigated on the bundled model.
+"""The lab's figures: is the model a valid stand-in, and how well is memorization detected and mitigated on it?
 
-    python -m memorization_guard.lab.evaluate [--split tuning] [--device cuda] [--json FILE] [--images FOLDER]
+    python -m memorization_guard.lab.evaluate [--split tuning] [--device cuda] [--json FILE] [--sheets FOLDER]
 
 Every prompt is sampled with the same seeds without and with mitigation (PNDM, 50 steps, guidance 7.5). Nothing here is
 fitted: the profile comes from the reference prompts, which no other group contains, and whatever was chosen was chosen on
@@ -18,19 +18,22 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from sklearn.metrics import roc_auc_score, roc_curve
 from tqdm import tqdm
 
 from .. import StabilityProfile, Thresholds, Trace
 from ..diffusers import guard
-from . import COPY_THRESHOLD, copy_score, nearest_copy, pipeline, profile, prompts
+from ..files import write_whole
+from . import COPY_THRESHOLD, copy_score, nearest_copy, pipeline, profile, prompts, training_image
+from .world import captions, duplicates, render, to_uint8
 
 STEPS, GUIDANCE = 50, 7.5
 
 #: Images a prompt, by split and group: at least 200 exact, 400 ordinary, 100 rare and 200 template ones for the figures.
 SEEDS = {
-    "evaluation": {"exact": 5, "template": 7, "rare": 3, "ordinary": 1},
-    "tuning": {"exact": 6, "template": 8, "rare": 3, "ordinary": 3},
+    "evaluation": {"exact": 7, "template": 9, "rare": 4, "ordinary": 1},
+    "tuning": {"exact": 8, "template": 12, "rare": 4, "ordinary": 2},
 }
 FIRST_SEED = {"evaluation": 1_000_000, "tuning": 2_000_000}
 
@@ -43,14 +46,15 @@ class Sampled:
     images: np.ndarray
     traces: list[Trace]
 
-    def copied(self, group: str) -> np.ndarray:
-        """``[N]`` bool: whether each image copies its training image; for groups without one, any training image."""
+    def copy_scores(self, group: str) -> np.ndarray:
+        """``[N]``: similarity with the prompt's training image; for groups without one, the highest with any."""
         own = group in ("exact", "template")
-        scores = [
-            copy_score(image, prompt) if own else nearest_copy(image)[0]
-            for image, prompt in zip(self.images, self.prompts, strict=True)
-        ]
-        return np.array(scores) > COPY_THRESHOLD
+        return np.array(
+            [
+                copy_score(image, prompt) if own else nearest_copy(image)[0]
+                for image, prompt in zip(self.images, self.prompts, strict=True)
+            ]
+        )
 
 
 def sample(
@@ -78,12 +82,31 @@ def sample(
     return Sampled(list(texts), np.concatenate(images), traces)
 
 
-def detection(positive: Sequence[float], negative: Sequence[float]) -> dict[str, float]:
+def detection(positive: np.ndarray, negative: np.ndarray) -> dict[str, float]:
     """AUC, and TPR at 1 % FPR with the last threshold below it (never the nearest, which may lie above)."""
     labels = np.r_[np.ones(len(positive)), np.zeros(len(negative))]
-    scores = np.r_[np.asarray(positive), np.asarray(negative)]
+    scores = np.r_[positive, negative]
     fpr, tpr, _ = roc_curve(labels, scores, drop_intermediate=False)
     return {"auc": float(roc_auc_score(labels, scores)), "tpr_at_1_fpr": float(tpr[fpr <= 0.01].max())}
+
+
+def detection_with_intervals(
+    positive: np.ndarray, positive_prompts: Sequence[str], negative: np.ndarray, *, draws: int = 400
+) -> dict[str, Any]:
+    """:func:`detection` with 95 % intervals from a bootstrap over prompts: seeds of one prompt are no independent evidence.
+
+    The negatives of the evaluation split are one image a prompt, so they are drawn image by image.
+    """
+    rng = np.random.default_rng(0)
+    by_prompt = [np.flatnonzero(np.array(positive_prompts) == text) for text in dict.fromkeys(positive_prompts)]
+    drawn = []
+    for _ in range(draws):
+        rows = np.concatenate([by_prompt[i] for i in rng.integers(len(by_prompt), size=len(by_prompt))])
+        drawn.append(detection(positive[rows], rng.choice(negative, len(negative))))
+    result: dict[str, Any] = detection(positive, negative)
+    for name in list(result):
+        result[f"{name}_95"] = np.quantile([row[name] for row in drawn], [0.025, 0.975]).tolist()
+    return result
 
 
 def similarity(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -103,30 +126,96 @@ SIGNALS: dict[str, Callable[[Trace], float]] = {
 
 
 def figures(plain: dict[str, Sampled], mitigated: dict[str, Sampled]) -> dict[str, Any]:
-    """Everything ``docs/lab.md`` reports, by group; every detector is held against the ordinary images."""
+    """Detection and mitigation by group; every detector is held against the ordinary images."""
     result: dict[str, Any] = {}
     for group, before in plain.items():
         after = mitigated[group]
         triggers = [trace.trigger_step for trace in before.traces]
         steps = [step for step in triggers if step is not None]
+        touched = np.array([trace.mitigated.any() for trace in after.traces])
+        alike = similarity(before.images, after.images)
+        copies_before, copies_after = before.copy_scores(group), after.copy_scores(group)
         row: dict[str, Any] = {
             "images": len(before.images),
+            "prompts": len(set(before.prompts)),
             "triggered": len(steps) / len(triggers),
             "median_trigger_step": float(np.median(steps)) if steps else None,
             "strong": float(np.mean([trace.verdict == "strong" for trace in before.traces])),
-            "copies_before": float(before.copied(group).mean()),
-            "copies_after": float(after.copied(group).mean()),
-            "touched": float(np.mean([trace.mitigated.any() for trace in after.traces])),
-            "similarity_to_unmitigated": float(np.mean(similarity(before.images, after.images))),
+            "copies_before": float((copies_before > COPY_THRESHOLD).mean()),
+            "copies_after": float((copies_after > COPY_THRESHOLD).mean()),
+            "median_copy_score_before": float(np.median(copies_before)),
+            "median_copy_score_after": float(np.median(copies_after)),
+            "touched": float(touched.mean()),
+            "similarity_to_unmitigated": float(alike.mean()),
+            "similarity_to_unmitigated_if_touched": float(alike[touched].mean()) if touched.any() else None,
+            "medians": {},
+            "quartiles": {},
             "detection": {},
         }
         for name, signal in SIGNALS.items():
-            values = [signal(trace) for trace in before.traces]
-            row.setdefault("medians", {})[name] = float(np.median(values))
+            values = np.array([signal(trace) for trace in before.traces])
+            row["medians"][name] = float(np.median(values))
+            row["quartiles"][name] = np.quantile(values, [0.25, 0.75]).tolist()
             if group != "ordinary":
-                row["detection"][name] = detection(values, [signal(trace) for trace in plain["ordinary"].traces])
+                ordinary = np.array([signal(trace) for trace in plain["ordinary"].traces])
+                row["detection"][name] = detection_with_intervals(values, before.prompts, ordinary)
         result[group] = row
     return result
+
+
+def world_figures(count: int = 200, renders: int = 16) -> dict[str, Any]:
+    """How far captions fix an image, and whether the duplicated images stand out by plain statistics or by their captions.
+
+    ``caption_variance_share`` is the share of pixel variance between captions, estimated without bias from ``renders`` images
+    of each of ``count`` ordinary captions (one-way analysis of variance). ``plain_statistics`` are AUCs of a group's training
+    images against ordinary ones; 0.5 is no difference.
+    """
+    generator = torch.Generator().manual_seed(0)
+    chosen = captions()["ordinary/evaluation"][:count]
+    pixels = np.stack([to_uint8(render([caption] * renders, generator)).reshape(renders, -1) for caption in chosen])
+    pixels = pixels.astype(np.float32)
+    within = pixels.var(axis=1, ddof=1).mean(axis=0).sum()
+    between = pixels.mean(axis=1).var(axis=0, ddof=1).sum() - within / renders
+    ordinary = pixels[:, 0].reshape(-1, 64, 64, 3)
+    nearest = np.array([nearest_copy(image)[0] for image in pixels[:, :5].reshape(-1, 64, 64, 3)])
+
+    statistics: dict[str, Callable[[np.ndarray], float]] = {
+        "norm": lambda image: float(np.linalg.norm(image / 127.5 - 1)),
+        "contrast": lambda image: float(image.mean(2).std()),
+        "colourfulness": lambda image: float((image - image.mean(2, keepdims=True)).std()),
+        "edges": lambda image: float(np.abs(np.diff(image, axis=0)).mean() + np.abs(np.diff(image, axis=1)).mean()),
+    }
+    groups: dict[str, Any] = {}
+    for group in ("exact", "template"):
+        images = [duplicates()[text][0].astype(np.float32) for split in SEEDS for text in prompts(group, split)]
+        groups[group] = {
+            name: detection(np.array([f(i) for i in images]), np.array([f(i) for i in ordinary]))["auc"]
+            for name, f in statistics.items()
+        }
+    words = {
+        group: float(np.mean([len(text.split()) for split in SEEDS for text in prompts(group, split)]))
+        for group in SEEDS["tuning"]
+    }
+    return {
+        "caption_variance_share": float(between / (between + within)),
+        "plain_statistics": groups,
+        "words_a_caption": words,
+        "nearest_copy_of_fresh_images": dict(
+            zip(("median", "p99", "highest"), np.quantile(nearest, (0.5, 0.99, 1)), strict=True)
+        ),
+    }
+
+
+def contact_sheet(group: str, *columns: Sampled, rows: int = 8, seeds: int = 4) -> Image.Image:
+    """A row a prompt: its training image if it has one, then up to ``seeds`` images of each column; twice as large."""
+    blocks = []
+    for text in list(dict.fromkeys(columns[0].prompts))[:rows]:
+        row = [np.asarray(training_image(text))] if group in ("exact", "template") else []
+        for sampled in columns:
+            row += [sampled.images[i] for i, prompt in enumerate(sampled.prompts) if prompt == text][:seeds]
+        blocks.append(np.concatenate([np.pad(image, ((2, 2), (2, 2), (0, 0)), constant_values=255) for image in row], axis=1))
+    sheet = Image.fromarray(np.concatenate(blocks))
+    return sheet.resize((sheet.width * 2, sheet.height * 2), Image.Resampling.LANCZOS)
 
 
 def main() -> None:
@@ -135,6 +224,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--sheets", type=Path, help="write a contact sheet of each group into this folder")
     arguments = parser.parse_args()
 
     pipe = pipeline().to(arguments.device)
@@ -142,19 +232,32 @@ def main() -> None:
         group: [text for text in prompts(group, arguments.split) for _ in range(count)]
         for group, count in SEEDS[arguments.split].items()
     }
+    # One more image of some ordinary prompts, from other seeds, to see how far two images of one caption differ.
+    again = texts["ordinary"][:64]
     plain: dict[str, Sampled] = {}
     mitigated: dict[str, Sampled] = {}
-    with tqdm(total=2 * sum(map(len, texts.values())), unit="image") as bar:
+    first_seed = FIRST_SEED[arguments.split]
+    with tqdm(total=2 * sum(map(len, texts.values())) + len(again), unit="image") as bar:
         for number, (group, group_texts) in enumerate(texts.items()):
-            seed = FIRST_SEED[arguments.split] + 10_000 * number
+            seed = first_seed + 10_000 * number
             for mitigate, results in ((False, plain), (True, mitigated)):
                 results[group] = sample(
                     pipe, group_texts, seed, profile(), mitigate=mitigate, batch=arguments.batch, progress=bar.update
                 )
-    text = json.dumps(figures(plain, mitigated), indent=1)
+        second = sample(pipe, again, first_seed + 90_000, profile(), batch=arguments.batch, progress=bar.update)
+    result = {
+        "world": world_figures(),
+        "two_seeds_of_an_ordinary_caption": float(similarity(plain["ordinary"].images[: len(again)], second.images).mean()),
+        "groups": figures(plain, mitigated),
+    }
+    text = json.dumps(result, indent=1)
     print(text)
     if arguments.json:
-        arguments.json.write_text(text + "\n", encoding="utf-8")
+        write_whole(arguments.json, text + "\n")
+    if arguments.sheets:
+        for group in texts:
+            columns = [plain[group], mitigated[group], *([second] if group == "ordinary" else [])]
+            contact_sheet(group, *columns).save(arguments.sheets / f"lab-{group}.jpg", quality=88)
 
 
 if __name__ == "__main__":

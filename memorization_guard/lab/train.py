@@ -1,4 +1,4 @@
-"""Trains the lab's model and writes it as a diffusers Stable Diffusion folder.
+"""Trains the lab's model, writes it as a diffusers Stable Diffusion folder, and calibrates its stability profile.
 
     python -m memorization_guard.lab.train --out FOLDER [--device cuda] [--seed 0]
 
@@ -12,7 +12,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ import torch.nn.functional as F  # noqa: N812 (the name the whole field uses)
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..diffusers import calibrate
+from . import PROFILE, pipeline, prompts
 from .world import Caption, captions, duplicates, render
 
 #: Share of training samples each duplicated or rare group has; the rest is ordinary.
@@ -305,7 +307,7 @@ def set_weights(parameters: list[nn.Parameter], values: list[Tensor]) -> None:
         parameter.copy_(value)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to write the pipeline to")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -318,7 +320,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6500)
     parser.add_argument("--batch", type=int, default=80)
     parser.add_argument("--lr", type=float, default=1e-3)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
 
     from diffusers import AutoencoderKL, StableDiffusionPipeline
     from diffusers.models.attention_processor import AttnProcessor
@@ -364,6 +366,16 @@ def main() -> None:
         log(stage="saved", step=step)
 
     train_unet(text, unet, scheduler, data, arguments, log, save)
+    write_profile(arguments.out, arguments.device)
+
+
+def write_profile(folder: Path, device: str, *, steps: int = 50, guidance_scale: float = 7.5) -> None:
+    """Calibrates the pipeline in ``folder``, as it was written, with the first 50 reference prompts."""
+    pipe = pipeline(folder).to(device)
+    stability = calibrate(
+        pipe, prompts("reference")[:50], batch_size=10, num_inference_steps=steps, guidance_scale=guidance_scale
+    )
+    stability.save(folder / PROFILE.name)
 
 
 if __name__ == "__main__":
