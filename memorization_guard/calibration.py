@@ -83,6 +83,9 @@ class Calibrator:
             raise CalibrationError(
                 f"cannot merge runs of {len(other._mean)} steps with runs of {len(self._mean)}: calibrate them apart"
             )
+        expected = self.settings.steps
+        if other.count and expected not in (None, len(other._mean)):
+            raise CalibrationError(f"cannot merge runs of {len(other._mean)} steps: the settings say {expected}")
         self.left_out.update(other.left_out)
         if not other.count:
             return

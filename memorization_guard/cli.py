@@ -6,9 +6,11 @@ that ``--help`` need not wait for it.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,26 +58,32 @@ def _writable(path: Path | None) -> None:
     """Refuses an output that cannot be written before minutes of sampling, not after."""
     if path is None:
         return
-    if path.is_dir():
-        raise UsageError(f"{path} is a folder: name a file")
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{path} is {'a folder' if path.is_dir() else 'no ordinary file'}: name a file")
     if not path.absolute().parent.is_dir():
         raise UsageError(f"the folder {path.absolute().parent} does not exist")
     if not os.access(path.absolute().parent, os.W_OK):
         raise UsageError(f"{path.absolute().parent} cannot be written to")
 
 
-def _load_pipeline(model: Path, device: str, dtype: str) -> Any:
+def _load_pipeline(model: Path, config: Path | None, device: str, dtype: str) -> Any:
     """A pipeline from a diffusers folder or a ``.safetensors`` checkpoint; nothing is fetched and nothing is unpickled."""
+    # Without this, diffusers asks the hub for what a single-file checkpoint does not say, local_files_only or not.
+    os.environ["HF_HUB_OFFLINE"] = "1"
     if not model.exists():
         raise UsageError(f"there is no model at {model}: give a diffusers folder or a .safetensors checkpoint")
     if model.is_file() and model.suffix != ".safetensors":
         raise UsageError(f"{model.name} is no .safetensors file: other checkpoints can run code when opened, convert it first")
     if model.is_dir() and not (model / "model_index.json").is_file():
         raise UsageError(f"{model} holds no model_index.json: it is not a diffusers pipeline folder")
+    if config is not None and not (config / "model_index.json").is_file():
+        raise UsageError(
+            f"--config {config} holds no model_index.json: give the folder of a diffusers pipeline of the same kind"
+        )
     import torch
 
     _quiet_libraries()
-    from diffusers import DiffusionPipeline, StableDiffusionPipeline
+    from diffusers import DiffusionPipeline
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -86,12 +94,41 @@ def _load_pipeline(model: Path, device: str, dtype: str) -> Any:
         if model.is_dir():
             pipe: Any = DiffusionPipeline.from_pretrained(model, use_safetensors=True, **options)
         else:
-            pipe = StableDiffusionPipeline.from_single_file(str(model), **options)
+            if config is not None:
+                options["config"] = str(config)
+            pipe = _single_file_class(model, config).from_single_file(str(model), **options)
         pipe = pipe.to(device)
     except Exception as error:
-        raise UsageError(f"{model} cannot be loaded as a pipeline: {type(error).__name__}: {error}") from error
+        hint = ""
+        if model.is_file() and config is None:
+            hint = " A checkpoint holds weights only: with --config FOLDER give a diffusers folder of the same kind of model."
+        raise UsageError(f"{model} cannot be loaded as a pipeline: {type(error).__name__}: {error}{hint}") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _single_file_class(checkpoint: Path, config: Path | None) -> Any:
+    """The pipeline class that ``config`` names, or else the one that the checkpoint's tensors tell of."""
+    import diffusers
+
+    if config is not None:
+        return getattr(diffusers, json.loads((config / "model_index.json").read_text(encoding="utf-8"))["_class_name"])
+    from diffusers.loaders.single_file_utils import infer_diffusers_model_type, load_single_file_checkpoint
+
+    kind = infer_diffusers_model_type(load_single_file_checkpoint(str(checkpoint)))
+    families = {"xl": "StableDiffusionXLPipeline", "sd3": "StableDiffusion3Pipeline", "flux": "FluxPipeline"}
+    return getattr(
+        diffusers, next((name for prefix, name in families.items() if kind.startswith(prefix)), "StableDiffusionPipeline")
+    )
+
+
+@contextmanager
+def _sampling_errors() -> Iterator[None]:
+    """What a pipeline or the guard refuses (a size, a scheduler, a full GPU) in one line as well."""
+    try:
+        yield
+    except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
+        raise UsageError(f"sampling failed: {error}") from error
 
 
 def _quiet_libraries() -> None:
@@ -101,6 +138,7 @@ def _quiet_libraries() -> None:
         import transformers.utils.logging as transformers_logging
     except ImportError:
         raise UsageError('diffusers is missing: pip install "memorization-guard[diffusers]"') from None
+    warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers")
     for logging in (diffusers_logging, transformers_logging):
         logging.set_verbosity_error()
         logging.disable_progress_bar()
@@ -115,6 +153,8 @@ Guidance = Annotated[float, typer.Option(help="Classifier-free guidance scale.")
 Device = Annotated[str, typer.Option(help="cpu, cuda, mps, or auto.")]
 Dtype = Annotated[str, typer.Option(help="float32, float16, bfloat16, or auto.")]
 Model = Annotated[Path, typer.Argument(help="A diffusers folder or a .safetensors checkpoint on this machine.")]
+Config = Annotated[Path | None, typer.Option(help="For a checkpoint: a diffusers folder of the same kind of model.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the initial noise; prompts count up from it.")]
 Side = Annotated[int | None, typer.Option(min=8, help="Pixels; the model's own size if not given.")]
 
 
@@ -126,9 +166,10 @@ def calibrate(
     steps: Steps = 50,
     guidance: Guidance = 7.5,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts sampled at once.")] = 4,
-    seed: Annotated[int, typer.Option(help="Seed of the first prompt.")] = 0,
+    seed: Seed = 0,
     height: Side = None,
     width: Side = None,
+    config: Config = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
@@ -136,26 +177,29 @@ def calibrate(
     with _one_line_errors():
         _writable(output)
         texts = _read_prompts(prompts)
-        pipe = _load_pipeline(model, device, dtype)
+        pipe = _load_pipeline(model, config, device, dtype)
         from .diffusers import calibrate as make_profile
 
         state = output.with_name(output.name + ".partial.json")
         size = _size(height, width)
         try:
-            profile = make_profile(
-                pipe,
-                texts,
-                batch_size=batch_size,
-                seed=seed,
-                state=state,
-                num_inference_steps=steps,
-                guidance_scale=guidance,
-                **size,
-            )
+            with _sampling_errors():
+                profile = make_profile(
+                    pipe,
+                    texts,
+                    batch_size=batch_size,
+                    seed=seed,
+                    state=state,
+                    num_inference_steps=steps,
+                    guidance_scale=guidance,
+                    **size,
+                )
         except KeyboardInterrupt:
-            print(f"memorization-guard: interrupted; the runs so far are in {state}", file=sys.stderr)
+            kept = f"; the runs so far are in {state}" if state.exists() else ""
+            print(f"memorization-guard: interrupted{kept}", file=sys.stderr)
             raise typer.Exit(130) from None
         profile.save(output)
+        state.unlink(missing_ok=True)
         left_out = "".join(f", {count} left out ({reason})" for reason, count in profile.left_out.items())
         print(f"{output}: {profile.steps} steps from {profile.count} reference runs{left_out}")
 
@@ -178,11 +222,12 @@ def trace(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the trace here.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write the stability graph here: .svg or .png.")] = None,
     image: Annotated[Path | None, typer.Option(help="Write the image here (.png).")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the initial noise.")] = 0,
+    seed: Seed = 0,
     steps: Steps = 50,
     guidance: Guidance = 7.5,
     height: Side = None,
     width: Side = None,
+    config: Config = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
@@ -192,15 +237,17 @@ def trace(
             _writable(path)
         if plot is not None and plot.suffix not in (".svg", ".png"):
             raise UsageError(f"{plot.name}: a graph is written as .svg or .png")
+        if mitigate and profile is None:
+            raise UsageError("--mitigate needs a --profile: make one with 'memorization-guard calibrate'")
         from .profile import StabilityProfile
 
         stability = StabilityProfile.load(profile) if profile is not None else None
-        pipe = _load_pipeline(model, device, dtype)
+        pipe = _load_pipeline(model, config, device, dtype)
         import torch
 
         from .diffusers import guard
 
-        with guard(pipe, stability, mitigate=mitigate) as run:
+        with _sampling_errors(), guard(pipe, stability, mitigate=mitigate) as run:
             output = pipe(
                 prompt,
                 num_inference_steps=steps,
@@ -210,32 +257,34 @@ def trace(
             )
         if not run.traces:
             raise UsageError("the run could not be watched; the log says why")
-        _write_trace(run.traces[0], json_file, plot)
-        if image is not None:
-            _write_image(output.images[0], image)
-        _print_trace(run.traces[0], scored=stability is not None)
+        found = run.traces[0]
+        _write_outputs(found, output.images[0], json_file=json_file, plot=plot, image=image)
+        _print_trace(found, scored=stability is not None)
+        if stability is not None and not (check := stability.check(found.settings)).valid:
+            # The image was made and is kept; what was asked for, a judgement or a correction, was not to be had.
+            raise UsageError(str(check))
 
 
-def _write_trace(found: Trace, json_file: Path | None, plot: Path | None) -> None:
+def _write_outputs(found: Trace, picture: Any, *, json_file: Path | None, plot: Path | None, image: Path | None) -> None:
+    """Makes everything before it writes anything, so that what cannot be made leaves nothing behind."""
     from . import graph
     from .files import write_whole
 
+    contents: list[tuple[Path, bytes | str]] = []
     if json_file is not None:
-        write_whole(json_file, json.dumps(found.to_dict(), indent=1) + "\n")
-    if plot is not None and plot.suffix == ".svg":
-        write_whole(plot, graph.svg(found))
-    elif plot is not None:
-        _write_image(graph.image(found), plot)
+        contents.append((json_file, json.dumps(found.to_dict(), indent=1, allow_nan=False) + "\n"))
+    if plot is not None:
+        contents.append((plot, graph.svg(found) if plot.suffix == ".svg" else _png(graph.image(found))))
+    if image is not None:
+        contents.append((image, _png(picture)))
+    for path, content in contents:
+        write_whole(path, content)
 
 
-def _write_image(picture: Any, path: Path) -> None:
-    import io
-
-    from .files import write_whole
-
+def _png(picture: Any) -> bytes:
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
-    write_whole(path, buffer.getvalue())
+    return buffer.getvalue()
 
 
 def _print_trace(found: Trace, *, scored: bool) -> None:
@@ -251,7 +300,7 @@ def _print_trace(found: Trace, *, scored: bool) -> None:
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for report.html and demo.png.")] = Path("demo"),
-    seed: Annotated[int, typer.Option(help="Seed of the first image.")] = 0,
+    seed: Seed = 0,
     prompts_per_group: Annotated[int, typer.Option(min=1, max=30, help="Exact, template and ordinary prompts each.")] = 3,
 ) -> None:
     """Watch the bundled model reproduce training images, and steer it away from them. Needs no download and no GPU."""
@@ -278,8 +327,9 @@ def demo(
             "each image stands how far the latent moved at every step, against the band in which ordinary prompts stay.",
             copy_threshold=lab.COPY_THRESHOLD,
         )
+        sheet = _png(contact_sheet(comparisons, copy_threshold=lab.COPY_THRESHOLD))
         write_whole(output / "report.html", page)
-        _write_image(contact_sheet(comparisons, copy_threshold=lab.COPY_THRESHOLD), output / "demo.png")
+        write_whole(output / "demo.png", sheet)
         _print_table(comparisons)
         print(
             f"\n{output / 'report.html'} shows the images and their stability graphs; {output / 'demo.png'} the same in one."

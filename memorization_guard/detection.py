@@ -48,7 +48,7 @@ class Thresholds:
 
     def mild_limit(self, steps: int) -> int:
         """``k``, the number of first steps in which a mild image is corrected, for a run of ``steps`` steps."""
-        return round(self.mild_steps * steps / REFERENCE_STEPS)
+        return max(1, round(self.mild_steps * steps / REFERENCE_STEPS)) if self.mild_steps else 0
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready mapping; inverse of :meth:`from_dict`."""
@@ -112,9 +112,8 @@ class Detector:
         step, self._step = self._step, self._step + 1
         if self.off_schedule is not None:
             return None
-        self._row = self.profile.find(sigma) if self._row is None else self._row + 1
-        row = self._row
-        if row is None or not self.profile.follows(row, sigma):
+        self._row = row = self.profile.next_row(self._row, sigma, step)
+        if row is None:
             self.off_schedule = f"step {step}, at noise level {sigma:.4g}, is not in the profile's schedule"
             return None
         _, update_score, denoised_score = self.profile.scores(row, norms)

@@ -27,7 +27,7 @@ from .detection import Thresholds
 from .files import write_whole
 from .fingerprint import fingerprint
 from .monitor import StabilityMonitor, StepEvent
-from .parameterization import NoiseLevel
+from .parameterization import NoiseLevel, widened
 from .profile import RunSettings, StabilityProfile
 from .prompts import read_prompts
 from .trace import Trace
@@ -53,37 +53,32 @@ class _Call:
 
 def _plan_discrete(scheduler: Any, first: int) -> list[_Call]:
     """DDIM, DDPM: VP scale, indexed by training timestep."""
-    levels = []
-    for t in scheduler.timesteps.tolist()[first:]:
-        if hasattr(scheduler, "previous_timestep"):
-            previous = int(scheduler.previous_timestep(t))
-        else:
-            previous = t - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
-        levels.append(_Call(_alpha_bar(scheduler, t), _alpha_bar(scheduler, previous)))
-    return levels
+    level = _alpha_bars(scheduler)
+    timesteps = scheduler.timesteps.tolist()[first:]
+    if hasattr(scheduler, "previous_timestep"):
+        # DDPM steps to the next entry of its list; diffusers looks it up on the device, for every step.
+        ends = [*timesteps[1:], -1]
+    else:
+        ends = [t - scheduler.config.num_train_timesteps // scheduler.num_inference_steps for t in timesteps]
+    return [_Call(level(start), level(end)) for start, end in zip(timesteps, ends, strict=True)]
 
 
 def _plan_pndm(scheduler: Any, first: int) -> list[_Call]:
     """PNDM's linear multistep mode. Its second call repeats the first step, from the same sample, with a mean prediction."""
     stride = scheduler.config.num_train_timesteps // scheduler.num_inference_steps
     timesteps = scheduler.timesteps.tolist()[first:]
+    level = _alpha_bars(scheduler)
     calls = []
     for number, t in enumerate(timesteps):
         start = t + stride if number == 1 else t
-        calls.append(
-            _Call(
-                _alpha_bar(scheduler, start),
-                _alpha_bar(scheduler, start - stride),
-                ends_step=number > 0 or len(timesteps) == 1,
-            )
-        )
+        calls.append(_Call(level(start), level(start - stride), ends_step=number > 0 or len(timesteps) == 1))
     return calls
 
 
-def _alpha_bar(scheduler: Any, t: int) -> NoiseLevel:
-    if t >= 0:
-        return NoiseLevel.from_alpha_bar(float(scheduler.alphas_cumprod[int(t)]))
-    return NoiseLevel.from_alpha_bar(float(getattr(scheduler, "final_alpha_cumprod", 1.0)))
+def _alpha_bars(scheduler: Any) -> Callable[[int], NoiseLevel]:
+    """Noise levels by training timestep; below 0 lies the end of the schedule. Waits for the device once, if at all."""
+    alpha_bars, last = scheduler.alphas_cumprod.tolist(), float(getattr(scheduler, "final_alpha_cumprod", 1.0))
+    return lambda t: NoiseLevel.from_alpha_bar(alpha_bars[t] if t >= 0 else last)
 
 
 def _plan_sigmas(level: Callable[[float], NoiseLevel], scheduler: Any, first: int) -> list[_Call]:
@@ -122,6 +117,9 @@ def _plan_of(scheduler: Any) -> _Plan:
         raise ValueError(
             "PNDMScheduler with skip_prk_steps=False cannot be watched: set skip_prk_steps=True, as Stable Diffusion does"
         )
+    for option in ("thresholding", "invert_sigmas"):
+        if config.get(option):
+            raise ValueError(f"{names[0]} with {option}=True cannot be watched: switch it off")
     flow = config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
     plans: dict[str, _Plan] = {
         "PNDMScheduler": _plan_pndm,
@@ -159,11 +157,8 @@ class GuardedRun:
         self._pipe = pipe
         self._new_monitor = new_monitor
         self._monitors: list[StabilityMonitor] = []
-        self._plan: list[_Call] | None = None
-        self._calls = 0
-        self._start: _Evaluation | None = None  # where the current solver step began, after an inner evaluation
-        self._network_output: Tensor | None = None
-        self._failed = False
+        self._network_outputs: list[Tensor] = []  # since the last call of the scheduler
+        self._begin()
 
     @property
     def traces(self) -> list[Trace]:
@@ -172,36 +167,44 @@ class GuardedRun:
 
     def _begin(self) -> None:
         """The pipeline has set its timesteps: the next step is the first of a new run."""
-        self._plan, self._calls, self._start, self._failed = None, 0, None, False
+        self._monitor: StabilityMonitor | None = None
+        self._plan: list[_Call] | None = None
+        self._first_timestep: Any = None
+        self._calls = 0
+        self._start: _Evaluation | None = None  # where the current solver step began, after an inner evaluation
+        self._failed = False
 
     def _keep_network_output(self, _module: Any, _arguments: Any, output: Any) -> None:
         tensor = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
-        self._network_output = tensor if isinstance(tensor, Tensor) else None
+        if isinstance(tensor, Tensor):
+            self._network_outputs.append(tensor)
 
     def _after_step(self, scheduler: Any, prediction: Tensor, timestep: Any, sample: Tensor, result: Any) -> Any:
         """Hands the call to the monitor, and its correction to the result. Never raises: the image goes on without us."""
-        network_output, self._network_output = self._network_output, None
+        outputs, self._network_outputs = self._network_outputs, []
         if self._failed:
             return result
         try:
-            return self._watch(scheduler, prediction, timestep, sample, result, network_output)
+            return self._watch(scheduler, prediction, timestep, sample, result, outputs)
         except Exception as error:
             self._failed = True
-            log.warning("Memorization Guard stopped watching this run; the image is not affected: %s", error, exc_info=True)
+            if self._monitor is None:
+                self._monitor = self._new_monitor(RunSettings())
+            self._monitor.fail(error)
             return result
 
     def _watch(
-        self, scheduler: Any, prediction: Tensor, timestep: Any, sample: Tensor, result: Any, network_output: Tensor | None
+        self, scheduler: Any, prediction: Tensor, timestep: Any, sample: Tensor, result: Any, outputs: list[Tensor]
     ) -> Any:
         if self._plan is None:
-            self._plan = _plan_of(scheduler)(scheduler, _first_index(scheduler, timestep))
-            self._monitors.append(self._new_monitor(self._settings(scheduler, sample)))
+            self._plan = self._planned(scheduler, _first_index(scheduler, timestep))
+            self._first_timestep = timestep
+        elif self._calls == 1 and not hasattr(scheduler, "step_index") and int(timestep) == int(self._first_timestep):
+            # PNDM lists its second timestep twice; only now it shows that the run began at the first of the two.
+            self._plan = self._planned(scheduler, _first_index(scheduler, timestep) - 1)
         call = self._plan[self._calls]
         self._calls += 1
-        uncond = cond = None
-        if network_output is not None and len(network_output) == 2 * len(prediction):
-            # Guidance evaluates both prompts in one batch, the unconditional one first.
-            uncond, cond = network_output.chunk(2)
+        uncond, cond = _predictions(outputs, len(prediction))
         here = _Evaluation(sample, prediction, uncond, cond, call.start)
         if not call.ends_step:
             self._start = here
@@ -210,7 +213,9 @@ class GuardedRun:
         return self._finish_step(scheduler, call, begin, result)
 
     def _finish_step(self, scheduler: Any, call: _Call, begin: _Evaluation, result: Any) -> Any:
-        monitor = self._monitors[-1]
+        if self._monitor is None:
+            self._monitor = self._new_monitor(self._settings(scheduler, begin.sample))
+            self._monitors.append(self._monitor)
         kind = _prediction_type(scheduler)
         # UniPC corrects the sample it was given before it steps on from it; what it kept is the true start of the step.
         corrects = hasattr(scheduler, "multistep_uni_c_bh_update")
@@ -219,10 +224,13 @@ class GuardedRun:
         epsilon = functools.partial(level.epsilon, begin.sample, prediction_type=kind)
         proposed = result[0] if isinstance(result, tuple) else result.prev_sample
         z_next = call.end.to_vp(proposed)
-        z = monitor.step(
+        denoised = level.denoised(widened(begin.sample), widened(begin.prediction), kind)
+        if scheduler.config.get("clip_sample"):
+            denoised = denoised.clamp(-scheduler.config.clip_sample_range, scheduler.config.clip_sample_range)
+        z = self._monitor.step(
             level.to_vp(start_sample),
             z_next,
-            level.denoised(begin.sample, begin.prediction, kind),
+            denoised,
             sigma=level.noise if kind == "flow_prediction" else level.sigma,
             x0_coefficient=call.end.alpha,
             eps_cond=None if begin.cond is None else epsilon(begin.cond),
@@ -230,15 +238,24 @@ class GuardedRun:
         )
         if z is z_next:
             return result
-        corrected = call.end.from_vp(z).to(proposed.dtype)
-        if corrects and call.end.beta > 0:
-            # The next call computes this latent anew from last_sample, which it multiplies by beta_end / beta_start
-            # (Zhao et al. 2023, UniC): what is not moved there as well is forgotten.
-            scheduler.last_sample = scheduler.last_sample + (corrected - proposed) * (level.beta / call.end.beta)
+        # There and back again rounds: a sample that was not corrected is taken as it came.
+        moved = (z != z_next).flatten(1).any(1).view(-1, *(1,) * (z.ndim - 1))
+        corrected = torch.where(moved, call.end.from_vp(z).to(proposed.dtype), proposed)
+        if corrects:
+            # The next call computes this latent anew from last_sample (Zhao et al. 2023, UniC), times the ratio of their
+            # noise, or of their signal where it predicts noise: what is not moved there as well is forgotten.
+            name = "noise" if scheduler.predict_x0 else "signal"
+            if (end := getattr(call.end, name)) > 0:
+                scheduler.last_sample = scheduler.last_sample + (corrected - proposed) * (getattr(level, name) / end)
         if isinstance(result, tuple):
             return (corrected, *result[1:])
         result.prev_sample = corrected
         return result
+
+    def _planned(self, scheduler: Any, first: int) -> list[_Call]:
+        # A pipeline that stops early (denoising_end) says so before its first step.
+        count = getattr(self._pipe, "num_timesteps", None)
+        return _plan_of(scheduler)(scheduler, first)[: count if isinstance(count, int) else None]
 
     def _settings(self, scheduler: Any, sample: Tensor) -> RunSettings:
         pipe, config = self._pipe, scheduler.config
@@ -265,6 +282,17 @@ class GuardedRun:
         )
 
 
+def _predictions(outputs: Sequence[Tensor], batch: int) -> tuple[Tensor | None, Tensor | None]:
+    """Network outputs without and with the prompt, out of all since the last step; ``None`` where guidance has none."""
+    for output in outputs:
+        if len(output) == 2 * batch:  # both prompts in one batch, the unconditional one first
+            uncond, cond = output.chunk(2)
+            return uncond, cond
+    if len(outputs) == 2 and all(len(output) == batch for output in outputs):  # one after the other (Flux, true_cfg_scale)
+        return outputs[1], outputs[0]
+    return None, None
+
+
 def _step_starts(plan: Sequence[_Call]) -> list[NoiseLevel]:
     """Noise level before each solver step: that of the first call of it."""
     starts, fresh = [], True
@@ -287,7 +315,9 @@ def _first_index(scheduler: Any, timestep: Any) -> int:
     """Where in ``scheduler.timesteps`` the run began, after its first call; image to image starts in the middle."""
     if hasattr(scheduler, "step_index"):
         return int(scheduler.step_index) - 1
-    return scheduler.timesteps.tolist().index(int(timestep))  # waits for the device, once a run
+    # Waits for the device, once a run. The last of equal ones: see where PNDM's second call is watched.
+    timesteps = scheduler.timesteps.tolist()
+    return len(timesteps) - 1 - timesteps[::-1].index(int(timestep))
 
 
 def _denoiser(pipe: Any) -> torch.nn.Module:
@@ -383,10 +413,11 @@ def calibrate(
         prompts: prompts that are not memorized, 50 or so; a list, or a file that :func:`read_prompts` reads.
         batch_size: prompts sampled at once.
         seed: prompt i starts from the noise of seed ``seed + i``, drawn on the CPU.
-        state: file that keeps the runs so far after every batch, so that an interrupted calibration goes on from there; it
-            is removed at the end.
+        state: file that keeps the runs so far after every batch, so that an interrupted calibration goes on from there;
+            delete it once the profile is saved.
         progress: whether to show a progress bar.
-        pipe_kwargs: what the profile is to hold for (``num_inference_steps``, ``guidance_scale``, ``height``, ...).
+        pipe_kwargs: what the profile is to hold for (``num_inference_steps``, ``guidance_scale``, ``height``, ...); one
+            text as ``negative_prompt`` serves all prompts.
 
     Raises:
         CalibrationError: if there are fewer than 8 prompts, or fewer than 8 runs are usable; and if ``state`` belongs to
@@ -416,8 +447,10 @@ def calibrate(
             for start in range(len(done), len(texts), batch_size):
                 part = texts[start : start + batch_size]
                 generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(part))]
+                # Pipelines want as many of them as there are prompts.
+                texts_a_prompt = {k: [v] * len(part) for k, v in pipe_kwargs.items() if "negative" in k and isinstance(v, str)}
                 with guard(pipe) as run:
-                    pipe(part, generator=generators, output_type="latent", **pipe_kwargs)
+                    pipe(part, generator=generators, output_type="latent", **(pipe_kwargs | texts_a_prompt))
                 traces = run.traces
                 if len(traces) != len(part):
                     raise CalibrationError(f"{len(part)} prompts gave {len(traces)} traces: see the log for what went wrong")
@@ -437,10 +470,7 @@ def calibrate(
             calibrator.add(trace)
         except CalibrationError as error:
             log.warning("A reference run was left out: %s", error)
-    profile = calibrator.profile()
-    if state is not None:
-        Path(state).unlink(missing_ok=True)
-    return profile
+    return calibrator.profile()
 
 
 def _read_state(state: str | os.PathLike[str] | None, key: str) -> list[Trace]:

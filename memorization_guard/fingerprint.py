@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from operator import itemgetter
 
 import numpy as np
 import torch
@@ -14,23 +15,26 @@ SAMPLES = 4096
 
 
 @torch.no_grad()
-def fingerprint(model: nn.Module | Mapping[str, Tensor]) -> str:
-    """16 hexadecimal digits that tell one set of weights from another.
+def fingerprint(model: nn.Module | Mapping[str, Tensor]) -> str | None:
+    """16 hexadecimal digits that tell one set of weights from another; ``None`` if weights are offloaded and not there.
 
     Hashes the name and shape of every tensor, and the signs of up to 4096 values spread over it. Casting between float32,
     float16 and bfloat16 keeps every sign, so a profile made at one precision is known to fit the model at another; training
-    or a merged LoRA flips some signs of small weights. Waits for each device once; takes milliseconds.
+    or a merged LoRA flips some signs of small weights. ``torch.compile`` and a spread over devices change nothing. Waits for
+    each device once; takes milliseconds.
     """
-    tensors = sorted((model.state_dict() if isinstance(model, nn.Module) else model).items())
-    digest = hashlib.sha256()
+    state = model.state_dict() if isinstance(model, nn.Module) else model
+    tensors = sorted(((name.replace("_orig_mod.", ""), tensor) for name, tensor in state.items()), key=itemgetter(0))
+    if any(tensor.device.type == "meta" for _, tensor in tensors):
+        return None
     signs: dict[torch.device, list[Tensor]] = {}
-    for name, tensor in tensors:
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        if tensor.device.type == "meta":  # offloaded weights: name and shape have to do
-            continue
+    for _, tensor in tensors:
         flat = tensor.detach().reshape(-1)
         sample = flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES]
         signs.setdefault(tensor.device, []).append(torch.signbit(sample.float()))
-    for _, parts in sorted(signs.items(), key=lambda item: str(item[0])):
-        digest.update(np.packbits(torch.cat(parts).cpu().numpy()).tobytes())
+    arrived = {device: iter(torch.cat(parts).cpu().split([len(part) for part in parts])) for device, parts in signs.items()}
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(np.packbits(next(arrived[tensor.device]).numpy()).tobytes())
     return digest.hexdigest()[:16]

@@ -121,7 +121,7 @@ class StabilityMonitor:
         try:
             return self._step(z_prev, z_next, x0, float(sigma), float(x0_coefficient), eps_cond, eps_uncond)
         except Exception as error:
-            self._fail(error)
+            self.fail(error)
             return z_next
 
     def _step(
@@ -229,7 +229,8 @@ class StabilityMonitor:
             log.warning("Memorization Guard: the live view failed and is switched off for this run.", exc_info=True)
             self._on_step = None
 
-    def _fail(self, error: Exception) -> None:
+    def fail(self, error: Exception) -> None:
+        """Ends the watching of this run because of ``error``, and says so once; sampling goes on."""
         self.error = error
         log.warning("Memorization Guard stopped watching this run; the image is not affected: %s", error, exc_info=True)
 
@@ -245,7 +246,7 @@ class StabilityMonitor:
             for index in range(due, len(self._norms)):
                 self._emit(index)
         except Exception as error:
-            self._fail(error)
+            self.fail(error)
         if not self._norms:
             return []
         measures = np.stack(self._norms).astype(np.float64)  # [steps, 6, B]
@@ -292,7 +293,8 @@ class StabilityMonitor:
                 band["mean"][step] = profile.mean[judgement.row, column]
                 band["std"][step] = profile.std[judgement.row, column]
         trigger = int(detector.trigger_step[sample])
-        trace.verdict = detector.verdict(sample)
+        # What was not watched to its end cannot be called stable.
+        trace.verdict = "unscored" if self.error is not None and trigger < 0 else detector.verdict(sample)
         trace.trigger_step = trigger if trigger >= 0 else None
         trace.bands = bands
         trace.reference_count = profile.count

@@ -22,6 +22,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+#: The largest noise-to-signal ratio that is told apart from pure noise.
+MAX_SIGMA = 4096.0
+
 PREDICTION_TYPES = ("epsilon", "v_prediction", "flow_prediction", "sample")
 
 
@@ -80,12 +83,15 @@ class NoiseLevel:
 
     @property
     def sigma(self) -> float:
-        """Noise-to-signal ratio, the VE sigma of the same point; infinite where nothing of x0 is left."""
-        return self.noise / self.signal if self.signal > 0 else math.inf
+        """Noise-to-signal ratio, the VE sigma of the same point.
+
+        At most 4096, which stands for "nothing of x0 is left" as in diffusers' Euler scheduler: infinity is no JSON.
+        """
+        return self.noise / max(self.signal, self.noise / MAX_SIGMA)
 
     def to_vp(self, x: Tensor) -> Tensor:
-        """A latent of this convention on the VP scale; the same object if it already is."""
-        return x if math.isclose(self.scale, 1.0, rel_tol=1e-7) else x / self.scale
+        """A latent of this convention on the VP scale: the same object if it already is, otherwise at least float32."""
+        return x if math.isclose(self.scale, 1.0, rel_tol=1e-7) else widened(x) / self.scale
 
     def from_vp(self, z: Tensor) -> Tensor:
         """The inverse of :meth:`to_vp`."""
@@ -129,6 +135,13 @@ class NoiseLevel:
         return (x - self.signal * self.denoised(x, prediction, prediction_type)) / self.noise
 
 
+def widened(x: Tensor) -> Tensor:
+    """``x`` in float32 if it is of half precision, which would round what is computed from it; otherwise itself."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
 def sample_norm(x: Tensor, out: Tensor | None = None) -> Tensor:
     """Euclidean norm over all axes but the first, in float32 whatever the dtype: ``[B, ...] -> [B]``."""
+    if x.dtype == torch.float64:  # vector_norm widens as it sums, but never narrows
+        x = x.float()
     return torch.linalg.vector_norm(x.flatten(1), dim=1, dtype=torch.float32, out=out)

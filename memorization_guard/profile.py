@@ -143,6 +143,8 @@ class StabilityProfile:
         mean, std = np.array(self.mean, dtype=np.float64), np.array(self.std, dtype=np.float64)
         if mean.ndim != 2 or mean.shape[1] != len(NORMS) or std.shape != mean.shape or not len(mean):
             raise ValueError(f"mean and std must both be [steps, 3]; they are {mean.shape} and {std.shape}")
+        if self.count < 1:
+            raise ValueError(f"count is {self.count}; a profile comes from at least one reference run")
         if not (np.isfinite(mean).all() and np.isfinite(std).all() and (std >= 0).all() and (mean >= 0).all()):
             raise ValueError("mean and std of norms must be finite and non-negative")
         steps, sigmas = self.settings.steps, self.settings.sigmas
@@ -182,10 +184,18 @@ class StabilityProfile:
         row = int(np.argmin(np.abs(sigmas - sigma)))
         return row if _same_sigma(sigmas[row], sigma) else None
 
-    def follows(self, row: int, sigma: float) -> bool:
-        """Whether ``row`` is in the profile and stands for noise level ``sigma``."""
-        sigmas = self.settings.sigmas
-        return row < self.steps and (sigmas is None or _same_sigma(sigmas[row], sigma))
+    def next_row(self, row: int | None, sigma: float, step: int) -> int | None:
+        """The row for step ``step`` of a run, taken from noise level ``sigma``, after ``row``; ``None`` off the schedule.
+
+        A run is to visit every row from the one it begins at. Only its second step may leave one out: so does PNDM in
+        image to image, whose first step counts twice.
+        """
+        if row is None:
+            return self.find(sigma) if step == 0 else None
+        for after in (row + 1, row + 2) if step == 1 and row > 0 else (row + 1,):
+            if after < self.steps and (self.settings.sigmas is None or _same_sigma(self.settings.sigmas[after], sigma)):
+                return after
+        return None
 
     def check(self, settings: RunSettings) -> ProfileCheck:
         """Names every field in which a run differs from this profile; what either side does not know is no difference.
@@ -224,8 +234,12 @@ class StabilityProfile:
         return ProfileCheck(tuple(invalid), tuple(weakened))
 
     def _covers(self, sigmas: Sequence[float]) -> bool:
-        start = self.find(sigmas[0]) if len(sigmas) else None
-        return start is not None and all(self.follows(start + i, sigma) for i, sigma in enumerate(sigmas))
+        row = None
+        for step, sigma in enumerate(sigmas):
+            row = self.next_row(row, sigma, step)
+            if row is None:
+                return False
+        return row is not None
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Writes the profile as safetensors, whole or not at all.

@@ -152,6 +152,10 @@ class Trace:
             raise ValueError(f"the trace is incomplete or damaged: {type(error).__name__}: {error}") from None
         if trace.verdict not in VERDICTS:
             raise ValueError(f"the trace's verdict is {trace.verdict!r}; known: {', '.join(VERDICTS)}")
+        for name in ("trigger_step", "nonfinite_step"):
+            step = getattr(trace, name)
+            if step is not None and not (isinstance(step, int) and 0 <= step < trace.steps):
+                raise ValueError(f"the trace's {name} is {step!r}; the trace has {trace.steps} steps")
         lengths = {len(values) for values in steps.values()}
         lengths |= {len(values) for band in bands.values() for values in band.values()}
         if len(lengths) != 1:

@@ -74,9 +74,9 @@ def test_a_profile_that_does_not_fit_is_said(call, model, prompts, tmp_path):
     profile = tmp_path / "tiny.safetensors"
     call("calibrate", model, "--prompts", prompts, "-o", profile, *QUICK)
     result = call("trace", model, "a cat", "--profile", profile, *QUICK, "--guidance", 3)
-    assert result.exit_code == 0
+    assert result.exit_code == 2
     assert "verdict: unscored" in result.output
-    assert "guidance scale: profile 7.5, run 3.0" in result.output
+    assert "guidance scale: profile 7.5, run 3.0" in result.stderr
 
 
 def one_line_error(result, *words):
@@ -103,6 +103,10 @@ def test_what_a_user_can_get_wrong_ends_in_one_line_and_exit_code_2(call, model,
     one_line_error(call("trace", model, "a cat", "--plot", tmp_path / "t.gif"), ".svg or .png")
     one_line_error(call("trace", model, "a cat", "--json", tmp_path / "no" / "t.json"), "does not exist")
     one_line_error(call("trace", model, "a cat", "--json", tmp_path), "is a folder")
+    one_line_error(call("trace", model, "a cat", "--json", "/dev/null"), "no ordinary file")
+    one_line_error(call("trace", model, "a cat", "--mitigate"), "needs a --profile")
+    one_line_error(call("trace", model, "a cat", "--config", tmp_path / "empty"), "no model_index.json")
+    one_line_error(call("trace", model, "a cat", "--height", 17, "--steps", 2), "sampling failed", "divisible")
     one_line_error(call("calibrate", model, "--prompts", missing.with_suffix(".txt"), "-o", out), "no prompt list")
     (tmp_path / "bad.txt").write_bytes(b"\xff\xff")
     one_line_error(call("calibrate", model, "--prompts", tmp_path / "bad.txt", "-o", out), "not UTF-8")
@@ -155,3 +159,27 @@ def test_the_module_is_the_command():
     )
     assert result.returncode == 2
     assert result.stderr.startswith("memorization-guard: there is no model at /nowhere")
+
+
+def test_a_scheduler_that_cannot_be_watched_is_one_line(call, tiny_pipe, tmp_path):
+    from diffusers import DEISMultistepScheduler
+
+    tiny_pipe.scheduler = DEISMultistepScheduler.from_config(tiny_pipe.scheduler.config)
+    tiny_pipe.save_pretrained(tmp_path / "deis")
+    one_line_error(call("trace", tmp_path / "deis", "a cat", *QUICK), "DEISMultistepScheduler cannot be watched")
+
+
+def test_a_full_disk_at_the_end_of_a_calibration_keeps_its_runs(call, model, prompts, tmp_path, monkeypatch):
+    output = tmp_path / "p.safetensors"
+
+    def full(self, path):
+        raise OSError(28, "No space left on device", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StabilityProfile, "save", full)
+        one_line = call("calibrate", model, "--prompts", prompts, "-o", output, *QUICK)
+    assert one_line.exit_code == 2
+    assert "No space left" in one_line.stderr
+    assert (tmp_path / "p.safetensors.partial.json").exists()
+    assert call("calibrate", model, "--prompts", prompts, "-o", output, *QUICK).exit_code == 0
+    assert not (tmp_path / "p.safetensors.partial.json").exists()

@@ -26,6 +26,12 @@ def test_memory_layout_and_order_do_not_matter(model):
     assert fingerprint(model.to(memory_format=torch.channels_last)) == before
 
 
+def test_compiling_does_not_matter_and_offloaded_weights_have_none(model):
+    before = fingerprint(model)
+    assert fingerprint({f"_orig_mod.{name}": value for name, value in model.state_dict().items()}) == before
+    assert fingerprint({name: value.to("meta") for name, value in model.state_dict().items()}) is None
+
+
 def test_a_small_change_of_all_weights_is_seen(model):
     before = fingerprint(model)
     with torch.no_grad():

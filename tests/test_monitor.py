@@ -220,6 +220,26 @@ def test_a_failure_inside_ends_the_watching_not_the_sampling(profile, caplog):
     assert len(caplog.records) == 1
     assert "1 to 2 samples" in str(monitor.error)
     assert "Watching ended early" in monitor.traces[0].note
+    assert monitor.traces[0].verdict == "unscored"
+
+
+def test_tracing_asks_the_device_for_nothing():
+    """Tensors on ``meta`` have no values: whatever would wait for one, or copy one to the host, raises."""
+    monitor = StabilityMonitor()
+    z, z_next, x0, cond, uncond = (torch.empty(2, *SHAPE, device="meta") for _ in range(5))
+    for _ in range(3):
+        given_back = monitor.step(z, z_next, x0, sigma=1.0, x0_coefficient=0.5, eps_cond=cond, eps_uncond=uncond)
+        assert given_back is z_next
+    assert monitor.error is None
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        z.norm().item()
+
+
+def test_double_precision_is_traced_too():
+    monitor = StabilityMonitor()
+    run(monitor, dtype=torch.float64)
+    assert monitor.error is None
+    assert np.isfinite(monitor.traces[0].update_norm).all()
 
 
 def test_a_run_over_the_last_part_of_the_schedule_is_held_against_the_right_rows(profile):

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from memorization_guard.parameterization import NoiseLevel, sample_norm
+from memorization_guard.parameterization import MAX_SIGMA, NoiseLevel, sample_norm
 
 LEVELS = {
     "ve": NoiseLevel.from_sigma(2.5),
@@ -52,7 +52,8 @@ def test_conventions_of_one_point_agree():
     flow = NoiseLevel.from_flow(sigma / (1 + sigma))
     for level in (vp, flow):
         assert (level.alpha, level.beta, level.sigma) == pytest.approx((ve.alpha, ve.beta, sigma))
-    assert NoiseLevel.from_flow(1.0).sigma == math.inf
+    # Pure noise has a number too, since infinity is no JSON.
+    assert NoiseLevel.from_flow(1.0).sigma == NoiseLevel.from_alpha_bar(0.0).sigma == MAX_SIGMA
 
 
 def test_a_latent_already_in_vp_scale_is_not_copied(clean_and_noise):
