@@ -73,7 +73,7 @@ class Judgement:
 
     Attributes:
         row: the row of the profile that the step was held against.
-        update_score: ``s_delta``. ``denoised_score``: ``s_x0``. NaN where a norm is not finite.
+        update_score: ``s_delta``. ``denoised_score``: ``s_x0``. Not finite where the norm is not.
         correct: whether the step is to be corrected.
         strong: whether the correction is the strong one.
         state: the verdict so far.
