@@ -43,7 +43,8 @@ class Trace:
     """One image's run. Every per-step array is ``[steps]`` float64, with NaN where there is no value.
 
     Attributes:
-        verdict: ``"stable"``, ``"mild"``, ``"strong"``, or ``"unscored"`` (no profile that fits, or a latent that was NaN).
+        verdict: ``"stable"``, ``"mild"``, ``"strong"``, or ``"unscored"`` (no profile that fits, a latent that
+            was NaN, or a run that was not watched to its end).
         trigger_step: first step at which update and x0 norm both left the region, or ``None``.
         nonfinite_step: first step at which the latent was NaN or infinite, or ``None``.
         note: one sentence for people on why a run is unscored or less certain, or ``None``.
