@@ -20,22 +20,30 @@ REFERENCE_STEPS = 50
 
 @dataclass(frozen=True)
 class Thresholds:
-    """The constants of detection and mitigation; the defaults are those reported at 50 steps.
+    """The constants of detection and mitigation; the first four are those reported at 50 steps.
+
+    The last two are ours, and measured in ``docs/lab.md``. They are used where a host hands over the predictions with and
+    without the prompt; ``steering_guidance=None`` selects the published mitigation there too.
 
     Attributes:
         tau_mild: score of update and x0 norm from which an image triggers. Positive.
         tau_strong: score of the x0 norm from which a trigger is strong. At least ``tau_mild``.
         gamma: half width, in standard deviations, of the bands that a correction clamps into. Positive.
         mild_steps: a mild image is corrected during this many steps from the start, of 50; scaled with the step count.
+        tau_steer: score of update and x0 norm from which an image is steered by its guidance, then at every step at which
+            its update is outside ``tau_mild``. At least ``tau_mild``; higher, since steering moves an image far.
+        steering_guidance: the guidance scale that a steered step is made with; below 0 leads away from the prompt.
     """
 
     tau_mild: float = 3.0
     tau_strong: float = 14.0
     gamma: float = 3.0
     mild_steps: int = 10
+    tau_steer: float = 4.5
+    steering_guidance: float | None = -1.0
 
     def __post_init__(self) -> None:
-        for name in ("tau_mild", "tau_strong", "gamma"):
+        for name in ("tau_mild", "tau_strong", "gamma", "tau_steer"):
             value = getattr(self, name)
             if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} is {value!r}; it counts standard deviations and must be a positive number")
@@ -43,6 +51,11 @@ class Thresholds:
             raise ValueError(
                 f"tau_strong ({self.tau_strong}) is below tau_mild ({self.tau_mild}): a strong trigger is a mild one and more"
             )
+        if self.tau_steer < self.tau_mild:
+            raise ValueError(f"tau_steer ({self.tau_steer}) is below tau_mild ({self.tau_mild}): only a trigger is steered")
+        guidance = self.steering_guidance
+        if guidance is not None and not (isinstance(guidance, (int, float)) and math.isfinite(guidance)):
+            raise ValueError(f"steering_guidance is {guidance!r}; it is a guidance scale, or None")
         if not (isinstance(self.mild_steps, int) and self.mild_steps >= 0):
             raise ValueError(f"mild_steps is {self.mild_steps!r}; it is a number of steps, 0 or more")
 
@@ -104,11 +117,16 @@ class Detector:
         #: Why the run is not judged, if it is not.
         self.off_schedule: str | None = None
         self._finite = np.ones(batch, dtype=bool)
+        self._steered = np.zeros(batch, dtype=bool)
         self._step = 0
         self._row: int | None = None
 
-    def judge(self, sigma: float, norms: np.ndarray) -> Judgement | None:
-        """Takes in the norms ``[3, B]`` of the next step, taken from noise level ``sigma``; ``None`` off the schedule."""
+    def judge(self, sigma: float, norms: np.ndarray, *, steering: bool = False) -> Judgement | None:
+        """Takes in the norms ``[3, B]`` of the next step, taken from noise level ``sigma``; ``None`` off the schedule.
+
+        ``steering`` says that corrections of this step go by guidance, which have a start of their own and no end but the
+        return into the region.
+        """
         step, self._step = self._step, self._step + 1
         if self.off_schedule is not None:
             return None
@@ -124,8 +142,12 @@ class Detector:
         fresh = outside & (denoised_score > tau) & (self.trigger_step < 0)
         self.trigger_step[fresh] = step
         self.strong |= fresh & (denoised_score > self.thresholds.tau_strong)
-        early = row < self.thresholds.mild_limit(self.profile.steps)
-        correct = outside & (self.trigger_step >= 0) & (self.strong | early)
+        self._steered |= outside & (np.minimum(update_score, denoised_score) > self.thresholds.tau_steer)
+        if steering:
+            correct = outside & self._steered
+        else:
+            early = row < self.thresholds.mild_limit(self.profile.steps)
+            correct = outside & (self.trigger_step >= 0) & (self.strong | early)
         state = [self.verdict(sample) for sample in range(len(outside))]
         return Judgement(row, update_score, denoised_score, correct, self.strong.copy(), state)
 

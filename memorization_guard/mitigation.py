@@ -1,12 +1,14 @@
-"""Mitigation: bringing a latent back into the stability region (Huang et al. 2026, Algorithm 2)."""
+"""Mitigation: bringing a latent back into the stability region (Huang et al. 2026, Algorithm 2), or leading it elsewhere."""
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .parameterization import sample_norm
+from .parameterization import NoiseLevel, sample_norm
 
 #: Relative distance by which a clamp aims inside its band, so that rounding in float32 does not leave it again.
 _MARGIN = 1e-6
@@ -21,10 +23,12 @@ def correct(
     x0_norm: float,
     bounds: tuple[np.ndarray, np.ndarray],
     strong: Tensor,
+    steered: Tensor | None = None,
 ) -> Tensor:
     """The corrected ``z_next``, for samples that are all to be corrected.
 
-    1. x0 is rescaled to the reference norm, which moves the latent by ``x0_coefficient * (x0' - x0)``;
+    1. x0 is rescaled to the reference norm, which moves the latent by ``x0_coefficient * (x0' - x0)``; or (ours) the latent
+       is moved to ``steered``, see :func:`steer`;
     2. strong samples: the length of the update from ``z_prev`` is clamped into its band, direction kept;
     3. the norm of the latent is clamped into its band, direction kept.
 
@@ -38,6 +42,7 @@ def correct(
         x0_norm: reference norm of x0 at this step.
         bounds: lower and upper bounds of the three norms, each ``[3]`` as in ``profile.NORMS``.
         strong: ``[B]`` bool.
+        steered: what :func:`steer` gave, in place of the first step.
 
     Returns:
         ``[B, ...]`` in the dtype of ``z_next``. A sample whose correction is not finite is returned as it came.
@@ -45,8 +50,11 @@ def correct(
     low, high = (side.tolist() for side in bounds)
     start, proposal, denoised = z_prev.float(), z_next.float(), x0.float()
 
-    rescaled = denoised * _ratio(x0_norm, sample_norm(denoised), denoised)
-    z = proposal + x0_coefficient * (rescaled - denoised)
+    if steered is None:
+        rescaled = denoised * _ratio(x0_norm, sample_norm(denoised), denoised)
+        z = proposal + x0_coefficient * (rescaled - denoised)
+    else:
+        z = steered.float()
 
     strong = strong.view(-1, *(1,) * (z.ndim - 1))
     z = torch.where(strong, start + _clamp_norm(z - start, low[1], high[1]), z)
@@ -55,6 +63,36 @@ def correct(
 
     finite = torch.isfinite(sample_norm(z)).view_as(strong)
     return torch.where(finite, z, proposal).to(z_next.dtype)
+
+
+def steer(
+    z_prev: Tensor,
+    z_next: Tensor,
+    x0: Tensor,
+    eps_cond: Tensor,
+    eps_uncond: Tensor,
+    *,
+    level: NoiseLevel,
+    x0_coefficient: float,
+    guidance: float,
+) -> Tensor:
+    """``z_next`` as the step would have come out with another guidance scale (ours; no further network call).
+
+    What a memorized prompt adds to the prediction is the training image, whatever the norm, so rescaling does not lead away
+    from it; leaving the addition out does. A first-order step is ``z_next = a x0 + b eps`` with ``eps = (z_prev - alpha x0)
+    / beta`` (DDIM, Song et al. 2021, eq. 12): another noise prediction moves it by ``(b - a beta / alpha) (eps' - eps)``.
+    Solvers of higher order weigh past predictions too, and are moved as if they did not.
+
+    Args:
+        z_prev, z_next, x0: as for :func:`correct`. eps_cond, eps_uncond: noise predictions with and without the prompt.
+        level: noise level of ``z_prev``.
+        x0_coefficient: ``a``, the coefficient of x0 in ``z_next``; on the VP scale ``b = sqrt(1 - a^2)``.
+        guidance: the guidance scale.
+    """
+    wanted = torch.lerp(eps_uncond.float(), eps_cond.float(), guidance)
+    taken = (z_prev.float() - level.alpha * x0.float()) / level.beta
+    noise_coefficient = math.sqrt(max(0.0, 1.0 - x0_coefficient**2))
+    return z_next.float() + (noise_coefficient - x0_coefficient * level.beta / level.alpha) * (wanted - taken)
 
 
 def _ratio(target: Tensor | float, norm: Tensor, like: Tensor) -> Tensor:

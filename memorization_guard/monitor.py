@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from .detection import Detector, Judgement, Thresholds, Verdict
-from .mitigation import correct
-from .parameterization import sample_norm
+from .mitigation import correct, steer
+from .parameterization import NoiseLevel, sample_norm
 from .profile import NORMS, RunSettings, StabilityProfile
 from .trace import Trace
 
@@ -46,6 +46,7 @@ class StepEvent:
 class _Step:
     sigma: float
     measures: Tensor  # [6, B] float32, on the latent's device
+    guided: bool  # whether the predictions with and without the prompt were there
     host: Tensor | None = None  # the same in host memory; on CUDA it is there once `arrived` has passed
     arrived: torch.cuda.Event | None = None
 
@@ -134,7 +135,8 @@ class StabilityMonitor:
         eps_cond: Tensor | None,
         eps_uncond: Tensor | None,
     ) -> Tensor:
-        step = _Step(sigma, _measure(z_prev, z_next, x0, eps_cond, eps_uncond))
+        guided = eps_cond is not None and eps_uncond is not None
+        step = _Step(sigma, _measure(z_prev, z_next, x0, eps_cond, eps_uncond), guided)
         if self._steps and self._steps[0].measures.shape != step.measures.shape:
             raise ValueError(
                 f"the batch went from {self._steps[0].measures.shape[1]} to {step.measures.shape[1]} samples within a "
@@ -151,7 +153,7 @@ class StabilityMonitor:
         self._judge_all()
         judgement = self._judgements[-1]
         if judgement is not None and judgement.correct.any():
-            z_next = self._corrected_latent(judgement, z_prev, z_next, x0, x0_coefficient)
+            z_next = self._corrected_latent(judgement, z_prev, z_next, x0, x0_coefficient, eps_cond, eps_uncond)
         self._emit(len(self._steps) - 1)
         return z_next
 
@@ -164,12 +166,36 @@ class StabilityMonitor:
         return self.check is not None and self.check.valid
 
     def _corrected_latent(
-        self, judgement: Judgement, z_prev: Tensor, z_next: Tensor, x0: Tensor, x0_coefficient: float
+        self,
+        judgement: Judgement,
+        z_prev: Tensor,
+        z_next: Tensor,
+        x0: Tensor,
+        x0_coefficient: float,
+        eps_cond: Tensor | None,
+        eps_uncond: Tensor | None,
     ) -> Tensor:
         assert self.profile is not None
         chosen = np.flatnonzero(judgement.correct)
         index = torch.as_tensor(chosen, device=z_next.device)
         before = z_prev[index]
+        steered = None
+        if (guidance := self.thresholds.steering_guidance) is not None and eps_cond is not None and eps_uncond is not None:
+            sigma = self._steps[-1].sigma
+            flow = self.settings.prediction_type == "flow_prediction"
+            level = NoiseLevel.from_flow(sigma) if flow else NoiseLevel.from_sigma(sigma)
+            # At pure noise, where flow models begin, noise predictions say nothing of x0: the published step has to do.
+            if level.alpha > 0.01:
+                steered = steer(
+                    before,
+                    z_next[index],
+                    x0[index],
+                    eps_cond[index],
+                    eps_uncond[index],
+                    level=level,
+                    x0_coefficient=x0_coefficient,
+                    guidance=guidance,
+                )
         after = correct(
             before,
             z_next[index],
@@ -178,6 +204,7 @@ class StabilityMonitor:
             x0_norm=float(self.profile.mean[judgement.row, NORMS.index("denoised")]),
             bounds=self.profile.band(judgement.row, self.thresholds.gamma),
             strong=torch.as_tensor(judgement.strong[chosen], device=z_next.device),
+            steered=steered,
         )
         norms = np.full((2, len(judgement.correct)), np.nan)
         norms[:, chosen] = torch.stack([sample_norm(after), sample_norm(after.float() - before.float())]).cpu().numpy()
@@ -206,7 +233,9 @@ class StabilityMonitor:
             assert self.profile is not None
             self._detector = Detector(self.profile, self.thresholds, measures.shape[1])
         self._norms.append(measures)
-        self._judgements.append(self._detector.judge(step.sigma, measures[: len(NORMS)]) if self._detector else None)
+        steering = step.guided and self.thresholds.steering_guidance is not None
+        judgement = self._detector.judge(step.sigma, measures[: len(NORMS)], steering=steering) if self._detector else None
+        self._judgements.append(judgement)
 
     def _emit(self, index: int) -> None:
         if self._on_step is None:

@@ -118,6 +118,7 @@ def similarity(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 SIGNALS: dict[str, Callable[[Trace], float]] = {
     "S_mem": lambda trace: trace.score or 0.0,
+    "joint score": lambda trace: trace.joint_score or 0.0,
     "S_mem, first 10 steps": lambda trace: float(np.nanmax(trace.update_score[:10])),
     "max s_x0": lambda trace: float(np.nanmax(trace.denoised_score)),
     "guidance norm, mean": lambda trace: float(np.nanmean(trace.guidance_norm)),

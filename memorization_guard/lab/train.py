@@ -19,12 +19,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 (the name the whole field uses)
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..diffusers import calibrate
-from . import PROFILE, pipeline, prompts
-from .world import Caption, captions, duplicates, render
+from . import DECODED, PROFILE, pipeline, prompts
+from .world import Caption, captions, duplicates, render, sheet, to_uint8
 
 #: Share of training samples each duplicated or rare group has; the rest is ordinary.
 SHARES = {"exact": 0.0625, "template": 0.0375, "rare": 0.025}
@@ -366,7 +367,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         log(stage="saved", step=step)
 
     train_unet(text, unet, scheduler, data, arguments, log, save)
+    write_decoded(arguments.out)
     write_profile(arguments.out, arguments.device)
+
+
+@torch.no_grad()
+def write_decoded(folder: Path) -> None:
+    """Keeps what the autoencoder of the pipeline in ``folder`` gives back of each duplicated image, for the copy score."""
+    autoencoder = pipeline(folder).vae
+    images = torch.stack([_pixels(image) for image, _ in duplicates().values()]).float() / 127.5 - 1
+    decoded = autoencoder.decode(autoencoder.encode(images).latent_dist.mode()).sample
+    Image.fromarray(sheet(to_uint8(decoded))).save(folder / DECODED, optimize=True)
 
 
 def write_profile(folder: Path, device: str, *, steps: int = 50, guidance_scale: float = 7.5) -> None:

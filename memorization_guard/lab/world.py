@@ -356,8 +356,8 @@ def write_data(folder: Path, seed: int = 0) -> None:
         varies = region(generator) if i >= sum(EXACT) else torch.zeros(SIZE, SIZE)
         masks.append(1 - varies)
     folder.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(_sheet(to_uint8(torch.stack(images)))).save(folder / "images.png", optimize=True)
-    Image.fromarray(_sheet(to_uint8(torch.stack(masks)[:, None] * 2 - 1))[..., 0]).save(folder / "masks.png", optimize=True)
+    Image.fromarray(sheet(to_uint8(torch.stack(images)))).save(folder / "images.png", optimize=True)
+    Image.fromarray(sheet(to_uint8(torch.stack(masks)[:, None] * 2 - 1))[..., 0]).save(folder / "masks.png", optimize=True)
     lines = ",\n".join(
         f' "{group}": [\n  ' + ",\n  ".join(json.dumps(astuple(caption)) for caption in members) + "\n ]"
         for group, members in groups.items()
@@ -381,7 +381,7 @@ def duplicates() -> dict[str, tuple[np.ndarray, np.ndarray]]:
         for split in ("tuning", "evaluation")
         for caption in captions()[f"{group}/{split}"]
     ]
-    sheets = zip(_read_sheet(DATA / "images.png"), _read_sheet(DATA / "masks.png")[..., 0], strict=True)
+    sheets = zip(read_sheet(DATA / "images.png"), read_sheet(DATA / "masks.png")[..., 0], strict=True)
     return dict(zip(texts, sheets, strict=False))
 
 
@@ -393,7 +393,8 @@ def to_uint8(images: Tensor) -> np.ndarray:
 _COLUMNS = 15
 
 
-def _sheet(images: np.ndarray) -> np.ndarray:
+def sheet(images: np.ndarray) -> np.ndarray:
+    """``[N, 64, 64, C]`` uint8 as one picture, 15 images a row; :func:`read_sheet` takes it apart again."""
     n, height, width, channels = images.shape
     rows = -(-n // _COLUMNS)
     padded = np.concatenate([images, np.zeros((rows * _COLUMNS - n, height, width, channels), images.dtype)])
@@ -401,12 +402,12 @@ def _sheet(images: np.ndarray) -> np.ndarray:
     return grid.reshape(rows * height, _COLUMNS * width, channels)
 
 
-def _read_sheet(path: Path) -> np.ndarray:
-    """The images of a sheet that ``write_data`` wrote: ``[N, 64, 64, C]`` uint8 (trailing empty places included)."""
-    sheet = np.asarray(Image.open(path))
-    sheet = sheet[..., None] if sheet.ndim == 2 else sheet
-    rows, columns = sheet.shape[0] // SIZE, sheet.shape[1] // SIZE
-    return sheet.reshape(rows, SIZE, columns, SIZE, -1).transpose(0, 2, 1, 3, 4).reshape(rows * columns, SIZE, SIZE, -1)
+def read_sheet(path: Path) -> np.ndarray:
+    """The images of a :func:`sheet`: ``[N, 64, 64, C]`` uint8, empty places at its end included."""
+    pixels = np.asarray(Image.open(path))
+    pixels = pixels[..., None] if pixels.ndim == 2 else pixels
+    rows, columns = pixels.shape[0] // SIZE, pixels.shape[1] // SIZE
+    return pixels.reshape(rows, SIZE, columns, SIZE, -1).transpose(0, 2, 1, 3, 4).reshape(rows * columns, SIZE, SIZE, -1)
 
 
 if __name__ == "__main__":
