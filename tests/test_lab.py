@@ -83,6 +83,10 @@ def test_the_copy_score_sees_a_copy_and_nothing_else():
     assert lab.copy_score(lab.training_image(second), first) < lab.COPY_THRESHOLD
     assert lab.nearest_copy(original) == (pytest.approx(1.0), first)
     assert lab.copy_score(np.zeros((64, 64, 3)), first) == 0.0
+    # What the autoencoder gives back of a training image is as near as the model can come: it counts as a copy.
+    decoded = world.read_sheet(lab.MODEL / lab.DECODED)
+    for prompt, image in zip(world.duplicates(), decoded, strict=False):
+        assert lab.copy_score(image, prompt) == pytest.approx(1.0)
     with pytest.raises(KeyError, match="no exact or template prompt"):
         lab.copy_score(original, "a prompt of nobody")
     with pytest.raises(ValueError, match="64 x 64"):
@@ -117,7 +121,7 @@ def trained(tmp_path_factory):
         folder = tmp_path_factory.mktemp(f"trained{number}")
         arguments = ["--out", str(folder), "--device", "cpu", *(str(part) for pair in few.items() for part in pair)]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(train, "write_profile", lambda folder, device: None)
+            patch.setattr(train, "write_profile", lambda folder, device: None)  # would take a minute; tested on its own
             train.main(arguments)
         folders.append(folder)
     return folders
@@ -137,6 +141,12 @@ def test_one_command_trains_a_pipeline_and_a_seed_repeats_it(trained):
         assert all(torch.equal(one[name], two[name]) for name in one)
     stages = [json.loads(line)["stage"] for line in (trained[0] / "train_log.jsonl").read_text().splitlines()]
     assert {"models", "autoencoder", "data", "unet", "saved"} <= set(stages)
+
+
+def test_a_trained_folder_is_calibrated_as_it_was_written(trained):
+    train.write_profile(trained[0], "cpu", steps=2)
+    stability = StabilityProfile.load(trained[0] / lab.PROFILE.name)
+    assert (stability.count, stability.steps, stability.settings.guidance_scale) == (50, 2, 7.5)
 
 
 def test_duplicates_are_a_small_part_of_training():
@@ -168,7 +178,7 @@ def sampled(bundled):
 def test_the_bundled_model_is_small_and_safe():
     files = [path for path in lab.MODEL.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 20e6
-    assert {path.suffix for path in files} <= {".safetensors", ".json", ".jsonl", ".txt"}
+    assert {path.suffix for path in files} <= {".safetensors", ".json", ".jsonl", ".txt", ".png"}
 
 
 def test_the_bundled_profile_fits_the_bundled_model(bundled):

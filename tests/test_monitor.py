@@ -123,6 +123,26 @@ def test_a_mild_image_is_corrected_during_the_first_steps_only(profile):
     assert set(np.flatnonzero(trace.mitigated)) == {5, 6, 7}
 
 
+def test_steering_begins_later_than_a_trigger_and_ends_with_the_return(profile):
+    """With predictions at hand; the published mitigation, and its limit of steps, come back with ``None``."""
+    between = [1.0, 1.35, 4.0]
+    monitor = StabilityMonitor(profile, Thresholds(tau_steer=13.0), mitigate=True)
+    run(monitor, batch=3, guided=True, factors=between)
+    stable, mild, far = monitor.traces
+    assert (stable.verdict, mild.verdict, far.verdict == "stable") == ("stable", "mild", False)
+    assert 3.0 < mild.joint_score < 13.0 < far.joint_score
+    assert not mild.mitigated.any()
+    np.testing.assert_array_equal(far.mitigated[5:], far.update_score[5:] > 3)
+    assert far.mitigated[5:].sum() > Thresholds().mild_limit(STEPS)
+    # The published mitigation, by choice or because there are no predictions to steer by, begins with the trigger.
+    for guided, guidance in ((True, None), (False, -1.0)):
+        thresholds = Thresholds(tau_steer=13.0, mild_steps=50, steering_guidance=guidance)
+        published = StabilityMonitor(profile, thresholds, mitigate=True)
+        run(published, batch=3, guided=guided, factors=between)
+        assert published.traces[1].mitigated.any()
+        assert not published.traces[0].mitigated.any()
+
+
 def test_a_strong_image_is_corrected_to_the_end_and_stays_in_the_bands(profile):
     monitor = StabilityMonitor(profile, mitigate=True)
     taken = run(monitor, factors=[6.0])
@@ -288,6 +308,8 @@ def test_no_random_numbers_are_drawn_and_inputs_are_not_written(profile):
     ("arguments", "message"),
     [
         ({"tau_mild": 0.0}, "tau_mild"),
+        ({"tau_steer": 2.0}, "only a trigger is steered"),
+        ({"steering_guidance": math.nan}, "or None"),
         ({"tau_mild": math.nan}, "tau_mild"),
         ({"tau_strong": 2.0}, "below tau_mild"),
         ({"gamma": -1.0}, "gamma"),
