@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .detection import Detector, Judgement, Thresholds, Verdict
 from .mitigation import correct, steer
-from .parameterization import NoiseLevel, sample_norm
+from .parameterization import NoiseLevel, sample_norm, widened
 from .profile import NORMS, RunSettings, StabilityProfile
 from .trace import Trace
 
@@ -45,8 +45,7 @@ class StepEvent:
 @dataclass
 class _Step:
     sigma: float
-    measures: Tensor  # [6, B] float32, on the latent's device
-    guided: bool  # whether the predictions with and without the prompt were there
+    measures: tuple[Tensor, ...]  # six times, without guidance three times, [B] float32 on the latent's device
     host: Tensor | None = None  # the same in host memory; on CUDA it is there once `arrived` has passed
     arrived: torch.cuda.Event | None = None
 
@@ -135,11 +134,10 @@ class StabilityMonitor:
         eps_cond: Tensor | None,
         eps_uncond: Tensor | None,
     ) -> Tensor:
-        guided = eps_cond is not None and eps_uncond is not None
-        step = _Step(sigma, _measure(z_prev, z_next, x0, eps_cond, eps_uncond), guided)
-        if self._steps and self._steps[0].measures.shape != step.measures.shape:
+        step = _Step(sigma, _measure(z_prev, z_next, x0, eps_cond, eps_uncond))
+        if self._steps and len(self._steps[0].measures[0]) != len(step.measures[0]):
             raise ValueError(
-                f"the batch went from {self._steps[0].measures.shape[1]} to {step.measures.shape[1]} samples within a "
+                f"the batch went from {len(self._steps[0].measures[0])} to {len(step.measures[0])} samples within a "
                 "run: use one monitor a run"
             )
         self._steps.append(step)
@@ -215,7 +213,7 @@ class StabilityMonitor:
         """Judges every step taken so far, waiting for the device."""
         if not self._pending:
             return
-        block = torch.stack([step.measures for step in self._pending]).cpu().numpy()
+        block = _block(self._pending).cpu().numpy()
         for measures in block:
             self._judge(self._pending.popleft(), measures)
 
@@ -233,7 +231,7 @@ class StabilityMonitor:
             assert self.profile is not None
             self._detector = Detector(self.profile, self.thresholds, measures.shape[1])
         self._norms.append(measures)
-        steering = step.guided and self.thresholds.steering_guidance is not None
+        steering = len(step.measures) > len(NORMS) and self.thresholds.steering_guidance is not None
         judgement = self._detector.judge(step.sigma, measures[: len(NORMS)], steering=steering) if self._detector else None
         self._judgements.append(judgement)
 
@@ -336,29 +334,32 @@ class StabilityMonitor:
         return str(self.check) if self.check is not None and (self.check.invalid or self.check.weakened) else None
 
 
-def _measure(z_prev: Tensor, z_next: Tensor, x0: Tensor, eps_cond: Tensor | None, eps_uncond: Tensor | None) -> Tensor:
-    """The measurements of one step, ``[6, B]`` float32 on the latent's device; NaN where there is no guidance."""
-    measures = torch.empty((len(_MEASURES), len(z_next)), dtype=torch.float32, device=z_next.device)
-    latent, update, denoised, guidance, dot, uncond = measures.unbind()
-    sample_norm(z_next, out=latent)
-    # float() copies nothing for float32; half precision would round the small difference of two large numbers.
-    sample_norm(z_next.float() - z_prev, out=update)
-    sample_norm(x0, out=denoised)
+def _measure(
+    z_prev: Tensor, z_next: Tensor, x0: Tensor, eps_cond: Tensor | None, eps_uncond: Tensor | None
+) -> tuple[Tensor, ...]:
+    """The measurements of one step, each ``[B]`` float32 on the latent's device; only the three norms without guidance."""
+    # widened() copies nothing for float32; half precision would round the small difference of two large numbers.
+    norms = sample_norm(z_next), sample_norm(widened(z_next) - z_prev), sample_norm(x0)
     if eps_cond is None or eps_uncond is None:
-        measures[len(NORMS) :] = torch.nan
-        return measures
-    direction = eps_cond.float() - eps_uncond
-    sample_norm(direction, out=guidance)
-    torch.linalg.vecdot(direction.flatten(1), eps_uncond.float().flatten(1), out=dot)
-    sample_norm(eps_uncond, out=uncond)
-    return measures
+        return norms
+    direction = widened(eps_cond) - eps_uncond
+    dot = torch.linalg.vecdot(direction.flatten(1), eps_uncond.to(direction.dtype).flatten(1))
+    return *norms, sample_norm(direction), dot.float(), sample_norm(eps_uncond)
+
+
+def _block(steps: Collection[_Step]) -> Tensor:
+    """The measurements of ``steps`` as one tensor, ``[N, 6, B]``, NaN where there was no guidance."""
+    missing = torch.full_like(next(iter(steps)).measures[0], torch.nan)
+    rows = [row for step in steps for row in (*step.measures, *[missing] * (len(_MEASURES) - len(step.measures)))]
+    return torch.stack(rows).view(len(steps), len(_MEASURES), -1)
 
 
 def _send_to_host(step: _Step) -> None:
-    if not step.measures.is_cuda:
-        step.host = step.measures.cpu()
+    measures = _block([step])[0]
+    if not measures.is_cuda:
+        step.host = measures.cpu()
         return
-    step.host = torch.empty(step.measures.shape, dtype=torch.float32, pin_memory=True)
-    step.host.copy_(step.measures, non_blocking=True)
+    step.host = torch.empty(measures.shape, dtype=torch.float32, pin_memory=True)
+    step.host.copy_(measures, non_blocking=True)
     step.arrived = torch.cuda.Event()
     step.arrived.record()

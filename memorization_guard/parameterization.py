@@ -140,8 +140,9 @@ def widened(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
-def sample_norm(x: Tensor, out: Tensor | None = None) -> Tensor:
+def sample_norm(x: Tensor) -> Tensor:
     """Euclidean norm over all axes but the first, in float32 whatever the dtype: ``[B, ...] -> [B]``."""
-    if x.dtype == torch.float64:  # vector_norm widens as it sums, but never narrows
-        x = x.float()
-    return torch.linalg.vector_norm(x.flatten(1), dim=1, dtype=torch.float32, out=out)
+    # vector_norm widens as it sums, at some cost even where there is nothing to widen, and never narrows.
+    dtype = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else None
+    norm = torch.linalg.vector_norm(x.flatten(1), dim=1, dtype=dtype)
+    return norm.float() if norm.dtype == torch.float64 else norm

@@ -57,6 +57,7 @@ p{max-width:72ch}
 .muted{color:var(--muted)}
 .scroll{overflow-x:auto}
 table{border-collapse:collapse;width:100%;font-size:14px}
+td:first-child{min-width:190px}
 th,td{text-align:left;padding:6px 10px 6px 0;border-bottom:1px solid var(--line);vertical-align:top}
 td.number,th.number{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 article{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:16px;margin:20px 0}
@@ -64,7 +65,7 @@ article h2{font-size:16px;margin:0 0 12px;overflow-wrap:anywhere}
 .tag{font-size:12px;border:1px solid var(--line);border-radius:99px;padding:1px 9px;margin-right:8px;color:var(--muted)}
 .sides{display:grid;grid-template-columns:minmax(110px,170px) 1fr 1fr;gap:16px}
 .sides>figure{margin:0;min-width:0}
-figure img{width:100%;max-width:170px;border-radius:6px;image-rendering:auto;display:block}
+figure img{width:100%;height:auto;max-width:170px;border-radius:6px;image-rendering:auto;display:block}
 figcaption{font-size:13px;margin:6px 0}
 .mg-graph{width:100%;height:auto;display:block}
 .bad{color:var(--bad);font-weight:600}.good{color:var(--good);font-weight:600}

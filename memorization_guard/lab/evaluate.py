@@ -1,6 +1,6 @@
 """The lab's figures: is the model a valid stand-in, and how well is memorization detected and mitigated on it?
 
-    python -m memorization_guard.lab.evaluate [--split tuning] [--device cuda] [--json FILE] [--sheets FOLDER]
+    python -m memorization_guard.lab.evaluate [--split tuning] [--published] [--json FILE] [--sheets FOLDER]
 
 Every prompt is sampled with the same seeds without and with mitigation (PNDM, 50 steps, guidance 7.5). Nothing here is
 fitted: the profile comes from the reference prompts, which no other group contains, and whatever was chosen was chosen on
@@ -127,7 +127,7 @@ SIGNALS: dict[str, Callable[[Trace], float]] = {
 
 
 def figures(plain: dict[str, Sampled], mitigated: dict[str, Sampled]) -> dict[str, Any]:
-    """Detection and mitigation by group; every detector is held against the ordinary images."""
+    """Detection and mitigation by group; every detector is held against the ordinary images, where they were sampled."""
     result: dict[str, Any] = {}
     for group, before in plain.items():
         after = mitigated[group]
@@ -157,7 +157,7 @@ def figures(plain: dict[str, Sampled], mitigated: dict[str, Sampled]) -> dict[st
             values = np.array([signal(trace) for trace in before.traces])
             row["medians"][name] = float(np.median(values))
             row["quartiles"][name] = np.quantile(values, [0.25, 0.75]).tolist()
-            if group != "ordinary":
+            if group != "ordinary" and "ordinary" in plain:
                 ordinary = np.array([signal(trace) for trace in plain["ordinary"].traces])
                 row["detection"][name] = detection_with_intervals(values, before.prompts, ordinary)
         result[group] = row
@@ -224,6 +224,8 @@ def main() -> None:
     parser.add_argument("--split", default="evaluation", choices=list(SEEDS))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--groups", nargs="+", default=list(SEEDS["evaluation"]), choices=list(SEEDS["evaluation"]))
+    parser.add_argument("--published", action="store_true", help="mitigate as published, without steering")
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--sheets", type=Path, help="write a contact sheet of each group into this folder")
     arguments = parser.parse_args()
@@ -232,32 +234,32 @@ def main() -> None:
     texts = {
         group: [text for text in prompts(group, arguments.split) for _ in range(count)]
         for group, count in SEEDS[arguments.split].items()
+        if group in arguments.groups
     }
+    thresholds = Thresholds(steering_guidance=None) if arguments.published else Thresholds()
     # One more image of some ordinary prompts, from other seeds, to see how far two images of one caption differ.
-    again = texts["ordinary"][:64]
+    again = texts.get("ordinary", [])[:64]
     plain: dict[str, Sampled] = {}
     mitigated: dict[str, Sampled] = {}
     first_seed = FIRST_SEED[arguments.split]
     with tqdm(total=2 * sum(map(len, texts.values())) + len(again), unit="image") as bar:
-        for number, (group, group_texts) in enumerate(texts.items()):
-            seed = first_seed + 10_000 * number
+        keywords: dict[str, Any] = {"thresholds": thresholds, "batch": arguments.batch, "progress": bar.update}
+        for group, group_texts in texts.items():
+            seed = first_seed + 10_000 * list(SEEDS["evaluation"]).index(group)
             for mitigate, results in ((False, plain), (True, mitigated)):
-                results[group] = sample(
-                    pipe, group_texts, seed, profile(), mitigate=mitigate, batch=arguments.batch, progress=bar.update
-                )
-        second = sample(pipe, again, first_seed + 90_000, profile(), batch=arguments.batch, progress=bar.update)
-    result = {
-        "world": world_figures(),
-        "two_seeds_of_an_ordinary_caption": float(similarity(plain["ordinary"].images[: len(again)], second.images).mean()),
-        "groups": figures(plain, mitigated),
-    }
+                results[group] = sample(pipe, group_texts, seed, profile(), mitigate=mitigate, **keywords)
+        second = sample(pipe, again, first_seed + 90_000, profile(), **keywords) if again else None
+    result: dict[str, Any] = {"thresholds": thresholds.to_dict(), "groups": figures(plain, mitigated)}
+    if second is not None:
+        alike = similarity(plain["ordinary"].images[: len(again)], second.images)
+        result |= {"world": world_figures(), "two_seeds_of_an_ordinary_caption": float(alike.mean())}
     text = json.dumps(result, indent=1)
     print(text)
     if arguments.json:
         write_whole(arguments.json, text + "\n")
     if arguments.sheets:
         for group in texts:
-            columns = [plain[group], mitigated[group], *([second] if group == "ordinary" else [])]
+            columns = [plain[group], mitigated[group], *([second] if group == "ordinary" and second else [])]
             contact_sheet(group, *columns).save(arguments.sheets / f"lab-{group}.jpg", quality=88)
 
 
