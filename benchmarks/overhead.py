@@ -106,28 +106,30 @@ def synchronisations(call: Callable[[], object]) -> int:
 
 def bare(device: str, shape: tuple[int, ...]) -> None:
     z_prev, z_next, x0, cond, uncond = (torch.randn(shape, device=device) for _ in range(5))
-    count = 200 if z_prev.numel() < 1 << 18 else 20
+    turns = 40 if z_prev.numel() < 1 << 18 else 5
 
     def floor() -> None:
         for x in (z_next, z_next - z_prev, x0):
             torch.linalg.vector_norm(x.flatten(1), dim=1)
 
-    def per_call(call: Callable[[], object]) -> str:
-        def many() -> None:
-            for _ in range(count):
-                call()
+    def per_step(new_step: Callable[[], Callable[[], object]]) -> str:
+        def run() -> None:
+            step = new_step()
+            for _ in range(STEPS):
+                step()
 
-        many()
-        return quartiles([timed(many, device) / count * 1e6 for _ in range(9)])
+        run()
+        return quartiles([timed(run, device) / STEPS * 1e6 for _ in range(turns)])
 
     print(f"bare monitor, {'x'.join(map(str, shape))} float32 on {device}, microseconds a step:")
-    print(f"  {'floor':20} {per_call(floor)}")
-    norms_only = partial(StabilityMonitor().step, z_prev, z_next, x0, sigma=1.0, x0_coefficient=0.5)
-    guided = partial(
-        StabilityMonitor().step, z_prev, z_next, x0, sigma=1.0, x0_coefficient=0.5, eps_cond=cond, eps_uncond=uncond
-    )
-    for name, step in (("norms", norms_only), ("norms and guidance", guided)):
-        microseconds = per_call(step)
+    print(f"  {'floor':20} {per_step(lambda: floor)}")
+    predictions = {"eps_cond": cond, "eps_uncond": uncond}
+    for name, extra in (("norms", {}), ("norms and guidance", predictions)):
+
+        def new_step(extra: dict[str, torch.Tensor] = extra) -> Callable[[], object]:
+            return partial(StabilityMonitor().step, z_prev, z_next, x0, sigma=1.0, x0_coefficient=0.5, **extra)
+
+        microseconds, step = per_step(new_step), new_step()
         with _Counter() as counter:
             step()
         waits = f", synchronisations {synchronisations(step)}" if device == "cuda" else ""

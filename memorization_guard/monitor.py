@@ -343,8 +343,9 @@ def _measure(
     if eps_cond is None or eps_uncond is None:
         return norms
     direction = widened(eps_cond) - eps_uncond
-    dot = torch.linalg.vecdot(direction.flatten(1), eps_uncond.to(direction.dtype).flatten(1))
-    return *norms, sample_norm(direction), dot.float(), sample_norm(eps_uncond)
+    guidance = sample_norm(direction)
+    dot = direction.mul_(eps_uncond).flatten(1).sum(1, dtype=torch.float32)  # its own memory, which vecdot would ask for anew
+    return *norms, guidance, dot, sample_norm(eps_uncond)
 
 
 def _block(steps: Collection[_Step]) -> Tensor:
