@@ -2,7 +2,7 @@
 
     python -m memorization_guard.lab.train --out FOLDER [--device cuda] [--seed 0]
 
-About an hour and a half on two cores. A seed gives the same data and the same starting weights
+About 75 minutes on two cores. A seed gives the same data and the same starting weights
 everywhere, and the same weights on the same machine up to the order of floating-point sums on a GPU.
 """
 
