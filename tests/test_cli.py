@@ -8,6 +8,7 @@ import xml.etree.ElementTree as ET
 
 import jsonschema
 import pytest
+import torch
 from PIL import Image
 
 from memorization_guard import StabilityProfile, trace_schema
@@ -184,3 +185,25 @@ def test_a_full_disk_at_the_end_of_a_calibration_keeps_its_runs(call, model, pro
     assert (tmp_path / "p.safetensors.partial.json").exists()
     assert call("calibrate", model, "--prompts", prompts, "-o", output, *QUICK).exit_code == 0
     assert not (tmp_path / "p.safetensors.partial.json").exists()
+
+
+def test_a_checkpoint_is_loaded_offline_with_the_class_and_files_of_its_config(call, model, tmp_path, monkeypatch):
+    """What diffusers makes of a checkpoint is its own business; here it is handed the right things."""
+    from diffusers import StableDiffusionPipeline
+    from safetensors.torch import save_file
+
+    checkpoint = tmp_path / "checkpoint.safetensors"
+    save_file({"weight": torch.zeros(2)}, checkpoint)
+    seen = {}
+
+    def load(cls, path, **keywords):
+        seen.update(keywords, path=path, offline=os.environ.get("HF_HUB_OFFLINE"))
+        return StableDiffusionPipeline.from_pretrained(model)
+
+    monkeypatch.setattr(StableDiffusionPipeline, "from_single_file", classmethod(load))
+    result = call("trace", checkpoint, "a cat", "--config", model, *QUICK)
+    assert result.exit_code == 0, result.output
+    assert (seen["path"], seen["config"], seen["offline"]) == (str(checkpoint), str(model), "1")
+    assert seen["local_files_only"] is True
+    monkeypatch.undo()
+    one_line_error(call("trace", checkpoint, "a cat"), "cannot be loaded", "--config FOLDER")

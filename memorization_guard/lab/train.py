@@ -2,8 +2,8 @@
 
     python -m memorization_guard.lab.train --out FOLDER [--device cuda] [--seed 0]
 
-About 75 minutes on two cores. A seed gives the same data and the same starting weights
-everywhere, and the same weights on the same machine up to the order of floating-point sums on a GPU.
+About 75 minutes on two cores. A seed gives the same data and the same starting weights everywhere, and the same weights on the
+same machine up to the order of floating-point sums on a GPU.
 """
 
 from __future__ import annotations
