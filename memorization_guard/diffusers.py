@@ -172,7 +172,6 @@ class GuardedRun:
         self._first_timestep: Any = None
         self._calls = 0
         self._start: _Evaluation | None = None  # where the current solver step began, after an inner evaluation
-        self._failed = False
 
     def _keep_network_output(self, _module: Any, _arguments: Any, output: Any) -> None:
         tensor = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
@@ -182,12 +181,11 @@ class GuardedRun:
     def _after_step(self, scheduler: Any, prediction: Tensor, timestep: Any, sample: Tensor, result: Any) -> Any:
         """Hands the call to the monitor, and its correction to the result. Never raises: the image goes on without us."""
         outputs, self._network_outputs = self._network_outputs, []
-        if self._failed:
+        if self._monitor is not None and self._monitor.error is not None:
             return result
         try:
             return self._watch(scheduler, prediction, timestep, sample, result, outputs)
         except Exception as error:
-            self._failed = True
             if self._monitor is None:
                 self._monitor = self._new_monitor(RunSettings())
             self._monitor.fail(error)
@@ -231,7 +229,7 @@ class GuardedRun:
             level.to_vp(start_sample),
             z_next,
             denoised,
-            sigma=level.noise if kind == "flow_prediction" else level.sigma,
+            sigma=level.model_sigma(kind),
             x0_coefficient=call.end.alpha,
             eps_cond=None if begin.cond is None else epsilon(begin.cond),
             eps_uncond=None if begin.uncond is None else epsilon(begin.uncond),
@@ -278,7 +276,7 @@ class GuardedRun:
             steps=len(starts),
             guidance_scale=None if scale is None else float(scale) if guided else 1.0,
             latent_shape=tuple(sample.shape[1:]),
-            sigmas=tuple(s.noise if kind == "flow_prediction" else s.sigma for s in starts),
+            sigmas=tuple(start.model_sigma(kind) for start in starts),
         )
 
 

@@ -179,9 +179,7 @@ class StabilityMonitor:
         before = z_prev[index]
         steered = None
         if (guidance := self.thresholds.steering_guidance) is not None and eps_cond is not None and eps_uncond is not None:
-            sigma = self._steps[-1].sigma
-            flow = self.settings.prediction_type == "flow_prediction"
-            level = NoiseLevel.from_flow(sigma) if flow else NoiseLevel.from_sigma(sigma)
+            level = NoiseLevel.from_model(self._steps[-1].sigma, self.settings.prediction_type)
             # At pure noise, where flow models begin, noise predictions say nothing of x0: the published step has to do.
             if level.alpha > 0.01:
                 steered = steer(

@@ -66,6 +66,15 @@ class NoiseLevel:
             raise ValueError(f"flow time is {t}; it lies in [0, 1]")
         return cls(1.0 - t, t)
 
+    @classmethod
+    def from_model(cls, sigma: float, prediction_type: str | None) -> NoiseLevel:
+        """The level that a model of this prediction type calls ``sigma``: the time of a rectified flow, else VE sigma."""
+        return cls.from_flow(sigma) if prediction_type == "flow_prediction" else cls.from_sigma(sigma)
+
+    def model_sigma(self, prediction_type: str | None) -> float:
+        """The inverse of :meth:`from_model`."""
+        return self.noise if prediction_type == "flow_prediction" else self.sigma
+
     @property
     def scale(self) -> float:
         """What a latent of this convention is divided by to stand on the VP scale."""

@@ -95,8 +95,7 @@ class Trace:
     @property
     def score(self) -> float | None:
         """``S_mem``, the largest update score of all steps; ``None`` where no step was scored."""
-        finite = self.update_score[np.isfinite(self.update_score)]
-        return float(finite.max()) if len(finite) else None
+        return _highest(self.update_score)
 
     @property
     def joint_score(self) -> float | None:
@@ -104,9 +103,7 @@ class Trace:
 
         Ours: in the late steps of ordinary images the update alone has heavy tails, which this leaves out.
         """
-        both = np.minimum(self.update_score, self.denoised_score)
-        finite = both[np.isfinite(both)]
-        return float(finite.max()) if len(finite) else None
+        return _highest(np.minimum(self.update_score, self.denoised_score))
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form, version 1; strict JSON, with ``null`` for what is not there."""
@@ -178,6 +175,11 @@ class Trace:
 def trace_schema() -> dict[str, Any]:
     """The JSON schema (draft 2020-12) of a trace's JSON form."""
     return json.loads(resources.files(__package__).joinpath("trace.schema.json").read_text(encoding="utf-8"))
+
+
+def _highest(scores: np.ndarray) -> float | None:
+    finite = scores[np.isfinite(scores)]
+    return float(finite.max()) if len(finite) else None
 
 
 def _number(value: float | None) -> float | None:

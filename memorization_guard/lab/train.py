@@ -144,7 +144,7 @@ def train_autoencoder(autoencoder: Any, trained: list[Caption], arguments: argpa
     device = arguments.device
     pool = render_pool(trained, arguments.vae_pool, arguments.seed + 1, device)
     # Duplicates are data like any other to the autoencoder: without them, photographs would come out as clouds.
-    photographs = torch.stack([_pixels(image) for image, _ in duplicates().values()]).to(device).float() / 127.5 - 1
+    photographs = duplicated_images().to(device)
     optimizer = torch.optim.AdamW(autoencoder.parameters(), lr=2e-3, weight_decay=1e-4)
     generator = torch.Generator().manual_seed(arguments.seed + 2)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: warmup_cosine(i, arguments.vae_steps, 100))
@@ -181,6 +181,11 @@ def render_pool(members: list[Caption], count: int, seed: int, device: str) -> T
         chosen = [members[i % len(members)] for i in range(start, min(start + 1024, count))]
         pool[start : start + len(chosen)] = ((render(chosen, generator, device) + 1) * 127.5).round().byte()
     return pool
+
+
+def duplicated_images() -> Tensor:
+    """The images that are duplicated in training: ``[70, 3, 64, 64]`` in [-1, 1]."""
+    return torch.stack([_pixels(image) for image, _ in duplicates().values()]).float() / 127.5 - 1
 
 
 def _pixels(image: np.ndarray) -> Tensor:
@@ -375,7 +380,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def write_decoded(folder: Path) -> None:
     """Keeps what the autoencoder of the pipeline in ``folder`` gives back of each duplicated image, for the copy score."""
     autoencoder = pipeline(folder).vae
-    images = torch.stack([_pixels(image) for image, _ in duplicates().values()]).float() / 127.5 - 1
+    images = duplicated_images()
     decoded = autoencoder.decode(autoencoder.encode(images).latent_dist.mode()).sample
     Image.fromarray(sheet(to_uint8(decoded))).save(folder / DECODED, optimize=True)
 
