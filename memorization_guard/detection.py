@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Mapping
@@ -150,6 +151,13 @@ class Detector:
             correct = outside & (self.trigger_step >= 0) & (self.strong | early)
         state = [self.verdict(sample) for sample in range(len(outside))]
         return Judgement(row, update_score, denoised_score, correct, self.strong.copy(), state)
+
+    def copy(self) -> Detector:
+        """A detector that has seen the same, and goes its own way from here."""
+        other = copy.copy(self)
+        for name in ("trigger_step", "strong", "_finite", "_steered"):
+            setattr(other, name, getattr(self, name).copy())
+        return other
 
     def verdict(self, sample: int) -> Verdict:
         """``"stable"``, ``"mild"``, ``"strong"``; ``"unscored"`` if the sample or the run could not be judged throughout."""

@@ -277,6 +277,7 @@ class GuardedRun:
             guidance_scale=None if scale is None else float(scale) if guided else 1.0,
             latent_shape=tuple(sample.shape[1:]),
             sigmas=tuple(start.model_sigma(kind) for start in starts),
+            end_sigma=self._plan[-1].end.model_sigma(kind),
         )
 
 

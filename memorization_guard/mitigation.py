@@ -50,11 +50,7 @@ def correct(
     low, high = (side.tolist() for side in bounds)
     start, proposal, denoised = z_prev.float(), z_next.float(), x0.float()
 
-    if steered is None:
-        rescaled = denoised * _ratio(x0_norm, sample_norm(denoised), denoised)
-        z = proposal + x0_coefficient * (rescaled - denoised)
-    else:
-        z = steered.float()
+    z = proposal + x0_coefficient * (rescale(denoised, x0_norm) - denoised) if steered is None else steered.float()
 
     strong = strong.view(-1, *(1,) * (z.ndim - 1))
     z = torch.where(strong, start + _clamp_norm(z - start, low[1], high[1]), z)
@@ -93,6 +89,11 @@ def steer(
     taken = (z_prev.float() - level.alpha * x0.float()) / level.beta
     noise_coefficient = math.sqrt(max(0.0, 1.0 - x0_coefficient**2))
     return z_next.float() + (noise_coefficient - x0_coefficient * level.beta / level.alpha) * (wanted - taken)
+
+
+def rescale(x: Tensor, norm: float) -> Tensor:
+    """``x`` ``[B, ...]`` at length ``norm``, direction kept; a zero vector stays zero."""
+    return x * _ratio(norm, sample_norm(x), x)
 
 
 def _ratio(target: Tensor | float, norm: Tensor, like: Tensor) -> Tensor:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections import deque
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .detection import Detector, Judgement, Thresholds, Verdict
-from .mitigation import correct, steer
+from .mitigation import correct, rescale, steer
 from .parameterization import NoiseLevel, sample_norm, widened
 from .profile import NORMS, RunSettings, StabilityProfile
-from .trace import Trace
+from .trace import Trace, numbers
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +29,8 @@ _MEASURES = (*NORMS, "guidance", "guidance_dot_uncond", "uncond")
 class StepEvent:
     """What a live graph needs of one step; every list has one entry a sample of the batch.
 
-    A score is ``None`` where nothing was scored; ``state`` is the verdict so far.
+    A score is ``None`` where nothing was scored; ``state`` is the verdict so far; a corrected norm is NaN where nothing was
+    corrected. A step that comes again takes the place of the first one, and of all after it.
     """
 
     step: int
@@ -40,6 +43,16 @@ class StepEvent:
     denoised_score: list[float] | None
     state: list[Verdict]
     mitigated: list[bool]
+    corrected_latent_norm: list[float]
+    corrected_update_norm: list[float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready mapping, some hundred bytes; ``null`` for what is no number."""
+        data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        for name, value in data.items():
+            if name.endswith(("_norm", "_score")) and value is not None:
+                data[name] = numbers(value)
+        return data
 
 
 @dataclass
@@ -90,6 +103,10 @@ class StabilityMonitor:
         self._norms: list[np.ndarray] = []  # [6, B] of every judged step
         self._judgements: list[Judgement | None] = []
         self._corrected: dict[int, np.ndarray] = {}  # step -> [2, B] latent and update norm, NaN where not corrected
+        self._before: Detector | None = None  # the detector as it was before the last step, for retract()
+        self._predictions_corrected: np.ndarray | None = None  # [B] bool, of the step under way
+        self._off_schedule = False
+        self._ended: str | None = None
 
     @torch.no_grad()
     def step(
@@ -102,6 +119,7 @@ class StabilityMonitor:
         x0_coefficient: float,
         eps_cond: Tensor | None = None,
         eps_uncond: Tensor | None = None,
+        editable: bool = True,
     ) -> Tensor:
         """Takes in one solver step and returns the latent to go on with.
 
@@ -111,6 +129,8 @@ class StabilityMonitor:
             sigma: noise level before the step, in the model's own convention (see :class:`RunSettings`).
             x0_coefficient: coefficient of x0 in ``z_next``, ``sqrt(abar_{i+1})``.
             eps_cond, eps_uncond: noise predictions with and without the prompt, where guidance computed both.
+            editable: whether the sampler would go on with a changed latent; where not, :meth:`corrected_prediction` is
+                the way to correct.
 
         Returns:
             ``z_next`` itself where nothing was corrected; otherwise a new tensor, in which samples that were not corrected
@@ -119,7 +139,7 @@ class StabilityMonitor:
         if self.error is not None:
             return z_next
         try:
-            return self._step(z_prev, z_next, x0, float(sigma), float(x0_coefficient), eps_cond, eps_uncond)
+            return self._step(z_prev, z_next, x0, float(sigma), float(x0_coefficient), eps_cond, eps_uncond, editable)
         except Exception as error:
             self.fail(error)
             return z_next
@@ -133,6 +153,7 @@ class StabilityMonitor:
         x0_coefficient: float,
         eps_cond: Tensor | None,
         eps_uncond: Tensor | None,
+        editable: bool,
     ) -> Tensor:
         step = _Step(sigma, _measure(z_prev, z_next, x0, eps_cond, eps_uncond))
         if self._steps and len(self._steps[0].measures[0]) != len(step.measures[0]):
@@ -142,7 +163,7 @@ class StabilityMonitor:
             )
         self._steps.append(step)
         self._pending.append(step)
-        if not self._steers:
+        if not self.corrects:
             if self._on_step is not None:
                 _send_to_host(step)
                 self._judge_arrived()
@@ -150,18 +171,87 @@ class StabilityMonitor:
 
         self._judge_all()
         judgement = self._judgements[-1]
-        if judgement is not None and judgement.correct.any():
+        if self._predictions_corrected is not None:
+            self._note_corrected(len(self._steps) - 1, self._predictions_corrected, *step.measures[:2])
+            self._predictions_corrected = None
+        if editable and judgement is not None and judgement.correct.any():
             z_next = self._corrected_latent(judgement, z_prev, z_next, x0, x0_coefficient, eps_cond, eps_uncond)
         self._emit(len(self._steps) - 1)
         return z_next
 
+    @torch.no_grad()
+    def corrected_prediction(self, x0: Tensor, x0_cond: Tensor | None = None, x0_uncond: Tensor | None = None) -> Tensor:
+        """The clean latent that the step under way is to be made with, for samplers that do not go on with a changed latent.
+
+        Samples that the last step judged to be corrected get the prediction of another guidance scale, or where there is no
+        guidance the reference norm; what changes is this step, not the last one.
+
+        Args:
+            x0: clean latent that the network predicted, after guidance, ``[B, ...]``.
+            x0_cond, x0_uncond: its predictions with and without the prompt.
+
+        Returns:
+            ``x0`` itself where nothing is corrected.
+        """
+        judgement = self._judgements[-1] if self._judgements and self.corrects and self.error is None else None
+        if judgement is None or not judgement.correct.any():
+            return x0
+        try:
+            chosen = np.flatnonzero(judgement.correct)
+            index = torch.as_tensor(chosen, device=x0.device)
+            if (guidance := self.thresholds.steering_guidance) is not None and x0_cond is not None and x0_uncond is not None:
+                wanted = torch.lerp(x0_uncond[index].float(), x0_cond[index].float(), guidance)
+            else:
+                assert self.profile is not None
+                row = min(judgement.row + 1, self.profile.steps - 1)
+                wanted = rescale(x0[index].float(), float(self.profile.mean[row, NORMS.index("denoised")]))
+            self._predictions_corrected = judgement.correct
+            return x0.index_copy(0, index, wanted.to(x0.dtype))
+        except Exception as error:
+            self.fail(error)
+            return x0
+
+    def retract(self) -> None:
+        """Takes the last step back: it turned out that the sampler only tried it. Not while steps wait to be judged."""
+        if self.error is not None or not self.corrects:
+            return
+        for taken in (self._steps, self._norms, self._judgements):
+            taken.pop()
+        self._corrected.pop(len(self._steps), None)
+        self._detector = self._before
+
     @property
-    def _steers(self) -> bool:
+    def corrects(self) -> bool:
+        """Whether this run is corrected, and every step judged at once."""
         return self.mitigate and self._scores
 
     @property
     def _scores(self) -> bool:
-        return self.check is not None and self.check.valid
+        return self.check is not None and self.check.valid and not self._off_schedule
+
+    @property
+    def steps(self) -> int:
+        """Number of steps taken so far."""
+        return len(self._steps)
+
+    def outline(self) -> dict[str, Any]:
+        """What is known before the first step, JSON-ready, for a live graph: planned ``steps`` and ``bands`` (as in a trace,
+        of all steps to come), ``thresholds``, ``mitigation``, ``note`` and ``reference_count``."""
+        rows: list[int] = []
+        if self._scores and self.profile is not None and self.settings.sigmas is not None:
+            row = None
+            for step, sigma in enumerate(self.settings.sigmas):
+                if (row := self.profile.next_row(row, sigma, step)) is None:
+                    break
+                rows.append(row)
+        return {
+            "steps": self.settings.steps,
+            "bands": _bands(self.profile, rows) if self.profile is not None and rows else {},
+            "thresholds": self.thresholds.to_dict(),
+            "mitigation": self.mitigate,
+            "note": self._note(),
+            "reference_count": self.profile.count if self.profile is not None and rows else None,
+        }
 
     def _corrected_latent(
         self,
@@ -202,10 +292,19 @@ class StabilityMonitor:
             strong=torch.as_tensor(judgement.strong[chosen], device=z_next.device),
             steered=steered,
         )
-        norms = np.full((2, len(judgement.correct)), np.nan)
-        norms[:, chosen] = torch.stack([sample_norm(after), sample_norm(after.float() - before.float())]).cpu().numpy()
-        self._corrected[len(self._steps) - 1] = norms
+        self._note_corrected(
+            len(self._steps) - 1, judgement.correct, sample_norm(after), sample_norm(after.float() - before.float())
+        )
         return z_next.index_copy(0, index, after)
+
+    def _note_corrected(self, step: int, samples: np.ndarray, latent_norm: Tensor, update_norm: Tensor) -> None:
+        """``samples`` ``[B]`` bool were corrected; the norms are of all samples, or of the corrected ones."""
+        values = torch.stack([latent_norm, update_norm]).cpu().numpy()
+        norms = np.full((2, len(samples)), np.nan)
+        norms[:, samples] = values[:, samples] if values.shape[1] == len(samples) else values
+        # A step can be corrected in both ways; then the latent is what came out last.
+        earlier = self._corrected.get(step, np.full_like(norms, np.nan))
+        self._corrected[step] = np.where(np.isfinite(norms), norms, earlier)
 
     def _judge_all(self) -> None:
         """Judges every step taken so far, waiting for the device."""
@@ -228,6 +327,8 @@ class StabilityMonitor:
         if self._scores and self._detector is None:
             assert self.profile is not None
             self._detector = Detector(self.profile, self.thresholds, measures.shape[1])
+        if self._detector is not None and self.corrects:
+            self._before = self._detector.copy()
         self._norms.append(measures)
         steering = len(step.measures) > len(NORMS) and self.thresholds.steering_guidance is not None
         judgement = self._detector.judge(step.sigma, measures[: len(NORMS)], steering=steering) if self._detector else None
@@ -238,7 +339,7 @@ class StabilityMonitor:
             return
         norms, judgement = self._norms[index], self._judgements[index]
         batch = norms.shape[1]
-        corrected = self._corrected.get(index)
+        corrected = self._corrected.get(index, np.full((2, batch), np.nan))
         event = StepEvent(
             step=index,
             sigma=self._steps[index].sigma,
@@ -246,7 +347,9 @@ class StabilityMonitor:
             update_score=judgement.update_score.tolist() if judgement else None,
             denoised_score=judgement.denoised_score.tolist() if judgement else None,
             state=judgement.state if judgement else ["unscored"] * batch,
-            mitigated=(np.isfinite(corrected[0]) if corrected is not None else np.zeros(batch, bool)).tolist(),
+            mitigated=np.isfinite(corrected[0]).tolist(),
+            corrected_latent_norm=corrected[0].tolist(),
+            corrected_update_norm=corrected[1].tolist(),
         )
         try:
             self._on_step(event)
@@ -258,6 +361,16 @@ class StabilityMonitor:
         """Ends the watching of this run because of ``error``, and says so once; sampling goes on."""
         self.error = error
         log.warning("Memorization Guard stopped watching this run; the image is not affected: %s", error, exc_info=True)
+
+    def leave_schedule(self) -> None:
+        """The sampler takes other noise levels than the settings say: no profile holds for the run, which is traced only."""
+        self._off_schedule = True
+        self._detector = None
+        self._judgements = [None] * len(self._judgements)
+
+    def end(self, reason: str) -> None:
+        """Says why the run came to no regular end (interrupted, an error of the host); without a trigger it is unscored."""
+        self._ended = reason
 
     @property
     def traces(self) -> list[Trace]:
@@ -319,7 +432,8 @@ class StabilityMonitor:
                 band["std"][step] = profile.std[judgement.row, column]
         trigger = int(detector.trigger_step[sample])
         # What was not watched to its end cannot be called stable.
-        trace.verdict = "unscored" if self.error is not None and trigger < 0 else detector.verdict(sample)
+        cut_short = self.error is not None or self._ended is not None
+        trace.verdict = "unscored" if cut_short and trigger < 0 else detector.verdict(sample)
         trace.trigger_step = trigger if trigger >= 0 else None
         trace.bands = bands
         trace.reference_count = profile.count
@@ -327,9 +441,20 @@ class StabilityMonitor:
     def _note(self) -> str | None:
         if self.error is not None:
             return f"Watching ended early: {self.error}"
+        if self._ended is not None:
+            return f"The run ended early: {self._ended}"
+        if self._off_schedule:
+            return "The sampler keeps to no fixed schedule: the run is traced, and cannot be scored with any profile."
         if self._detector is not None and self._detector.off_schedule is not None:
             return f"The run is not scored: {self._detector.off_schedule}. Calibrate a profile with the run's own schedule."
         return str(self.check) if self.check is not None and (self.check.invalid or self.check.weakened) else None
+
+
+def _bands(profile: StabilityProfile, rows: list[int]) -> dict[str, dict[str, list[float | None]]]:
+    return {
+        name: {"mean": numbers(profile.mean[rows, column].tolist()), "std": numbers(profile.std[rows, column].tolist())}
+        for column, name in enumerate(NORMS)
+    }
 
 
 def _measure(

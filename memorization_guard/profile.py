@@ -47,6 +47,7 @@ class RunSettings:
         latent_shape: shape of one latent without the batch axis, ``(C, H, W)`` or ``(C, F, H, W)``.
         sigmas: noise level before every step, in the model's own convention: the k-diffusion sigma of epsilon and v
             models, the time of rectified flow models.
+        end_sigma: noise level after the last step, in the same convention; above 0 where a run stops half way.
     """
 
     model: str | None = None
@@ -58,6 +59,7 @@ class RunSettings:
     guidance_scale: float | None = None
     latent_shape: tuple[int, ...] | None = None
     sigmas: tuple[float, ...] | None = None
+    end_sigma: float | None = None
 
     def __post_init__(self) -> None:
         if self.latent_shape is not None:
@@ -224,7 +226,7 @@ class StabilityProfile:
 
         covered = None
         if self.settings.sigmas is not None and settings.sigmas is not None:
-            covered = self._covers(settings.sigmas)
+            covered = self._covers(settings.sigmas, settings.end_sigma)
             if not covered:
                 invalid.append(Mismatch("sigmas", self.settings.sigmas, settings.sigmas))
         if found := differs("steps"):
@@ -233,13 +235,17 @@ class StabilityProfile:
             weakened.append(found)
         return ProfileCheck(tuple(invalid), tuple(weakened))
 
-    def _covers(self, sigmas: Sequence[float]) -> bool:
+    def _covers(self, sigmas: Sequence[float], end_sigma: float | None) -> bool:
         row = None
         for step, sigma in enumerate(sigmas):
             row = self.next_row(row, sigma, step)
             if row is None:
                 return False
-        return row is not None
+        if row is None:
+            return False
+        # A last step that is cut off, or goes straight to 0, is another step than the one the statistics are of.
+        following = (*(self.settings.sigmas or ())[1:], self.settings.end_sigma)[row]
+        return following is None or end_sigma is None or _same_sigma(following, end_sigma)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Writes the profile as safetensors, whole or not at all.

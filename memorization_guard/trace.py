@@ -119,8 +119,11 @@ class Trace:
             "mitigation": self.mitigation,
             "settings": self.settings.to_dict(),
             "thresholds": self.thresholds.to_dict(),
-            "steps": {name: _numbers(getattr(self, name)) for name in STEP_FIELDS} | {"mitigated": self.mitigated.tolist()},
-            "bands": {name: {key: _numbers(values) for key, values in band.items()} for name, band in self.bands.items()},
+            "steps": {name: numbers(getattr(self, name).tolist()) for name in STEP_FIELDS}
+            | {"mitigated": self.mitigated.tolist()},
+            "bands": {
+                name: {key: numbers(values.tolist()) for key, values in band.items()} for name, band in self.bands.items()
+            },
             "reference_count": self.reference_count,
         }
 
@@ -187,8 +190,9 @@ def _number(value: float | None) -> float | None:
     return None if value is None or not math.isfinite(value) else float(f"{value:.7g}")
 
 
-def _numbers(values: np.ndarray) -> list[float | None]:
-    return [_number(value) for value in values.tolist()]
+def numbers(values: Sequence[float | None]) -> list[float | None]:
+    """``values`` as strict JSON holds them: seven significant digits, ``None`` for what is no number."""
+    return [_number(value) for value in values]
 
 
 def _array(values: Sequence[float | None]) -> np.ndarray:
