@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
+import logging
+import os
 from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from .files import write_whole
 from .profile import NORMS, RunSettings, StabilityProfile
 from .trace import Trace
+
+log = logging.getLogger(__name__)
+
+#: Robust standard deviations, in update and x0 norm at the same step, from which a reference run is itself an outlier.
+OUTLIER_SCORE = 8.0
 
 #: Fewer runs than this give a standard deviation that is off by more than a quarter as a rule.
 MIN_RUNS = 8
@@ -135,6 +148,85 @@ class Calibrator:
     def _refuse(self, reason: str, message: str) -> None:
         self.left_out[reason] += 1
         raise CalibrationError(message)
+
+
+class ReferenceRuns:
+    """The traces of a calibration under way, kept in a file so that an interrupted one goes on from there.
+
+    Args:
+        state: the file, or ``None`` to keep nothing.
+        identity: whatever the calibration depends on (prompts, settings, weights), JSON-ready or printable.
+
+    Raises:
+        CalibrationError: if the file belongs to a calibration of another identity, or is damaged.
+    """
+
+    def __init__(self, state: str | os.PathLike[str] | None, identity: Any) -> None:
+        self._state = None if state is None else Path(state)
+        self.key = hashlib.sha256(json.dumps(identity, default=repr, sort_keys=True).encode()).hexdigest()
+        self.traces: list[Trace] = []
+        if self._state is None or not self._state.exists():
+            return
+        try:
+            content = json.loads(self._state.read_text(encoding="utf-8"))
+            self.traces = [Trace.from_dict(trace) for trace in content["traces"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise CalibrationError(f"{state} is no state of a calibration ({error}): delete it to begin anew") from None
+        if content.get("key") != self.key:
+            raise CalibrationError(
+                f"{state} belongs to a calibration with other prompts, settings or model: delete it to begin anew"
+            )
+
+    def add(self, traces: Sequence[Trace], expected: int) -> None:
+        """Takes in the traces of a batch of ``expected`` prompts, and keeps them.
+
+        Raises:
+            CalibrationError: if there is not one trace a prompt.
+        """
+        if len(traces) != expected:
+            raise CalibrationError(f"{expected} prompts gave {len(traces)} traces: see the log for what went wrong")
+        self.traces += traces
+        if self._state is not None:
+            write_whole(self._state, json.dumps({"key": self.key, "traces": [trace.to_dict() for trace in self.traces]}))
+
+    def profile(self) -> tuple[StabilityProfile, dict[int, str]]:
+        """The profile of the runs so far, and the runs that were left out: their number, from 0, and why.
+
+        A run that is far outside of what the others do is left out: the model has probably memorized something of its
+        prompt. How far is told by median and median absolute deviation, which outliers do not move.
+
+        Raises:
+            CalibrationError: if fewer than 8 runs are usable.
+        """
+        left_out: dict[int, str] = {}
+        calibrator = Calibrator()
+        outliers = _outliers(self.traces)
+        for number, trace in enumerate(self.traces):
+            if number in outliers:
+                left_out[number] = f"it is an outlier itself, {outliers[number]:.1f} standard deviations off"
+                calibrator.left_out["outlier"] += 1
+                continue
+            try:
+                calibrator.add(trace)
+            except CalibrationError as error:
+                left_out[number] = str(error)
+        for number, reason in left_out.items():
+            log.warning("Reference prompt %d was left out: %s", number + 1, reason)
+        return calibrator.profile(), left_out
+
+
+def _outliers(traces: Sequence[Trace]) -> dict[int, float]:
+    """Runs whose update and x0 norm are both far off at some step, and how far, in robust standard deviations."""
+    steps = Counter(trace.steps for trace in traces).most_common(1)[0][0] if traces else 0
+    chosen = [number for number, trace in enumerate(traces) if trace.steps == steps]
+    if len(chosen) < MIN_RUNS or not steps:
+        return {}
+    norms = np.array([[traces[number].update_norm, traces[number].denoised_norm] for number in chosen])  # [runs, 2, steps]
+    median = np.nanmedian(norms, axis=0)
+    # 1.4826 makes it the standard deviation of a normal distribution; a norm that never varies is no yardstick.
+    spread = np.maximum(1.4826 * np.nanmedian(np.abs(norms - median), axis=0), 1e-6 * median + 1e-12)
+    joint = np.nan_to_num(np.abs(norms - median) / spread, nan=0.0).min(axis=1).max(axis=1)
+    return {number: float(score) for number, score in zip(chosen, joint, strict=True) if score > OUTLIER_SCORE}
 
 
 def _fill(settings: RunSettings, other: RunSettings) -> RunSettings:

@@ -8,8 +8,6 @@ run.traces[0].verdict
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -22,9 +20,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .calibration import MIN_RUNS, CalibrationError, Calibrator
+from .calibration import MIN_RUNS, CalibrationError, ReferenceRuns
 from .detection import Thresholds
-from .files import write_whole
 from .fingerprint import fingerprint
 from .monitor import StabilityMonitor, StepEvent
 from .parameterization import NoiseLevel, widened
@@ -405,7 +402,7 @@ def calibrate(
     progress: bool = True,
     **pipe_kwargs: Any,
 ) -> StabilityProfile:
-    """Makes a stability profile from reference prompts, one unmitigated run each.
+    """Makes a stability profile from reference prompts, one unmitigated run each; outliers among them are left out.
 
     Args:
         pipe: as for :func:`guard`.
@@ -436,26 +433,20 @@ def calibrate(
         type(pipe.scheduler).__name__,
         dict(pipe.scheduler.config),
     ]
-    key = hashlib.sha256(json.dumps(identity, default=repr, sort_keys=True).encode()).hexdigest()
-    done = _read_state(state, key)
+    runs = ReferenceRuns(state, identity)
 
     bar_config = getattr(pipe, "_progress_bar_config", None)
     pipe.set_progress_bar_config(disable=True)
     try:
-        with tqdm(total=len(texts), initial=len(done), desc="calibrating", unit="image", disable=not progress) as bar:
-            for start in range(len(done), len(texts), batch_size):
+        with tqdm(total=len(texts), initial=len(runs.traces), desc="calibrating", unit="image", disable=not progress) as bar:
+            for start in range(len(runs.traces), len(texts), batch_size):
                 part = texts[start : start + batch_size]
                 generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(part))]
                 # Pipelines want as many of them as there are prompts.
                 texts_a_prompt = {k: [v] * len(part) for k, v in pipe_kwargs.items() if "negative" in k and isinstance(v, str)}
                 with guard(pipe) as run:
                     pipe(part, generator=generators, output_type="latent", **(pipe_kwargs | texts_a_prompt))
-                traces = run.traces
-                if len(traces) != len(part):
-                    raise CalibrationError(f"{len(part)} prompts gave {len(traces)} traces: see the log for what went wrong")
-                done += traces
-                if state is not None:
-                    write_whole(state, json.dumps({"key": key, "traces": [trace.to_dict() for trace in done]}))
+                runs.add(run.traces, len(part))
                 bar.update(len(part))
     finally:
         if bar_config is None:
@@ -463,25 +454,4 @@ def calibrate(
         else:
             pipe._progress_bar_config = bar_config
 
-    calibrator = Calibrator()
-    for trace in done:
-        try:
-            calibrator.add(trace)
-        except CalibrationError as error:
-            log.warning("A reference run was left out: %s", error)
-    return calibrator.profile()
-
-
-def _read_state(state: str | os.PathLike[str] | None, key: str) -> list[Trace]:
-    if state is None or not Path(state).exists():
-        return []
-    try:
-        content = json.loads(Path(state).read_text(encoding="utf-8"))
-        traces = [Trace.from_dict(trace) for trace in content["traces"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CalibrationError(f"{state} is no state of a calibration ({error}): delete it to begin anew") from None
-    if content.get("key") != key:
-        raise CalibrationError(
-            f"{state} belongs to a calibration with other prompts, settings or model: delete it to begin anew"
-        )
-    return traces
+    return runs.profile()[0]

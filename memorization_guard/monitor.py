@@ -105,7 +105,8 @@ class StabilityMonitor:
         self._corrected: dict[int, np.ndarray] = {}  # step -> [2, B] latent and update norm, NaN where not corrected
         self._before: Detector | None = None  # the detector as it was before the last step, for retract()
         self._predictions_corrected: np.ndarray | None = None  # [B] bool, of the step under way
-        self._off_schedule = False
+        #: Whether the sampler took other noise levels than its schedule's.
+        self.off_schedule = False
         self._ended: str | None = None
 
     @torch.no_grad()
@@ -227,7 +228,7 @@ class StabilityMonitor:
 
     @property
     def _scores(self) -> bool:
-        return self.check is not None and self.check.valid and not self._off_schedule
+        return self.check is not None and self.check.valid and not self.off_schedule
 
     @property
     def steps(self) -> int:
@@ -364,7 +365,7 @@ class StabilityMonitor:
 
     def leave_schedule(self) -> None:
         """The sampler takes other noise levels than the settings say: no profile holds for the run, which is traced only."""
-        self._off_schedule = True
+        self.off_schedule = True
         self._detector = None
         self._judgements = [None] * len(self._judgements)
 
@@ -443,7 +444,7 @@ class StabilityMonitor:
             return f"Watching ended early: {self.error}"
         if self._ended is not None:
             return f"The run ended early: {self._ended}"
-        if self._off_schedule:
+        if self.off_schedule:
             return "The sampler keeps to no fixed schedule: the run is traced, and cannot be scored with any profile."
         if self._detector is not None and self._detector.off_schedule is not None:
             return f"The run is not scored: {self._detector.off_schedule}. Calibrate a profile with the run's own schedule."

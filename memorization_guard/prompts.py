@@ -1,10 +1,16 @@
-"""Reading prompt lists as users have them on disk."""
+"""Prompt lists: as users have them on disk, and one that comes with us."""
 
 from __future__ import annotations
 
 import json
 import os
+from importlib import resources
 from pathlib import Path
+
+
+def reference_prompts() -> list[str]:
+    """64 diverse prompts of our own writing, to calibrate a model with; of nothing that is known for being copied."""
+    return resources.files(__package__).joinpath("reference_prompts.txt").read_text(encoding="utf-8").splitlines()
 
 
 def read_prompts(path: str | os.PathLike[str]) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any, get_args
@@ -18,6 +18,8 @@ FORMAT = "memorization-guard.trace"
 FORMAT_VERSION = 1
 
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
+
+_WEIGHT: Mapping[Verdict, int] = {"stable": 0, "unscored": 1, "mild": 2, "strong": 3}
 
 #: The fields of a trace that have one number a step.
 STEP_FIELDS = (
@@ -173,6 +175,17 @@ class Trace:
         if len(lengths) != 1:
             raise ValueError(f"the trace's per-step lists have different lengths: {sorted(lengths)}")
         return trace
+
+
+def worst(traces: Iterable[Trace]) -> Trace:
+    """The trace that says most against an image that several runs made (a second pass, tiles).
+
+    Triggered before unscored before stable; among equals the highest joint score.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    return max(traces, key=lambda trace: (_WEIGHT[trace.verdict], trace.joint_score or 0.0))
 
 
 def trace_schema() -> dict[str, Any]:

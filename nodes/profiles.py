@@ -1,0 +1,284 @@
+"""Nodes for stability profiles: to load, to save, and to make one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import comfy.sample
+import comfy.samplers
+import comfy.utils
+import folder_paths
+import torch
+from comfy_api.v0_0_2 import io, ui
+
+from ..memorization_guard import CalibrationError, StabilityProfile
+from ..memorization_guard.calibration import MIN_RUNS, ReferenceRuns
+from ..memorization_guard.prompts import read_prompts, reference_prompts
+from .guard import CATEGORY, StabilityProfileType
+from .sampling import guard, is_guarded, model_hash
+
+FOLDER = "stability_profiles"
+EXTENSION = ".safetensors"
+
+# As one of ComfyUI's own model folders, so that extra_model_paths.yaml can name others.
+folder_paths.add_model_folder_path(FOLDER, str(Path(folder_paths.models_dir) / FOLDER))
+folder_paths.folder_names_and_paths[FOLDER][1].add(EXTENSION)
+
+BUILT_IN, TEXT = "built-in list", "text below"
+
+
+class LoadStabilityProfile(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MemorizationGuardLoadProfile",
+            display_name="Load Stability Profile",
+            category=CATEGORY,
+            description="Loads a stability profile from models/stability_profiles.",
+            inputs=[
+                io.Combo.Input(
+                    "profile_name",
+                    options=folder_paths.get_filename_list(FOLDER),
+                    tooltip="A file of models/stability_profiles, or of a folder that extra_model_paths.yaml names under "
+                    "stability_profiles. Press R after adding one.",
+                )
+            ],
+            outputs=[StabilityProfileType.Output(display_name="PROFILE", tooltip="For Memorization Guard.")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, profile_name: str) -> Any:
+        path = folder_paths.get_full_path(FOLDER, profile_name)
+        return Path(path).stat().st_mtime_ns if path is not None else None
+
+    @classmethod
+    def execute(cls, profile_name: str) -> io.NodeOutput:
+        return io.NodeOutput(StabilityProfile.load(folder_paths.get_full_path_or_raise(FOLDER, profile_name)))
+
+
+class SaveStabilityProfile(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MemorizationGuardSaveProfile",
+            display_name="Save Stability Profile",
+            category=CATEGORY,
+            description="Saves a stability profile to models/stability_profiles, whole or not at all.",
+            inputs=[
+                StabilityProfileType.Input("profile", tooltip="From Calibrate Stability Profile."),
+                io.String.Input(
+                    "name",
+                    default="my model euler 30 cfg 7",
+                    tooltip="Name of the file, without folder and ending. Say what the profile holds for: model, sampler, "
+                    "steps, cfg, size.",
+                ),
+                io.Boolean.Input("overwrite", default=False, tooltip="Whether a profile of the same name may be replaced."),
+            ],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def validate_inputs(cls, name: str | None = None) -> bool | str:
+        return True if name is None else _name_problem(name) or True
+
+    @classmethod
+    def execute(cls, profile: StabilityProfile, name: str, overwrite: bool) -> io.NodeOutput:
+        if problem := _name_problem(name):
+            raise ValueError(problem)
+        folder = Path(folder_paths.get_folder_paths(FOLDER)[0])
+        path = folder / f"{name.strip().removesuffix(EXTENSION)}{EXTENSION}"
+        if path.exists() and not overwrite:
+            raise FileExistsError(f"{path.name} is there already: choose another name, or switch 'overwrite' on")
+        folder.mkdir(parents=True, exist_ok=True)
+        profile.save(path)
+        return io.NodeOutput(ui=ui.PreviewText(f"Saved {path}"))
+
+
+def _name_problem(name: str) -> str | None:
+    """Why ``name`` cannot name a file, on whatever system."""
+    stem = name.strip().removesuffix(EXTENSION)
+    reserved = {"CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT") for n in range(10))}
+    if (
+        not stem
+        or stem.startswith(".")
+        or stem.endswith((".", " "))
+        or stem.split(".")[0].upper() in reserved
+        or len(stem) > 120
+    ):
+        return f"{name!r} cannot name a profile: give 1 to 120 characters that do not begin or end with a dot"
+    if any(character in '/\\:*?"<>|' or ord(character) < 32 for character in stem):
+        return f'{name!r} cannot name a profile: leave out / \\ : * ? " < > |; it is a name, and not a path'
+    return None
+
+
+def _prompt_files() -> list[str]:
+    folder = Path(folder_paths.get_input_directory())
+    return (
+        sorted(file.name for file in folder.iterdir() if file.suffix.lower() in (".txt", ".jsonl")) if folder.is_dir() else []
+    )
+
+
+class CalibrateStabilityProfile(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MemorizationGuardCalibrate",
+            display_name="Calibrate Stability Profile",
+            category=CATEGORY,
+            description=(
+                "Samples reference prompts, which the model should not have memorized, and measures how large its steps are. "
+                "The profile holds for exactly these settings: use the ones that you make images with. No image is decoded."
+            ),
+            inputs=[
+                io.Model.Input("model", tooltip="With its LoRAs, and without Memorization Guard."),
+                io.Clip.Input("clip", tooltip="Encodes the reference prompts."),
+                io.Combo.Input(
+                    "prompts",
+                    options=[BUILT_IN, TEXT, *_prompt_files()],
+                    default=BUILT_IN,
+                    tooltip="built-in list: 64 diverse prompts. text below: a prompt a line. Or a .txt (a prompt a line) or "
+                    ".jsonl (with a key caption or prompt) of ComfyUI's input folder; press R after adding one.",
+                ),
+                io.String.Input(
+                    "text",
+                    multiline=True,
+                    default="",
+                    tooltip=f"Reference prompts, one a line, for 'text below': at least {MIN_RUNS}, better 50. Prompts as you "
+                    "use them, about things that the model was not trained on again and again.",
+                ),
+                io.String.Input(
+                    "negative", multiline=True, default="", tooltip="Negative prompt of all of them: the one that you use."
+                ),
+                io.Int.Input("seed", default=0, min=0, max=2**63, tooltip="Prompt i starts from the noise of seed + i."),
+                io.Int.Input("steps", default=30, min=1, max=10000, tooltip="As in your KSampler."),
+                io.Float.Input("cfg", default=7.0, min=0.0, max=100.0, step=0.1, round=0.01, tooltip="As in your KSampler."),
+                io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS, tooltip="As in your KSampler."),
+                io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS, tooltip="As in your KSampler."),
+                io.Int.Input("width", default=512, min=16, max=16384, step=8, tooltip="As in your Empty Latent Image."),
+                io.Int.Input("height", default=512, min=16, max=16384, step=8, tooltip="As in your Empty Latent Image."),
+                io.Int.Input("batch_size", default=4, min=1, max=256, tooltip="Prompts sampled at once."),
+            ],
+            outputs=[
+                StabilityProfileType.Output(display_name="PROFILE", tooltip="For Memorization Guard, and to save."),
+                io.String.Output(
+                    display_name="report", tooltip="How many prompts it rests on, and which were left out and why."
+                ),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, prompts: str, **_: Any) -> Any:
+        if prompts in (BUILT_IN, TEXT):
+            return prompts
+        path = Path(folder_paths.get_input_directory()) / prompts
+        return path.stat().st_mtime_ns if path.is_file() else None
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        clip: Any,
+        prompts: str,
+        text: str,
+        negative: str,
+        seed: int,
+        steps: int,
+        cfg: float,
+        sampler_name: str,
+        scheduler: str,
+        width: int,
+        height: int,
+        batch_size: int,
+    ) -> io.NodeOutput:
+        if is_guarded(model):
+            raise ValueError("this model is guarded already: connect the model as it is before Memorization Guard")
+        texts = _prompts(prompts, text)
+        latent = comfy.sample.fix_empty_latent_channels(model, torch.zeros(1, 4, height // 8, width // 8))
+        identity = [texts, negative, seed, steps, cfg, sampler_name, scheduler, list(latent.shape), model_hash(model)]
+        folder = Path(folder_paths.get_folder_paths(FOLDER)[0])
+        folder.mkdir(parents=True, exist_ok=True)
+        runs = ReferenceRuns(None, identity)
+        # Under its own name each, so that two calibrations in turn do not forget each other.
+        state = folder / f".calibration-{runs.key[:16]}.json"
+        runs = ReferenceRuns(state, identity)
+
+        unconditional = clip.encode_from_tokens_scheduled(clip.tokenize(negative))
+        bar = comfy.utils.ProgressBar(len(texts))
+        for start, part, positive in _batches(clip, texts, len(runs.traces), batch_size):
+            bar.update_absolute(start, len(texts))
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            guarded, traces = guard(model, mode="trace")
+            noise = torch.cat([comfy.sample.prepare_noise(latent, seed + start + i) for i in range(len(part))])
+            comfy.sample.sample(
+                guarded,
+                noise,
+                steps,
+                cfg,
+                sampler_name,
+                scheduler,
+                positive,
+                unconditional,
+                latent.repeat(len(part), *(1,) * (latent.ndim - 1)),
+                disable_pbar=True,
+                seed=seed + start,
+            )
+            taken = traces.runs()
+            if any(run.monitor.off_schedule for run in taken):
+                raise CalibrationError(
+                    f"{sampler_name} keeps to no fixed schedule, so that no profile can be made for it: choose another sampler"
+                )
+            runs.add([trace for run in taken for trace in run.traces], len(part))
+        bar.update_absolute(len(texts), len(texts))
+        profile, left_out = runs.profile()
+        state.unlink(missing_ok=True)
+        report = [f"Profile from {profile.count} of {len(texts)} reference prompts."]
+        report += [f"Left out: {texts[number]!r}: {reason}." for number, reason in left_out.items()]
+        return io.NodeOutput(profile, "\n".join(report), ui=ui.PreviewText("\n".join(report)))
+
+
+def _prompts(source: str, text: str) -> list[str]:
+    if source == BUILT_IN:
+        return reference_prompts()
+    if source == TEXT:
+        texts = [line.strip() for line in text.splitlines() if line.strip()]
+    else:
+        texts = read_prompts(Path(folder_paths.get_input_directory()) / Path(source).name)
+    if len(texts) < MIN_RUNS:
+        raise CalibrationError(f"{len(texts)} reference prompts: give at least {MIN_RUNS}, better 50, one a line")
+    return texts
+
+
+def _batches(clip: Any, texts: list[str], done: int, size: int) -> Iterator[tuple[int, list[str], Any]]:
+    """From prompt ``done`` on, up to ``size`` at a time: number of the first prompt, prompts, their conditioning in one."""
+    start = done
+    while start < len(texts):
+        part = texts[start : start + size]
+        encoded = [clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in part]
+        # Only conditionings of one shape go into one batch: a long prompt takes several windows of the text encoder.
+        same = 1
+        while same < len(encoded) and _shape(encoded[same]) == _shape(encoded[0]) is not None:
+            same += 1
+        yield start, part[:same], _together(encoded[:same])
+        start += same
+
+
+def _shape(conditioning: Any) -> Any:
+    """What conditionings must share to be one batch, or ``None`` where they can never be."""
+    if len(conditioning) != 1:
+        return None
+    tensor, options = conditioning[0]
+    return tensor.shape, {k: v.shape if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+
+
+def _together(encoded: list[Any]) -> Any:
+    if len(encoded) == 1:
+        return encoded[0]
+    options = encoded[0][0][1]
+    joined = {
+        key: torch.cat([conditioning[0][1][key] for conditioning in encoded]) if isinstance(value, torch.Tensor) else value
+        for key, value in options.items()
+    }
+    return [[torch.cat([conditioning[0][0] for conditioning in encoded]), joined]]

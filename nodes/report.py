@@ -1,0 +1,201 @@
+"""Nodes that stand behind the sampler: what was seen of the images, and a gate that holds some of them back."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from comfy_api.v0_0_2 import io
+from comfy_execution.graph_utils import ExecutionBlocker
+
+from ..memorization_guard import Trace, graph
+from ..memorization_guard.trace import worst
+from .guard import CATEGORY, TraceType
+from .sampling import Run, TraceLog
+
+#: Key of the traces in the metadata of a saved image.
+METADATA = "memorization_guard"
+
+_PASSED = "Images that pass, in their order."
+
+
+class StabilityReport(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MemorizationGuardReport",
+            display_name="Stability Report",
+            category=CATEGORY,
+            description=(
+                "Says what Memorization Guard saw of the images that come through, and puts the trace into the metadata that "
+                "Save Image embeds, so that the evidence travels with the picture."
+            ),
+            inputs=[
+                TraceType.Input("trace", tooltip="From Memorization Guard."),
+                io.Latent.Input(
+                    "latent",
+                    optional=True,
+                    tooltip="The latent that came out of the sampler; passed through. Connect this or the image: it tells "
+                    "which run is meant, and makes the report wait for it.",
+                ),
+                io.Image.Input("image", optional=True, tooltip="The image that was decoded from it; passed through."),
+            ],
+            outputs=[
+                io.Latent.Output("latent_out", display_name="LATENT", tooltip="The latent, unchanged."),
+                io.Image.Output("image_out", display_name="IMAGE", tooltip="The image, unchanged."),
+                io.Boolean.Output(
+                    "stable", display_name="stable", tooltip="Whether every image was judged, and stayed in its region."
+                ),
+                io.Float.Output(
+                    "score",
+                    display_name="score",
+                    tooltip="S_mem of the image that was farthest out: the largest distance of the update norm from the "
+                    "reference, in standard deviations. Not a number where nothing was scored.",
+                ),
+                io.String.Output(
+                    "trace_json", display_name="trace (JSON)", tooltip="The traces as JSON, as docs/trace.md describes them."
+                ),
+                io.Image.Output("graph", display_name="graph", tooltip="The stability graph of each image; a row a run."),
+            ],
+            hidden=[io.Hidden.unique_id, io.Hidden.dynprompt, io.Hidden.extra_pnginfo],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, trace: TraceLog, latent: Any = None, image: Any = None) -> io.NodeOutput:
+        if latent is None and image is None:
+            raise ValueError("connect the sampler's latent, or the image decoded from it: it tells which run is meant")
+        runs = _runs_behind(cls.hidden, trace)
+        count = len(latent["samples"]) if latent is not None else len(image)
+        rows = [run.traces for run in runs]
+        judged = _by_image(rows, count)
+        entries = [
+            {"sampler_node": run.sampler_node, "traces": [one.to_dict() for one in traces]}
+            for run, traces in zip(runs, rows, strict=True)
+        ]
+        if cls.hidden.extra_pnginfo is not None:
+            cls.hidden.extra_pnginfo.setdefault(METADATA, {})[str(cls.hidden.unique_id)] = entries
+        scores = [score for one in judged if (score := one.score) is not None]
+        return io.NodeOutput(
+            latent,
+            image,
+            all(one.verdict == "stable" for one in judged),
+            max(scores, default=math.nan),
+            json.dumps(entries),
+            _graphs(rows, count),
+            ui={METADATA: entries or [{"sampler_node": None, "traces": [one.to_dict() for one in judged[:1]]}]},
+        )
+
+
+class MemorizationGate(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MemorizationGuardGate",
+            display_name="Memorization Gate",
+            category=CATEGORY,
+            description="Passes only the images that were judged stable, and says how many it held back and why.",
+            inputs=[
+                io.Image.Input("image", tooltip="The images that were decoded from the guarded sampler's latent."),
+                TraceType.Input("trace", tooltip="From Memorization Guard."),
+                io.Combo.Input(
+                    "when_empty",
+                    options=["block", "placeholder"],
+                    default="block",
+                    tooltip="If no image passes. block: nothing behind the gate runs. placeholder: a grey image of the same "
+                    "size goes on in place of each.",
+                ),
+                io.Boolean.Input(
+                    "pass_unscored",
+                    default=False,
+                    tooltip="Whether images pass that could not be judged, as without a profile that fits.",
+                ),
+                io.Boolean.Input(
+                    "pass_corrected",
+                    default=False,
+                    tooltip="Whether images pass that left their region and were corrected by mitigation. Most of those are "
+                    "no copies any more; some still are.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output("passed", display_name="IMAGE", tooltip=_PASSED),
+                io.Int.Output("held_back", display_name="held back", tooltip="How many were held back."),
+                io.String.Output("reasons", display_name="reasons", tooltip="Why, an image a line."),
+            ],
+            hidden=[io.Hidden.unique_id, io.Hidden.dynprompt],
+        )
+
+    @classmethod
+    def execute(
+        cls, image: torch.Tensor, trace: TraceLog, when_empty: str, pass_unscored: bool, pass_corrected: bool
+    ) -> io.NodeOutput:
+        judged = _by_image([run.traces for run in _runs_behind(cls.hidden, trace)], len(image))
+        reasons = {}
+        for number, one in enumerate(judged):
+            passes = one.verdict == "stable"
+            passes |= one.verdict == "unscored" and pass_unscored
+            passes |= bool(one.mitigated.any()) and pass_corrected
+            if not passes:
+                reasons[number] = _reason(one)
+        lines = [f"Image {number + 1} held back: {reason}." for number, reason in reasons.items()]
+        text = "\n".join([f"{len(image) - len(reasons)} of {len(image)} images passed.", *lines])
+        kept = [number for number in range(len(image)) if number not in reasons]
+        if kept:
+            images: Any = image[kept]
+        elif when_empty == "block":
+            images = ExecutionBlocker(None)
+        else:
+            images = torch.full_like(image, 0.5)
+        return io.NodeOutput(images, len(reasons), text, ui={"text": (text,)})
+
+
+def _runs_behind(hidden: Any, trace: TraceLog) -> list[Run]:
+    """The runs that led to this node's image or latent: those of the sampler nodes before it."""
+    before: set[str] = set()
+    node = hidden.dynprompt.get_node(hidden.unique_id)
+    waiting = [str(link[0]) for name, link in node["inputs"].items() if name in ("latent", "image") and isinstance(link, list)]
+    while waiting:
+        if (current := waiting.pop()) in before:
+            continue
+        before.add(current)
+        inputs = hidden.dynprompt.get_node(current)["inputs"]
+        waiting += [str(link[0]) for link in inputs.values() if isinstance(link, list) and len(link) == 2]
+    return trace.runs(before)
+
+
+def _by_image(runs: list[list[Trace]], count: int) -> list[Trace]:
+    """For each of ``count`` images the trace that says most against it.
+
+    A run with another number of images (tiles, a repeated latent) speaks for all of them.
+    """
+    runs = [traces for traces in runs if traces]
+    if not runs:
+        note = (
+            "No run of this guard led here. Its mode may be off, the sampler's model may come from elsewhere, or the "
+            "sampler's result was taken from the cache: change the seed to sample again."
+        )
+        return [Trace(note=note)] * count
+    return [
+        worst(trace for traces in runs for trace in (traces[number : number + 1] if len(traces) == count else traces))
+        for number in range(count)
+    ]
+
+
+def _reason(trace: Trace) -> str:
+    if trace.verdict == "unscored":
+        return f"not judged ({(trace.note or 'no profile').rstrip('.')})"
+    corrected = ", and was corrected" if trace.mitigated.any() else ""
+    return f"{trace.verdict}, left its region at step {trace.trigger_step}, S_mem {trace.score:.1f}{corrected}"
+
+
+def _graphs(runs: list[list[Trace]], count: int) -> torch.Tensor:
+    """``[count, H, W, 3]``: the graphs of each image, one below the other."""
+    runs = [traces for traces in runs if traces] or [_by_image([], count)]
+    columns = []
+    for number in range(count):
+        rows = [graph.image(traces[min(number, len(traces) - 1)]) for traces in runs]
+        columns.append(np.concatenate([np.asarray(row, dtype=np.float32) / 255.0 for row in rows]))
+    return torch.from_numpy(np.stack(columns))

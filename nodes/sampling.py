@@ -1,0 +1,262 @@
+"""ComfyUI's sampling, put in the core's terms: its runs in, traces and live events out."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import comfy.model_sampling
+import comfy.samplers
+import numpy as np
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
+from comfy_execution.utils import get_executing_context
+from server import PromptServer
+
+from ..memorization_guard import RunSettings, StabilityMonitor, StabilityProfile, StepEvent, Thresholds, Trace
+from ..memorization_guard.fingerprint import fingerprint
+from ..memorization_guard.kdiffusion import SamplerWatch, watched
+from ..memorization_guard.parameterization import NoiseLevel
+
+log = logging.getLogger(__name__)
+
+EVENT = "memorization_guard"
+
+MODES = ("off", "trace", "mitigate")
+
+# What these samplers hand to the model is not what they go on with; every other sampler of ComfyUI is asked (kdiffusion.py).
+_KEEP_ANOTHER_LATENT = ("lcm", "sa_solver", "sa_solver_pece")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a sampler, and the node that ran it."""
+
+    name: str
+    sampler_node: str
+    monitor: StabilityMonitor
+
+    @property
+    def traces(self) -> list[Trace]:
+        """One trace an image; a sampler that reports no steps leaves none."""
+        return self.monitor.traces
+
+
+@dataclass
+class TraceLog:
+    """The runs that a guard saw: what its TRACE output carries.
+
+    It is filled while the sampler runs, after the guard's own node is done; a run that comes again, under the same node and
+    place in its list, takes the place of the earlier one.
+    """
+
+    mode: str
+    _runs: dict[tuple[str, int], tuple[str, list[Run]]] = field(default_factory=dict)
+
+    def begin(self, monitor: StabilityMonitor) -> Run:
+        """Enters the run that is about to begin."""
+        context = get_executing_context()
+        prompt, node, index = (context.prompt_id, context.node_id, context.list_index or 0) if context else ("", "", 0)
+        earlier_prompt, runs = self._runs.pop((node, index), (prompt, []))
+        # Some nodes sample many times in one execution (tiles, detailers): those belong together.
+        runs = runs if earlier_prompt == prompt else []
+        run = Run(f"{prompt}:{node}:{index}:{len(runs)}", node, monitor)
+        self._runs[node, index] = (prompt, [*runs, run])
+        return run
+
+    def runs(self, sampler_nodes: set[str] | None = None) -> list[Run]:
+        """The runs in order, or those of some nodes."""
+        every: Iterator[Run] = (run for _, runs in self._runs.values() for run in runs)
+        return [run for run in every if sampler_nodes is None or run.sampler_node in sampler_nodes]
+
+
+def guard(
+    model: ModelPatcher,
+    *,
+    mode: str,
+    profile: StabilityProfile | None = None,
+    thresholds: Thresholds | None = None,
+    node: str | None = None,
+) -> tuple[ModelPatcher, TraceLog]:
+    """A clone of ``model`` whose runs are watched, and where they are logged; ``model`` itself is left as it is.
+
+    Args:
+        mode: one of :data:`MODES`.
+        node: id of the node that live events are for; without one, none are sent.
+    """
+    traces = TraceLog(mode)
+    if mode == "off":
+        return model, traces
+    guarded = model.clone()
+    watcher = _Guard(traces, profile, thresholds or Thresholds(), node)
+    guarded.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, EVENT, watcher.around_sampler)
+    guarded.set_model_sampler_post_cfg_function(watcher.after_guidance)
+    return guarded, traces
+
+
+def is_guarded(model: ModelPatcher) -> bool:
+    """Whether ``model`` came out of :func:`guard`."""
+    return bool(model.get_wrappers(WrappersMP.SAMPLER_SAMPLE, EVENT))
+
+
+class _Guard:
+    """What a guarded model carries: the wrapper around a sampler, and the look at its guidance."""
+
+    def __init__(self, traces: TraceLog, profile: StabilityProfile | None, thresholds: Thresholds, node: str | None) -> None:
+        self._traces = traces
+        self._profile = profile
+        self._thresholds = thresholds
+        self._node = node
+        self._watch: SamplerWatch | None = None  # of the run under way
+        self._run: Run | None = None
+
+    def around_sampler(self, executor: Any, guider: Any, sigmas: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        sampler = executor.class_obj
+        function = getattr(sampler, "sampler_function", None)
+        if function is None:
+            log.warning("Memorization Guard cannot watch %s: it is no KSAMPLER.", type(sampler).__name__)
+            return executor(guider, sigmas, *args, **kwargs)
+        outer = self._watch, self._run
+        self._watch = self._run = None
+        sampler.sampler_function = watched(function, functools.partial(self._begin, guider, sampler))
+        try:
+            return executor(guider, sigmas, *args, **kwargs)
+        finally:
+            sampler.sampler_function = function
+            self._end()
+            self._watch, self._run = outer
+
+    def after_guidance(self, args: Mapping[str, Any]) -> torch.Tensor:
+        # At cfg 1 there is no unconditional prediction; what stands in its place are zeros.
+        if self._watch is not None and args.get("uncond") is not None and args.get("uncond_denoised") is not None:
+            self._watch.saw_guidance(args["cond_denoised"], args["uncond_denoised"], args["input"])
+        return args["denoised"]
+
+    def _begin(self, guider: Any, sampler: Any, x: torch.Tensor, sigmas: torch.Tensor) -> SamplerWatch | None:
+        try:
+            level = _levels(guider.model_patcher.get_model_object("model_sampling"))
+            settings = _settings(guider, sampler, x, [level(sigma) for sigma in sigmas.tolist()])
+            monitor = StabilityMonitor(
+                self._profile, self._thresholds, self._traces.mode == "mitigate", self._on_step(), settings=settings
+            )
+            self._run = self._traces.begin(monitor)
+            self._send("begin", **monitor.outline())
+            if monitor.check is not None and monitor.check.invalid:
+                log.warning("Memorization Guard: %s", monitor.check)
+            self._watch = SamplerWatch(
+                monitor, sigmas, level, editable=_sampler_name(sampler).split("(")[0] not in _KEEP_ANOTHER_LATENT
+            )
+        except Exception:
+            log.warning("Memorization Guard does not watch this run; the image is not affected.", exc_info=True)
+        return self._watch
+
+    def _end(self) -> None:
+        if self._run is None:
+            return
+        try:
+            self._send("end", traces=[trace.to_dict() for trace in self._run.traces])
+        except Exception:
+            log.warning("Memorization Guard could not send the graph of this run.", exc_info=True)
+
+    def _on_step(self) -> Callable[[StepEvent], None] | None:
+        return None if self._node is None else lambda event: self._send("step", **event.to_dict())
+
+    def _send(self, kind: str, **data: Any) -> None:
+        server = PromptServer.instance
+        if self._node is None or self._run is None or server.client_id is None:
+            return
+        server.send_sync(EVENT, {"kind": kind, "node": self._node, "run": self._run.name, **data}, server.client_id)
+
+
+def _levels(model_sampling: Any) -> Callable[[float], NoiseLevel]:
+    """Coefficients of a latent at the model's own noise level, for whatever kind of model."""
+
+    @functools.lru_cache(maxsize=4096)
+    def level(sigma: float) -> NoiseLevel:
+        at, zero, one = torch.tensor([sigma], dtype=torch.float64), torch.zeros(1).double(), torch.ones(1).double()
+        signal = model_sampling.noise_scaling(at, zero.clone(), one.clone())
+        noise = model_sampling.noise_scaling(at, one.clone(), zero.clone())
+        return NoiseLevel(float(signal), float(noise))
+
+    return level
+
+
+def _settings(guider: Any, sampler: Any, x: torch.Tensor, levels: list[NoiseLevel]) -> RunSettings:
+    patcher = guider.model_patcher
+    kind = _prediction_type(patcher.get_model_object("model_sampling"))
+    *sigmas, end = (level.model_sigma(kind) for level in levels)
+    # A guider that mixes predictions in its own way may leave `cfg` at its default.
+    own_way = type(guider).predict_noise is not comfy.samplers.CFGGuider.predict_noise
+    cfg = None if own_way and guider.cfg == 1.0 else guider.cfg
+    return RunSettings(
+        model=type(patcher.model.model_config).__name__,
+        model_hash=model_hash(patcher),
+        prediction_type=kind,
+        sampler=_sampler_name(sampler),
+        steps=len(sigmas),
+        guidance_scale=None if cfg is None else float(cfg),
+        latent_shape=tuple(x.shape[1:]),
+        sigmas=tuple(sigmas),
+        end_sigma=end,
+    )
+
+
+def _prediction_type(model_sampling: Any) -> str:
+    kinds = {
+        comfy.model_sampling.CONST: "flow_prediction",
+        comfy.model_sampling.X0: "sample",
+        comfy.model_sampling.V_PREDICTION: "v_prediction",
+        comfy.model_sampling.EPS: "epsilon",
+    }
+    return next((name for kind, name in kinds.items() if isinstance(model_sampling, kind)), type(model_sampling).__name__)
+
+
+def _sampler_name(sampler: Any) -> str:
+    """As the KSampler's list has it, with the options that a sampler node sets: ``euler_ancestral(eta=0.5)``."""
+    name = getattr(sampler.sampler_function, "__name__", type(sampler).__name__)
+    name = name.removeprefix("sample_").removesuffix("_function")
+    options = {k: v for k, v in sorted(sampler.extra_options.items()) if isinstance(v, (bool, int, float, str))}
+    return name + (f"({', '.join(f'{k}={v}' for k, v in options.items())})" if options else "")
+
+
+_hashes: weakref.WeakKeyDictionary[Any, dict[Any, str | None]] = weakref.WeakKeyDictionary()
+
+
+def model_hash(patcher: ModelPatcher) -> str | None:
+    """Fingerprint of the denoiser's own weights and of what is patched onto them, wherever either is loaded right now."""
+    known = _hashes.setdefault(patcher.model, {})
+    if patcher.patches_uuid not in known:
+        weights = {}
+        for name, weight in patcher.model.diffusion_model.state_dict().items():
+            key = f"diffusion_model.{name}"
+            weights[key] = patcher.backup[key].weight if key in patcher.backup else weight
+        for key, patches in patcher.patches.items():
+            # A patch is (strength, value, strength of the model's own weight, offset, function).
+            for number, (strength, value, model_strength, *_) in enumerate(patches):
+                # A fingerprint looks at signs: the bits of the strengths as such.
+                bits = np.unpackbits(np.array([strength, model_strength], dtype=np.float64).view(np.uint8))
+                weights[f"{key}.{number}.strengths"] = torch.from_numpy(bits.astype(np.float32) - 0.5)
+                for part, tensor in enumerate(_tensors(value)):
+                    weights[f"{key}.{number}.{part}"] = tensor
+        try:
+            known[patcher.patches_uuid] = fingerprint(weights)
+        except (RuntimeError, TypeError, NotImplementedError) as error:
+            # Weights in a packed form that only their own loader can read.
+            log.info("Memorization Guard: the weights have no fingerprint (%s); profiles are not held against them.", error)
+            known[patcher.patches_uuid] = None
+    return known[patcher.patches_uuid]
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
+    elif hasattr(value, "weights"):
+        yield from _tensors(value.weights)
