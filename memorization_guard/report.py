@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -42,12 +44,9 @@ class Comparison:
     mitigated_copy: float | None = None
 
 
-#: Width and height at which a graph's text has its natural size: about a column of the page, or a phone.
-_GRAPH = (380, 210)
-
 _STYLE = """
 :root{--page:#f7f8fa;--card:#fff;--text:#1c2430;--muted:#667085;--line:#e4e7ec;--bad:#c2410c;--good:#00805c}
-@media(prefers-color-scheme:dark){:root{--page:#0c111d;--card:#161b26;--text:#e8ecf2;--muted:#98a2b3;--line:#344054;
+@media(prefers-color-scheme:dark){:root{--page:#0c111d;--card:#161b22;--text:#e8ecf2;--muted:#98a2b3;--line:#344054;
 --bad:#ff9466;--good:#3ddbaa}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--page);color:var(--text);font:15px/1.5 system-ui,sans-serif}
@@ -67,7 +66,8 @@ article h2{font-size:16px;margin:0 0 12px;overflow-wrap:anywhere}
 .sides>figure{margin:0;min-width:0}
 figure img{width:100%;height:auto;max-width:170px;border-radius:6px;image-rendering:auto;display:block}
 figcaption{font-size:13px;margin:6px 0}
-.mg-graph{width:100%;height:auto;display:block}
+.graph{height:230px;margin:8px -8px 0}
+.graph>p{margin:0 8px;font-size:13px;white-space:pre-line}
 .bad{color:var(--bad);font-weight:600}.good{color:var(--good);font-weight:600}
 details{margin-top:12px;font-size:13px}
 pre{overflow:auto;max-height:320px;background:var(--page);padding:10px;border-radius:6px}
@@ -77,8 +77,25 @@ pre{overflow:auto;max-height:320px;background:var(--page);padding:10px;border-ra
 """
 
 
+#: What draws the graphs of a page, after the source of graph.js.
+_DRAW = """
+const traces = JSON.parse(document.getElementById("traces").textContent);
+for (const box of document.querySelectorAll("[data-trace]")) {
+  box.replaceChildren();
+  new StabilityGraph(box).show(runOf([traces[box.dataset.trace]]));
+}
+"""
+
+
+def graph_script() -> str:
+    """The source of ``js/graph.js``, which stands inside the installed package, and in a checkout beside it."""
+    package = Path(__file__).parent
+    inside = package / "js" / "graph.js"
+    return (inside if inside.exists() else package.parent / "js" / "graph.js").read_text(encoding="utf-8")
+
+
 def html_report(comparisons: Sequence[Comparison], *, title: str, introduction: str, copy_threshold: float) -> str:
-    """The page: no scripts, no network, follows light and dark, readable on a phone.
+    """The page: one file that asks for no other, follows light and dark, readable on a phone, and without scripts as text.
 
     Args:
         comparisons: what was sampled.
@@ -86,16 +103,29 @@ def html_report(comparisons: Sequence[Comparison], *, title: str, introduction: 
         copy_threshold: copy score from which an image counts as a copy.
     """
     rows = "".join(_row(comparison, copy_threshold) for comparison in comparisons)
-    cards = "".join(_card(comparison, copy_threshold) for comparison in comparisons)
+    cards = "".join(_card(comparison, copy_threshold, 2 * index) for index, comparison in enumerate(comparisons))
+    traces = [trace.to_dict() for comparison in comparisons for trace in (comparison.plain_trace, comparison.mitigated_trace)]
+    script = graph_script() + _DRAW
+    # This one script may run, and nothing may be loaded: a second line of defence should a text ever be taken for HTML.
+    allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{allowed}'"
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
-<title>{escape(title)}</title><style>{_STYLE}{graph.style()}</style></head>
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<title>{escape(title)}</title><style>{_STYLE}</style></head>
 <body><main><h1>{escape(title)}</h1><p>{escape(introduction)}</p>
 <div class="scroll"><table><thead><tr><th>prompt</th><th>group</th><th>verdict</th><th class="number">S_mem</th>
 <th class="number">trigger step</th><th class="number">copy score without</th><th class="number">with mitigation</th>
 </tr></thead><tbody>{rows}</tbody></table></div>{cards}
-<p class="muted">{escape(STATEMENT)}</p></main></body></html>
+<p class="muted">{escape(STATEMENT)}</p></main>
+<script type="application/json" id="traces">{_script_json(traces)}</script>
+<script type="module">{script}</script></body></html>
 """
+
+
+def _script_json(value: object) -> str:
+    """JSON that no text in it can end: HTML looks for ``</script`` and ``<!--``, JSON has another way to write ``<``."""
+    return json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 
 def _row(comparison: Comparison, threshold: float) -> str:
@@ -108,10 +138,10 @@ def _row(comparison: Comparison, threshold: float) -> str:
     )
 
 
-def _card(comparison: Comparison, threshold: float) -> str:
+def _card(comparison: Comparison, threshold: float, first_trace: int) -> str:
     training = ""
     if comparison.training_image is not None:
-        training = _figure("training", comparison.training_image, "training image", "")
+        training = _figure("training", comparison.training_image, "training image")
     return (
         f'<article><h2><span class="tag">{escape(comparison.group)}</span>{escape(comparison.prompt)}</h2><div class="sides">'
         + (
@@ -122,20 +152,40 @@ def _card(comparison: Comparison, threshold: float) -> str:
             "plain",
             comparison.plain_image,
             f"without mitigation{_copy_note(comparison.plain_copy, threshold)}",
-            graph.svg(comparison.plain_trace, *_GRAPH, standalone=False),
+            _graph(comparison.plain_trace, first_trace),
         )
         + _figure(
             "mitigated",
             comparison.mitigated_image,
             f"with mitigation{_copy_note(comparison.mitigated_copy, threshold)}",
-            graph.svg(comparison.mitigated_trace, *_GRAPH, standalone=False),
+            _graph(comparison.mitigated_trace, first_trace + 1),
         )
         + f"</div><details><summary>Numbers of the run without mitigation</summary><pre>"
         f"{escape(json.dumps(comparison.plain_trace.to_dict(), indent=1))}</pre></details></article>"
     )
 
 
-def _figure(kind: str, image: Image.Image, caption: str, drawing: str) -> str:
+def _graph(trace: Trace, index: int) -> str:
+    """Where the script draws the graph; until it does, and where it may not, its summary stands there."""
+    return f'<div class="graph" data-trace="{index}"><p class="muted">{escape(summary(trace))}</p></div>'
+
+
+def summary(trace: Trace) -> str:
+    """A run in words, those of ``summarize`` in ``js/graph.js``."""
+    parts = [f"Image 1: {trace.verdict}"]
+    if trace.trigger_step is not None:
+        parts.append(f"left the region at step {trace.trigger_step}")
+    if trace.score is not None:
+        parts.append(f"S_mem {trace.score:.1f}" if trace.score < 1000 else "S_mem over 1000")
+    if corrected := int(trace.mitigated.sum()):
+        parts.append(f"{corrected} {'step' if corrected == 1 else 'steps'} corrected")
+    if trace.nonfinite_step is not None:
+        parts.append(f"not a number from step {trace.nonfinite_step}")
+    note = trace.note or ("no profile: not scored" if trace.verdict == "unscored" and not trace.bands else "")
+    return ", ".join(parts) + "." + (f"\n{note.removesuffix('.')}." if note else "")
+
+
+def _figure(kind: str, image: Image.Image, caption: str, drawing: str = "") -> str:
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     data = base64.b64encode(buffer.getvalue()).decode()

@@ -1,5 +1,8 @@
 """The demo's page and picture."""
 
+import base64
+import hashlib
+import json
 import re
 from html.parser import HTMLParser
 
@@ -8,7 +11,7 @@ import pytest
 from PIL import Image
 
 from memorization_guard import Trace
-from memorization_guard.report import Comparison, contact_sheet, html_report
+from memorization_guard.report import Comparison, contact_sheet, graph_script, html_report, summary
 
 
 def trace(verdict="stable", corrected=False):
@@ -90,17 +93,47 @@ def test_the_page_is_whole_and_needs_no_network(comparisons):
     images = [attributes["src"] for tag, attributes in tags.seen if tag == "img"]
     assert len(images) == 5
     assert all(source.startswith("data:image/png;base64,") for source in images)
-    assert sum(tag == "svg" for tag, _ in tags.seen) == 4
+    assert sum("data-trace" in attributes for _, attributes in tags.seen) == 4
     assert re.findall(r'(?:src|href)="(?!data:)', page) == []
     assert "url(" not in page
+    assert "default-src 'none'" in page
     assert "prefers-color-scheme:dark" in page
 
 
 def test_text_from_users_is_never_html(comparisons):
     page = html_report(comparisons, title="<b>", introduction="<i>", copy_threshold=0.75)
     tags = Tags(page)
-    assert {tag for tag, _ in tags.seen} & {"script", "b", "i"} == set()
+    assert {tag for tag, _ in tags.seen} & {"b", "i"} == set()
     assert "<script>alert('x')</script> & a cat" in tags.text
+    scripts = [attributes for tag, attributes in tags.seen if tag == "script"]
+    assert scripts == [{"type": "application/json", "id": "traces"}, {"type": "module"}]
+
+
+def test_no_text_of_a_trace_ends_the_script_it_stands_in(comparisons):
+    note = "</script><script>alert(1)</script><!-- <script> \u2028 ]]>"
+    comparisons[0].plain_trace.note = note
+    page = html_report(comparisons, title="t", introduction="i", copy_threshold=0.75)
+    scripts = re.findall(r"<script[^>]*>(.*?)</script>", page, re.DOTALL)
+    assert len(scripts) == 2
+    assert "<" not in scripts[0]
+    traces = json.loads(scripts[0])
+    assert [trace["verdict"] for trace in traces] == ["strong", "strong", "stable", "stable"]
+    assert traces[0]["note"] == note
+    assert scripts[1].startswith(graph_script())
+    assert "alert" not in scripts[1]
+    assert re.search(r"</|<!--", scripts[1]) is None
+    digest = base64.b64encode(hashlib.sha256(scripts[1].encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in page
+
+
+def test_a_trace_in_words(comparisons):
+    strong, stable = comparisons[0].mitigated_trace, comparisons[1].plain_trace
+    assert summary(strong) == "Image 1: strong, left the region at step 2, S_mem 1.0, 10 steps corrected."
+    assert summary(stable) == "Image 1: stable, S_mem 1.0."
+    assert summary(Trace()) == "Image 1: unscored.\nno profile: not scored."
+    assert summary(Trace(note="Ended early.", nonfinite_step=3)) == (
+        "Image 1: unscored, not a number from step 3.\nEnded early."
+    )
 
 
 def test_a_copy_is_marked_by_the_threshold(comparisons):

@@ -1,0 +1,957 @@
+// The stability graph: a run against the region that ordinary prompts stay in, drawn as SVG while it is sampled or afterwards.
+//
+// One plain module for the ComfyUI node, the WebUI panel and the HTML report: no dependency, nothing happens at import. It looks
+// like memorization_guard/graph.py, which draws the same for files. Traces are described in docs/trace.md. Whatever comes from a
+// run is put into the page as text, never as HTML.
+
+export const QUANTITIES = ["update", "denoised", "latent"];
+
+const VERDICTS = ["stable", "mild", "strong", "unscored"];
+const AXIS_TITLES = {
+  update: "size of the latent update",
+  denoised: "size of the predicted image",
+  latent: "size of the latent",
+};
+const BUTTONS = { update: "update", denoised: "image", latent: "latent" };
+const NO_PROFILE = "no profile: not scored";
+const MOST_STEPS = 10000; // a step number beyond it is an error of the sender, not a reason to draw ten million pixels
+const REDRAW_MS = 50;
+const OVERLAP = 200; // what a label over another one costs, in covered columns
+
+// Colours after Okabe & Ito (2008). Whatever a colour says is also said by dash, shape or text.
+const LIGHT = {
+  ground: "#ffffff", ink: "#1b2430", muted: "#5b6675", grid: "#e6eaef", band: "#d3e4f4", reference: "#31689b", mean: "#8db5da",
+  alarm: "#bf4600", corrected: "#007a5e", item0: "#1b2430", item1: "#b0307c", item2: "#806400", item3: "#5b48c9",
+};
+const DARK = {
+  ground: "#161b22", ink: "#eef2f6", muted: "#9ba7b5", grid: "#29313b", band: "#1d3d5c", reference: "#8fc1ee", mean: "#4a80b3",
+  alarm: "#ff9455", corrected: "#3ddcae", item0: "#eef2f6", item1: "#ff8fcb", item2: "#e3c14b", item3: "#b9adff",
+};
+const DASHES = ["", "7 3", "2 3", "9 3 2 3"];
+
+// ---------------------------------------------------------------------------------------------------------------- the run
+
+/** A live run, from what is known before its first step. */
+export function startRun(outline) {
+  const plan = outline ?? {};
+  return {
+    planned: isStep(plan.steps) && plan.steps > 0 ? plan.steps : null,
+    bands: readBands(plan.bands),
+    gamma: positive(plan.thresholds?.gamma) ?? 3,
+    note: plan.note ? String(plan.note) : null,
+    referenceCount: positive(plan.reference_count),
+    events: new Map(),
+    items: [],
+    finished: false,
+  };
+}
+
+/** Takes in one step. A step that comes again discards every step after it; one that comes late is put in its place. */
+export function addStep(run, event) {
+  if (!event || !isStep(event.step) || run.finished) return run;
+  if (run.events.has(event.step)) for (const step of run.events.keys()) if (step > event.step) run.events.delete(step);
+  run.events.set(event.step, event);
+  run.items = collect([...run.events.values()].sort((a, b) => a.step - b.step));
+  return run;
+}
+
+/** Ends a run; the traces, one a batch item, replace what was collected live. */
+export function finishRun(run, traces) {
+  const found = (Array.isArray(traces) ? traces : []).filter((trace) => trace && typeof trace === "object");
+  run.finished = true;
+  if (!found.length) return run;
+  const scored = found.find((trace) => Object.keys(trace.bands ?? {}).length) ?? found[0];
+  run.items = found.map(readTrace);
+  run.bands = readBands(scored.bands);
+  run.gamma = positive(scored.thresholds?.gamma) ?? run.gamma;
+  run.referenceCount = positive(scored.reference_count);
+  run.note = found.map((trace) => trace.note).filter(Boolean).map(String)[0] ?? null;
+  return run;
+}
+
+/** A finished run. */
+export function runOf(traces) {
+  return finishRun(startRun(null), traces);
+}
+
+/** The run in words: a line for each image, and the note. */
+export function summarize(run) {
+  const lines = [];
+  const taken = stepsTaken(run);
+  if (!run.finished) {
+    lines.push(!taken ? "Sampling" : `Sampling, step ${taken}`);
+    if (run.planned) lines[0] += taken ? ` of ${run.planned}` : `, ${run.planned} steps planned`;
+  } else if (!taken) lines.push("No step was recorded");
+  for (const [index, item] of run.items.entries()) {
+    const parts = [item.verdict];
+    if (item.verdict === "stable" && !run.finished) parts[0] += " so far";
+    if (item.trigger !== null) parts.push(`left the region at step ${item.trigger}`);
+    if (item.score !== null) parts.push(`S_mem ${scoreText(item.score)}`);
+    const corrected = item.mitigated.filter(Boolean).length;
+    if (corrected) parts.push(`${corrected} ${corrected === 1 ? "step" : "steps"} corrected`);
+    if (item.nonfinite !== null) parts.push(`not a number from step ${item.nonfinite}`);
+    lines.push(`Image ${index + 1}: ${parts.join(", ")}`);
+  }
+  const note = noteOf(run);
+  if (note) lines.push(note);
+  return lines.map((line) => line.replace(/\.$/, "")).join(".\n") + ".";
+}
+
+/** The values at a step: of every image, and of the reference runs. */
+export function valuesAt(run, step, quantity) {
+  const band = run.bands[quantity];
+  return {
+    step,
+    sigma: run.items.map((item) => number(item.sigma[step])).find(Number.isFinite) ?? NaN,
+    mean: number(band?.mean[step]),
+    half: run.gamma * number(band?.std[step]),
+    items: run.items.map((item) => {
+      const after = number(item.after[quantity]?.[step]);
+      const proposed = number(item[quantity][step]);
+      return {
+        value: Number.isFinite(after) ? after : proposed,
+        proposed,
+        corrected: Boolean(item.mitigated[step]),
+        score: number(item.scores[quantity]?.[step]),
+      };
+    }),
+  };
+}
+
+function newItem() {
+  return {
+    verdict: "unscored", score: null, trigger: null, nonfinite: null, mitigated: [], sigma: [], latent: [], update: [],
+    denoised: [], after: { latent: [], update: [] }, scores: { update: [], denoised: [] },
+  };
+}
+
+function collect(events) {
+  const lists = ["latent_norm", "update_norm", "denoised_norm", "state"];
+  const batch = Math.max(0, ...events.flatMap((event) => lists.map((name) => event[name]?.length ?? 0)));
+  return Array.from({ length: batch }, (_, b) => {
+    const item = newItem();
+    for (const event of events) {
+      const i = event.step;
+      item.sigma[i] = number(event.sigma);
+      for (const name of QUANTITIES) {
+        item[name][i] = number(event[`${name}_norm`]?.[b]);
+        const told = Array.isArray(event[`${name}_norm`]) && b < event[`${name}_norm`].length;
+        if (told && !Number.isFinite(item[name][i])) item.nonfinite ??= i;
+      }
+      for (const name of ["latent", "update"]) item.after[name][i] = number(event[`corrected_${name}_norm`]?.[b]);
+      for (const name of ["update", "denoised"]) item.scores[name][i] = number(event[`${name}_score`]?.[b]);
+      item.mitigated[i] = event.mitigated?.[b] === true;
+      if (VERDICTS.includes(event.state?.[b])) item.verdict = event.state[b];
+      if (isAlarm(item.verdict)) item.trigger ??= i;
+    }
+    item.score = highest(item.scores.update);
+    return item;
+  });
+}
+
+function readTrace(trace) {
+  const steps = trace.steps ?? {};
+  const list = (name) => (Array.isArray(steps[name]) ? steps[name].slice(0, MOST_STEPS).map(number) : []);
+  return {
+    verdict: VERDICTS.includes(trace.verdict) ? trace.verdict : "unscored",
+    score: Number.isFinite(trace.score) ? trace.score : null,
+    trigger: isStep(trace.trigger_step) ? trace.trigger_step : null,
+    nonfinite: isStep(trace.nonfinite_step) ? trace.nonfinite_step : null,
+    mitigated: Array.isArray(steps.mitigated) ? steps.mitigated : [],
+    sigma: list("sigma"),
+    latent: list("latent_norm"),
+    update: list("update_norm"),
+    denoised: list("denoised_norm"),
+    after: { latent: list("corrected_latent_norm"), update: list("corrected_update_norm") },
+    scores: { update: list("update_score"), denoised: list("denoised_score") },
+  };
+}
+
+function readBands(bands) {
+  const read = {};
+  for (const name of QUANTITIES) {
+    const { mean, std } = bands?.[name] ?? {};
+    if (Array.isArray(mean) && Array.isArray(std)) {
+      read[name] = { mean: mean.slice(0, MOST_STEPS).map(number), std: std.slice(0, MOST_STEPS).map(number) };
+    }
+  }
+  return read;
+}
+
+function noteOf(run) {
+  if (run.note) return run.note;
+  return Object.keys(run.bands).length || run.items.some((item) => item.verdict !== "unscored") ? null : NO_PROFILE;
+}
+
+const isStep = (value) => Number.isInteger(value) && value >= 0 && value < MOST_STEPS;
+const isAlarm = (verdict) => verdict === "mild" || verdict === "strong";
+// Nothing that is drawn can be negative.
+const number = (value) => (typeof value === "number" && Number.isFinite(value) && value >= 0 ? value : NaN);
+const positive = (value) => (number(value) > 0 ? value : null);
+const stepsTaken = (run) => Math.max(0, ...run.items.map((item) => Math.max(item.sigma.length, item.update.length)));
+const finite = (values) => values.filter(Number.isFinite);
+const largest = (values) => values.reduce((a, b) => Math.max(a, b), -Infinity);
+const smallest = (values) => values.reduce((a, b) => Math.min(a, b), Infinity);
+
+function highest(values) {
+  const there = finite(values);
+  return there.length ? largest(there) : null;
+}
+
+// ------------------------------------------------------------------------------------------------------------- the layout
+
+/**
+ * Everything the plot shows, in pixels and in the order it is painted: `shapes` of `[tag, attributes, text]`, the number of
+ * `steps` on the axis and where they and their values lie. `labels`, those of the drawing before, keep their place where they can.
+ */
+export function layout(run, { width, height, quantity, compact = false, labels = {} }) {
+  const live = !run.finished;
+  const taken = stepsTaken(run);
+  const count = live ? Math.max(run.planned ?? nice(Math.max(taken, 10), Math.ceil), taken) : taken;
+  const steps = [...Array(count).keys()];
+  const many = run.items.length > 1;
+  const curves = run.items.map((item) => {
+    const proposed = steps.map((i) => number(item[quantity][i]));
+    const after = steps.map((i) => number(item.after[quantity]?.[i]));
+    return { proposed, after, taken: steps.map((i) => (Number.isFinite(after[i]) ? after[i] : proposed[i])) };
+  });
+  const mean = steps.map((i) => number(run.bands[quantity]?.mean[i]));
+  const half = steps.map((i) => run.gamma * number(run.bands[quantity]?.std[i]));
+  const low = mean.map((value, i) => Math.max(value - half[i], 0));
+  const high = mean.map((value, i) => value + half[i]);
+
+  const range = rangeOf(curves.map((curve) => [...curve.proposed, ...curve.taken]), low, high, live);
+  if (range === null) {
+    const nothing = live ? "waiting for the first step" : "no step was recorded";
+    return { shapes: [], steps: 0, empty: taken ? "no norm of this run is a number" : nothing };
+  }
+  const ticks = ticksOf(range, height < 150 ? 2 : 3);
+  const left = Math.round(10 + 6.3 * Math.max(1, ...ticks.map((tick) => short(tick).length)));
+  const right = width - (many ? 22 : 12);
+  const x = (i) => left + ((right - left) * i) / Math.max(count - 1, 1);
+  const title = AXIS_TITLES[quantity] + (range.log ? ", log scale" : "");
+  const marks = markLabels(run, x, right, compact ? "" : title);
+  const top = 4 + 14 * marks.rows;
+  const bottom = height - 21;
+  const y = (value) => yOf(range, value, top, bottom);
+
+  const shapes = [];
+  const line = (role, points, extra) => shapes.push(["polyline", { class: `mg-${role}`, points: path(points), ...extra }]);
+  const text = (role, at, words, anchor = "start") =>
+    shapes.push(["text", { class: `mg-text mg-${role}`, x: round(at[0]), y: round(at[1]), "text-anchor": anchor }, words]);
+  const dot = (role, at, r, extra) =>
+    shapes.push(["circle", { class: `mg-${role}`, cx: round(at[0]), cy: round(at[1]), r: round(r), ...extra }]);
+  const drawn = (role, values, extra) => {
+    for (const part of stretches(values)) {
+      const points = part.map((i) => [x(i), y(values[i])]);
+      if (points.length > 1) line(role, points, extra);
+      else dot(`${role}-point`, points[0], 1.8, extra);
+    }
+  };
+
+  for (const part of stretches(high)) {
+    const edge = [...part.map((i) => [x(i), y(high[i])]), ...part.map((i) => [x(i), y(low[i])]).reverse()];
+    if (part.length > 1) shapes.push(["polygon", { class: "mg-band", points: path(edge) }]);
+    else line("band-line", edge);
+  }
+  for (const value of ticks) {
+    const at = Math.round(y(value)) + 0.5;
+    line("grid", [[left, at], [right, at]]);
+    text("tick", [left - 6, at + 3.5], short(value), "end");
+  }
+  const base = Math.round(bottom) + 0.5;
+  line("axis", [[left, base], [right, base]]);
+  const every = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000].find((n) => count / n <= (right - left) / 45) ?? 5000;
+  for (let i = 0; i < count; i += every) {
+    const at = Math.round(x(i)) + 0.5;
+    line("axis", [[at, base], [at, base + 3]]);
+    if (i === 0 || at < right - 34) text("tick", [at, base + 15], String(i), "middle"); // the axis' own name stands there
+  }
+  text("tick", [right, base + 15], "step", "end");
+  drawn("mean", mean);
+
+  for (const mark of marks.lines) line(mark.role, [[mark.x, mark.y], [mark.x, base]]);
+  for (const mark of marks.texts) text(mark.role, [mark.x, mark.y], mark.text, mark.anchor);
+
+  const dotSize = Math.min(many ? 1.8 : 2.6, Math.max(1.2, (0.3 * (right - left)) / Math.max(count, 1)));
+  for (const curve of curves) {
+    for (const i of steps) {
+      if (!Number.isFinite(curve.after[i]) || !Number.isFinite(curve.proposed[i])) continue;
+      const [from, to] = [y(curve.proposed[i]), y(curve.after[i])];
+      if (Math.abs(from - to) < 1) continue;
+      line("pull", [[x(i), from], [x(i), to]], { "stroke-opacity": many ? 0.35 : 0.8 });
+      dot("proposed", [x(i), from], dotSize * 0.85);
+    }
+  }
+  curves.forEach((curve, index) => drawn("run", curve.taken, styleOf(index)));
+  for (const curve of curves) {
+    for (const i of steps) if (Number.isFinite(curve.after[i])) dot("corrected", [x(i), y(curve.after[i])], dotSize);
+  }
+  const ends = curves.map((curve, index) => {
+    const last = curve.taken.findLastIndex(Number.isFinite);
+    return last < 0 ? null : { index, x: x(last), y: y(curve.taken[last]) };
+  }).filter(Boolean);
+  if (live) for (const end of ends) dot("end", [end.x, end.y], 3, { style: styleOf(end.index).style });
+  const numbers = many ? spread(ends, top + 4, base - 4) : [];
+  for (const end of numbers) {
+    const at = { x: round(end.x + 6), y: round(end.y + 4), style: styleOf(end.index).style };
+    shapes.push(["text", { class: "mg-text mg-item", ...at }, String(end.index + 1)]);
+  }
+
+  const frame = { left, right, top, bottom: base, compact, marks: marks.lines.map((mark) => mark.x),
+    boxes: numbers.map((end) => ({ x: end.x - 4, y: end.y + 4, wide: 22 })) };
+  const named = namesOf(run, curves, low, high, compact);
+  const before = (curve) => curve.after.map((value, i) => (Number.isFinite(value) ? curve.proposed[i] : NaN));
+  const edges = curves.flatMap((curve) => [[curve.taken, curve.taken], [before(curve), curve.after]]);
+  edges.push([high, high], [low, low]);
+  const walls = edges.map((pair) => pair.map((edge) => edge.map(y)));
+  const inPixels = named.map((name) => ({ ...name, upper: name.upper.map(y), lower: name.lower.map(y) }));
+  const placed = place(inPixels, walls, count, frame, labels);
+  for (const { role, words, x: at, y: baseline } of placed) text(role, [at, baseline], words);
+  return { shapes, steps: count, taken, x, y, left, right, top, bottom: base,
+    labels: Object.fromEntries(placed.map((label) => [label.role, label])) };
+}
+
+/** What is written beside the curves: role, words, and the upper and lower edge of what is named. */
+function namesOf(run, curves, low, high, compact) {
+  const names = [];
+  const first = curves.find((curve) => curve.after.some(Number.isFinite));
+  if (curves.length === 1 && !compact) {
+    const free = curves[0].taken.map((value, i) => (Number.isFinite(curves[0].after[i]) ? NaN : value));
+    names.push({ role: "label-run", words: "this run", upper: free, lower: free });
+  }
+  if (first) {
+    const before = first.proposed.map((value, i) => (Math.abs(first.after[i] - value) > 0 ? value : NaN));
+    names.push({ role: "label-corrected", words: "corrected", upper: first.after, lower: first.after });
+    names.push({ role: "label-proposed", words: "before correction", upper: before, lower: before });
+  }
+  const runs = run.referenceCount ? ` of ${run.referenceCount} runs` : "";
+  names.push({ role: "label-reference", words: `mean ± ${run.gamma} sd${compact ? "" : runs}`, upper: high, lower: low });
+  return names.filter((name) => name.upper.some(Number.isFinite));
+}
+
+/** Vertical marks, one a step, and above the plot their labels and the axis' title, in at most two rows without overlaps. */
+function markLabels(run, x, right, title) {
+  const many = run.items.length > 1;
+  const lines = [];
+  const texts = [];
+  const taken = [[], []];
+  const found = new Map();
+  run.items.forEach((item, index) => {
+    for (const [kind, step] of [["trigger", item.trigger], ["broken", item.nonfinite]]) {
+      if (step === null) continue;
+      const key = `${kind} ${step}`;
+      if (!found.has(key)) found.set(key, { kind, step, who: [] });
+      found.get(key).who.push(index + 1);
+    }
+  });
+  const fits = (row, from, to) => from >= 0 && to <= right + 8 && taken[row].every(([a, b]) => to + 8 < a || from > b + 8);
+  for (const { kind, step, who } of [...found.values()].sort((a, b) => a.step - b.step)) {
+    const at = Math.round(x(step)) + 0.5;
+    const whose = many ? `${who.join(", ")}: ` : "";
+    const words = whose + (kind === "trigger" ? `trigger at step ${step}` : `not a number from step ${step}`);
+    const wide = widthOf(words);
+    const spots = [0, 1].flatMap((row) => [[row, at - 1, "start"], [row, at - wide, "end"]]);
+    const spot = spots.find(([row, from]) => fits(row, from, from + wide));
+    lines.push({ role: kind, x: at, row: spot ? spot[0] : null });
+    if (!spot) continue;
+    const [row, from, anchor] = spot;
+    taken[row].push([from, from + wide]);
+    if (row === 0) taken[1].push([at, at]); // its line passes there
+    const role = kind === "trigger" ? "label-proposed" : "tick";
+    texts.push({ role, x: anchor === "start" ? at - 1 : at, y: 12 + 14 * row, text: words, anchor });
+  }
+  const wide = widthOf(title);
+  if (title && fits(0, right - wide, right)) texts.push({ role: "tick", x: right, y: 12, text: title, anchor: "end" });
+  const rows = texts.some((label) => label.y > 12) ? 2 : 1;
+  return { rows, texts, lines: lines.map(({ row, ...mark }) => ({ ...mark, y: row === null ? 14 * rows : 15 + 14 * row })) };
+}
+
+/**
+ * Sets each label directly above or below what it names, where it covers least; one that would lie over another, or in a small
+ * graph over much, is left out. A label that stood somewhere stays there unless another place is much better, so that nothing
+ * dances while a run is drawn.
+ */
+function place(names, walls, count, { left, right, top, bottom, compact, marks, boxes }, before) {
+  const gap = 3;
+  const columns = [];
+  for (let at = left; at < right; at += gap) columns.push(((at - left) / (right - left)) * Math.max(count - 1, 1));
+  const along = (edge) =>
+    columns.map((at) => {
+      const i = Math.min(Math.floor(at), count - 1);
+      const next = Math.min(i + 1, count - 1);
+      const value = edge[i] + (edge[next] - edge[i]) * (at - i);
+      return Number.isFinite(value) ? value : edge[Math.min(Math.round(at), count - 1)];
+    });
+  const fences = walls.map(([a, b]) => [along(a), along(b)]);
+  const placed = [];
+  for (const { role, words, upper, lower } of names) {
+    const wide = widthOf(words);
+    const tall = 13;
+    const [above, below] = [along(upper), along(lower)];
+    let best = null;
+    for (let x = left + 4; x < right - wide; x += 2 * gap) {
+      const from = Math.ceil((x - left) / gap);
+      const to = Math.min(Math.floor((x + wide - left) / gap), columns.length - 1);
+      const [up, down] = [finite(above.slice(from, to + 1)), finite(below.slice(from, to + 1))];
+      if (!up.length) continue;
+      for (const y of [smallest(up) - tall - 2, largest(down) + 3]) {
+        if (y < top || y + tall > bottom - 1) continue;
+        let covered = 0;
+        for (const [a, b] of fences) {
+          for (let c = from; c <= to; c++) {
+            if (Math.min(a[c], b[c]) < y + tall + 1 && Math.max(a[c], b[c]) > y - 1) covered += 1;
+          }
+        }
+        covered += 30 * marks.filter((at) => x - 4 < at && at < x + wide + 4).length;
+        const meets = (p) => p.x < x + wide + 6 && x < p.x + p.wide + 6 && p.y < y + tall + 9 && y - 1 < p.y;
+        covered += OVERLAP * [...boxes, ...placed].filter(meets).length;
+        const rise = largest(up) - smallest(up) + 20 * (1 - up.length / (to - from + 1));
+        const stood = before[role] && Math.abs(before[role].x - x) < 4 * gap && Math.abs(before[role].y - 10 - y) < 12;
+        const cost = 10 * covered + rise - (stood ? 60 : 0);
+        if (best === null || cost < best.cost) best = { role, words, x, y: y + 10, wide, cost, covered };
+      }
+    }
+    if (best && best.covered < (compact ? (0.3 * wide) / gap : OVERLAP)) placed.push(best);
+  }
+  return placed;
+}
+
+/** The numbers at the curves' ends, moved apart where they would overlap. */
+function spread(ends, top, bottom) {
+  const sorted = ends.map((end) => ({ ...end })).sort((a, b) => a.y - b.y);
+  for (let i = 1; i < sorted.length; i++) sorted[i].y = Math.max(sorted[i].y, sorted[i - 1].y + 12);
+  for (let i = sorted.length - 1; i >= 0; i--) {
+    sorted[i].y = Math.min(sorted[i].y, i === sorted.length - 1 ? bottom : sorted[i + 1].y - 12);
+  }
+  return sorted.filter((end) => end.y >= top);
+}
+
+/**
+ * The vertical axis for the values of each image. Of a finished run it is that of graph.py. Of a live one the band, known
+ * beforehand, decides, and a run that goes beyond it widens the axis to the next round number, so that the axis mostly keeps still.
+ */
+export function rangeOf(images, bandLow, bandHigh, live) {
+  const [values, band] = [finite(images.flat()), finite([...bandLow, ...bandHigh])];
+  if (!values.length && !band.length) return null;
+  const cap = band.length ? 20 * largest(finite(bandHigh)) || 1 : Infinity; // a latent that exploded must not hide the band
+  const most = Math.min(largest(values), cap);
+  if (live && !band.length) return { low: 0, high: nice(most || 1, Math.ceil), log: false };
+  const judged = live || !values.length ? [band] : images.map((image) => [...finite(image), ...band]);
+  const all = live ? band : [...values, ...band];
+  const range = baseRange(all, cap, judged.every((part) => isWide(part, cap)));
+  if (!live || !values.length) return range;
+  if (most > range.high) range.high = nice(most, Math.ceil);
+  const least = range.log ? Math.max(smallest(values), range.high / 1000) : smallest(values);
+  if (least < range.low) range.low = nice(least, Math.floor);
+  return range;
+}
+
+function baseRange(values, cap, log) {
+  const high = Math.min(largest(values), cap) || 1;
+  if (log) return { low: Math.max(smallest(values.filter((value) => value > 0)), high / 1000) / 1.15, high: high * 1.15, log };
+  const least = smallest(values);
+  const low = least < high / 2 ? 0 : least - 0.08 * (high - least) - 1e-3 * high;
+  return { low, high: high + 0.08 * (high - low), log };
+}
+
+/**
+ * Norms stretch over a decade and more in some schedules; there a linear axis would press the end of the run flat. What is near
+ * zero in a few steps (a band that reaches down to it, a last step that hardly moves) does not count.
+ */
+function isWide(values, cap) {
+  const high = Math.min(largest(values), cap);
+  const bulk = quantile(values.map((value) => Math.min(value, high)), 0.1);
+  return bulk > 0 && bulk < high / 12;
+}
+
+function yOf(range, value, top, bottom) {
+  if (!Number.isFinite(value)) return NaN;
+  const to = range.log ? Math.log : (v) => v;
+  const clipped = Math.min(Math.max(value, range.low), range.high);
+  return bottom - ((bottom - top) * (to(clipped) - to(range.low))) / (to(range.high) - to(range.low));
+}
+
+/** Round values: at least `want` on a linear axis, at most `2 * want + 1` on a logarithmic one. */
+function ticksOf({ low, high, log }, want) {
+  if (log) {
+    const decades = [];
+    for (let decade = Math.floor(Math.log10(low)); decade <= Math.log10(high); decade++) decades.push(decade);
+    for (const digits of [[1, 2, 5], [1, 3], [1]]) {
+      const ticks = decades.flatMap((decade) => digits.map((digit) => digit * 10 ** decade)).filter((t) => t >= low && t <= high);
+      if (ticks.length <= 2 * want + 1 || digits.length === 1) return ticks;
+    }
+  }
+  const unit = 10 ** Math.floor(Math.log10((high - low) / want));
+  const step = unit * [5, 2, 1].find((n) => (high - low) / (unit * n) >= want);
+  const ticks = [];
+  for (let n = Math.ceil(low / step); n * step <= high; n++) ticks.push(n * step);
+  return ticks;
+}
+
+/** The next of 1, 1.5, 2, 3, 4, 5, 7, 10 ... above (`Math.ceil`) or below (`Math.floor`). */
+function nice(value, towards) {
+  if (!(value > 0)) return 0;
+  const unit = 10 ** Math.floor(Math.log10(value));
+  const round = [1, 1.5, 2, 3, 4, 5, 7, 10].map((digit) => digit * unit);
+  return (towards === Math.ceil ? round.find((v) => v >= value) : round.findLast((v) => v <= value)) ?? value;
+}
+
+function quantile(values, share) {
+  const sorted = [...values].sort((a, b) => a - b);
+  const at = share * (sorted.length - 1);
+  const i = Math.floor(at);
+  return sorted[i] + (at - i) * ((sorted[i + 1] ?? sorted[i]) - sorted[i]);
+}
+
+/** The steps at which there are values, in stretches without a gap. */
+function stretches(values) {
+  const parts = [];
+  values.forEach((value, i) => {
+    if (!Number.isFinite(value)) return;
+    if (i > 0 && Number.isFinite(values[i - 1])) parts.at(-1).push(i);
+    else parts.push([i]);
+  });
+  return parts;
+}
+
+const styleOf = (index) => ({
+  style: `--mg-own:var(--mg-item${index % 4})`,
+  "stroke-dasharray": DASHES[(index + Math.floor(index / 4)) % 4],
+});
+const round = (value) => Math.round(value * 10) / 10;
+const path = (points) => points.map(([x, y]) => `${round(x)},${round(y)}`).join(" ");
+const widthOf = (words) => 6 * words.length; // about, at 11 pixels; the font is not known here
+
+/** A number for people: about three digits. */
+function short(value) {
+  if (!Number.isFinite(value)) return "-";
+  const size = Math.abs(value);
+  if (size !== 0 && (size >= 1e5 || size < 1e-3)) return value.toExponential(0).replace("+", "");
+  return String(+(size < 1 ? value.toPrecision(3) : value.toFixed(size >= 1000 ? 0 : size >= 10 ? 1 : 2)));
+}
+
+const scoreText = (value) => (value < 1000 ? value.toFixed(1) : "over 1000");
+
+// --------------------------------------------------------------------------------------------------------------- the view
+
+const variables = (palette) => Object.entries(palette).map(([name, colour]) => `--mg-${name}:${colour};`).join("");
+
+const STYLE = `
+.mg-view{${variables(LIGHT)}color-scheme:light}
+@media (prefers-color-scheme:dark){.mg-view:not([data-mg-theme=light]){${variables(DARK)}color-scheme:dark}}
+.mg-view[data-mg-theme=dark]{${variables(DARK)}color-scheme:dark}
+.mg-view,.mg-view *{box-sizing:border-box}
+.mg-view{position:relative;display:flex;flex-direction:column;width:100%;height:100%;min-height:150px;min-width:0;padding:8px 8px 4px;
+ overflow:hidden;border-radius:8px;background:var(--mg-ground);color:var(--mg-ink);text-align:left;
+ font:400 12px/16px system-ui,-apple-system,'Segoe UI',Roboto,sans-serif;font-variant-numeric:tabular-nums;letter-spacing:normal}
+.mg-head{display:flex;flex:none;flex-wrap:wrap;align-items:center;gap:4px 10px;min-height:24px}
+.mg-title{font-weight:600;max-width:100%;overflow:hidden;text-overflow:ellipsis;white-space:nowrap}
+.mg-verdicts{display:flex;align-items:center;gap:4px 12px;min-width:0}
+.mg-verdict{display:inline-flex;align-items:center;gap:6px;white-space:nowrap}
+.mg-badge{border:1px solid var(--mg-muted);border-radius:99px;padding:1px 9px;color:var(--mg-ink);line-height:16px}
+.mg-badge-unscored{color:var(--mg-muted)}
+.mg-badge-mild{border-color:var(--mg-alarm);color:var(--mg-alarm)}
+.mg-badge-strong{border-color:var(--mg-alarm);background:var(--mg-alarm);color:var(--mg-ground);font-weight:600}
+.mg-status{color:var(--mg-muted);white-space:nowrap}
+.mg-choices{display:flex;margin-left:auto;border:1px solid var(--mg-grid);border-radius:6px;overflow:hidden}
+.mg-view button.mg-choice{all:unset;box-sizing:border-box;flex:none;height:22px;padding:0 9px;color:var(--mg-muted);cursor:pointer;
+ font:400 12px/22px system-ui,-apple-system,'Segoe UI',Roboto,sans-serif;text-align:center;white-space:nowrap}
+.mg-view button.mg-choice+button.mg-choice{border-left:1px solid var(--mg-grid)}
+.mg-view button.mg-choice:hover{color:var(--mg-ink)}
+.mg-view button.mg-choice[aria-pressed=true]{background:var(--mg-band);color:var(--mg-ink)}
+.mg-view button.mg-choice:focus-visible{outline:2px solid var(--mg-reference);outline-offset:-2px}
+.mg-plot{position:relative;flex:1 1 0;min-height:60px;margin-top:2px}
+.mg-svg{position:absolute;inset:0;display:block;overflow:hidden;stroke-linejoin:round;stroke-linecap:round}
+.mg-cursor{position:absolute;inset:0;border-radius:4px;cursor:crosshair;touch-action:pan-y;outline:none}
+.mg-cursor:focus-visible{outline:2px solid var(--mg-reference);outline-offset:-1px}
+.mg-empty{position:absolute;inset:0;display:flex;align-items:center;justify-content:center;color:var(--mg-muted);text-align:center;
+ pointer-events:none}
+.mg-readout{position:absolute;display:grid;grid-auto-columns:max-content;gap:0 10px;padding:4px 8px;border:1px solid var(--mg-grid);
+ border-radius:6px;background:var(--mg-ground);box-shadow:0 2px 8px #0003;font-size:11px;line-height:14px;pointer-events:none;
+ white-space:nowrap}
+.mg-readout[hidden],.mg-note[hidden],.mg-empty[hidden]{display:none}
+.mg-readout-head{grid-column:1/-1;color:var(--mg-muted)}
+.mg-readout-name{display:flex;align-items:center;gap:5px}
+.mg-readout-value{text-align:right}
+.mg-readout-note{color:var(--mg-muted)}
+.mg-reference-text{color:var(--mg-reference)}
+.mg-note{flex:none;overflow:hidden;color:var(--mg-muted);text-overflow:ellipsis;white-space:nowrap;font-size:11px;line-height:15px}
+.mg-live{position:absolute;width:1px;height:1px;margin:-1px;overflow:hidden;clip-path:inset(50%);white-space:pre-line}
+.mg-swatch{flex:none;display:block}
+.mg-narrow{padding:6px 6px 2px}
+.mg-narrow .mg-head{gap:4px 6px}
+.mg-narrow .mg-verdicts{gap:4px 6px}
+.mg-narrow .mg-badge{padding:1px 7px}
+.mg-view.mg-narrow button.mg-choice{padding:0 5px;font-size:11px}
+.mg-text{font-size:11px;stroke:none;fill:var(--mg-muted)}
+.mg-label-run{fill:var(--mg-ink)}.mg-label-reference{fill:var(--mg-reference)}
+.mg-label-proposed{fill:var(--mg-alarm)}.mg-label-corrected{fill:var(--mg-corrected)}
+.mg-item{fill:var(--mg-own);font-weight:600}
+.mg-band{fill:var(--mg-band)}.mg-band-line{stroke:var(--mg-band);stroke-width:3;fill:none}
+.mg-grid,.mg-axis,.mg-mean,.mg-trigger,.mg-broken,.mg-pull,.mg-run{fill:none}
+.mg-grid{stroke:var(--mg-grid);shape-rendering:crispEdges}.mg-axis{stroke:var(--mg-muted);shape-rendering:crispEdges}
+.mg-mean{stroke:var(--mg-mean);stroke-width:1.2}.mg-mean-point{fill:var(--mg-mean)}
+.mg-trigger{stroke:var(--mg-alarm);shape-rendering:crispEdges}.mg-broken{stroke:var(--mg-muted);stroke-dasharray:2 3}
+.mg-pull{stroke:var(--mg-alarm);stroke-width:1}
+.mg-run{stroke:var(--mg-own);stroke-width:1.8}.mg-run-point,.mg-end{fill:var(--mg-own);stroke:none}
+.mg-proposed{fill:var(--mg-ground);stroke:var(--mg-alarm);stroke-width:1.2}.mg-corrected{fill:var(--mg-corrected)}
+.mg-rule{stroke:var(--mg-muted);shape-rendering:crispEdges}
+.mg-value{fill:var(--mg-own);stroke:var(--mg-ground);stroke-width:1.5}
+`;
+
+/**
+ * The graph in a page. It fills `container`, from 260 x 160 pixels on; `quantity` is what is drawn first, `onQuantity` hears when
+ * the user chooses another, `title` stands over the graph, `compact` leaves out what a node has no room for.
+ */
+export class StabilityGraph {
+  #container;
+  #compact;
+  #title;
+  #quantity;
+  #run = null;
+  #message = "no run yet";
+  #told = null;
+  #timer = null;
+  #drawnAt = -Infinity;
+  #plot = null; // the layout on show
+  #step = null; // under the cursor
+  #parts = {};
+  #watchers = [];
+
+  constructor(container, { quantity = "update", onQuantity = null, title = null, compact = false } = {}) {
+    this.#container = container;
+    this.#compact = compact;
+    this.#title = title ? String(title) : null;
+    this.#quantity = known(quantity);
+    this.#build(onQuantity);
+    const sizes = new ResizeObserver(() => this.#schedule());
+    sizes.observe(this.#parts.view);
+    const hints = new MutationObserver(() => this.#followTheme());
+    for (const element of [document.documentElement, document.body]) {
+      if (element) hints.observe(element, { attributes: true, attributeFilter: ["class", "data-theme"] });
+    }
+    this.#watchers = [sizes, hints];
+    this.#schedule();
+  }
+
+  get quantity() {
+    return this.#quantity;
+  }
+
+  set quantity(quantity) {
+    this.#quantity = known(quantity);
+    this.#press();
+    this.#plot = null; // another axis: no label has a place to keep
+    this.#schedule();
+  }
+
+  /** Draws `run` soon, and again whenever the size changes; call it after every step. */
+  show(run) {
+    if (!run) return this.clear();
+    if (run !== this.#run) this.#plot = this.#step = null;
+    this.#run = run;
+    this.#schedule();
+  }
+
+  /** Takes the run away; `message` says why there is none. */
+  clear(message = "no run yet") {
+    this.#run = this.#plot = this.#step = null;
+    this.#message = message ?? "";
+    this.#schedule();
+  }
+
+  destroy() {
+    clearTimeout(this.#timer);
+    this.#timer = null;
+    for (const watcher of this.#watchers) watcher.disconnect();
+    this.#parts.view.remove();
+    this.#schedule = () => {};
+  }
+
+  #schedule = () => {
+    this.#timer ??= setTimeout(() => {
+      this.#timer = null;
+      this.#drawnAt = performance.now();
+      this.#draw();
+    }, Math.max(0, this.#drawnAt + REDRAW_MS - performance.now()));
+  };
+
+  #build(onQuantity) {
+    const view = make("div", "mg-view");
+    const head = make("div", "mg-head");
+    const verdicts = make("span", "mg-verdicts");
+    const status = make("span", "mg-status");
+    const choices = make("span", "mg-choices", { role: "group", "aria-label": "What the graph shows" });
+    for (const quantity of QUANTITIES) {
+      const button = make("button", "mg-choice", { type: "button", title: AXIS_TITLES[quantity], "data-mg-quantity": quantity });
+      button.textContent = BUTTONS[quantity];
+      button.addEventListener("click", () => {
+        if (quantity === this.#quantity) return;
+        this.quantity = quantity;
+        onQuantity?.(quantity);
+      });
+      // A host drags its node by the pointer, and has its own ideas of Space and Enter.
+      button.addEventListener("pointerdown", (event) => event.stopPropagation());
+      for (const kind of ["keydown", "keyup"]) {
+        button.addEventListener(kind, (event) => {
+          if ((event.key === "Enter" || event.key === " ") && !hasModifier(event)) event.stopPropagation();
+        });
+      }
+      choices.append(button);
+    }
+    if (this.#title) {
+      const title = make("span", "mg-title", { title: this.#title });
+      title.textContent = this.#title;
+      head.append(title);
+    }
+    head.append(verdicts, status, choices);
+
+    const plot = make("div", "mg-plot");
+    const svg = makeSvg("svg", { class: "mg-svg", role: "img" });
+    const scene = makeSvg("g", { class: "mg-scene" });
+    const values = makeSvg("g", { class: "mg-values", "aria-hidden": "true" });
+    svg.append(scene, values);
+    const cursor = make("div", "mg-cursor", { role: "slider", tabindex: "0", "aria-label": "Step", "aria-valuemin": "0" });
+    const readout = make("div", "mg-readout", { "aria-hidden": "true" });
+    const empty = make("div", "mg-empty");
+    readout.hidden = true;
+    plot.append(svg, cursor, readout, empty);
+
+    const note = make("div", "mg-note");
+    const live = make("div", "mg-live", { "aria-live": "polite" });
+    view.append(head, plot, note, live);
+    this.#container.append(view);
+    this.#parts = { view, verdicts, status, choices, plot, svg, scene, values, cursor, readout, empty, note, live };
+    this.#press();
+
+    const follow = (event) => this.#point(this.#stepAt(event));
+    cursor.addEventListener("pointermove", follow);
+    cursor.addEventListener("pointerdown", follow);
+    cursor.addEventListener("pointerleave", () => document.activeElement !== cursor && this.#point(null));
+    cursor.addEventListener("focus", () => this.#point(this.#step ?? Math.max(0, stepsTaken(this.#run ?? { items: [] }) - 1)));
+    cursor.addEventListener("blur", () => this.#point(null));
+    cursor.addEventListener("keydown", (event) => this.#key(event));
+  }
+
+  #key(event) {
+    const last = (this.#plot?.steps ?? 0) - 1;
+    if (last < 0 || hasModifier(event)) return;
+    const at = this.#step ?? last;
+    const moves = { ArrowLeft: at - 1, ArrowRight: at + 1, Home: 0, End: last };
+    if (event.key in moves) this.#point(Math.min(Math.max(moves[event.key], 0), last));
+    else if (event.key === "Escape" && this.#step !== null) this.#point(null);
+    else return;
+    event.preventDefault();
+    event.stopPropagation();
+  }
+
+  /** The step under the pointer, also where the host has scaled the page. */
+  #stepAt(event) {
+    const plot = this.#plot;
+    if (!plot?.steps) return null;
+    const box = this.#parts.cursor.getBoundingClientRect();
+    const x = ((event.clientX - box.left) / box.width) * this.#parts.cursor.clientWidth;
+    const step = Math.round(((x - plot.left) / (plot.right - plot.left)) * (plot.steps - 1));
+    return Math.min(Math.max(step, 0), plot.steps - 1);
+  }
+
+  #point(step) {
+    if (step === this.#step) return;
+    this.#step = step;
+    this.#drawCursor();
+  }
+
+  #press() {
+    for (const button of this.#parts.choices.children) {
+      button.setAttribute("aria-pressed", String(button.dataset.mgQuantity === this.#quantity));
+    }
+  }
+
+  #followTheme() {
+    const hint = themeHint(this.#container);
+    if (hint) this.#parts.view.dataset.mgTheme = hint;
+    else delete this.#parts.view.dataset.mgTheme;
+  }
+
+  #draw() {
+    const { view, plot, svg, scene, empty, note, status } = this.#parts;
+    addStyle(view.getRootNode());
+    this.#followTheme();
+    const narrow = this.#compact || view.clientWidth < 400;
+    view.classList.toggle("mg-narrow", narrow);
+    const run = this.#run;
+    this.#drawVerdicts(run, view.clientWidth, narrow);
+    const taken = run ? stepsTaken(run) : 0;
+    const progress = taken ? `step ${taken}${run.planned ? ` of ${run.planned}` : ""}` : "starting";
+    status.textContent = !run || run.finished || (narrow && taken) ? "" : progress;
+    const words = run ? noteOf(run) : null;
+    note.hidden = !words;
+    note.textContent = note.title = words ?? "";
+
+    const { clientWidth: width, clientHeight: height } = plot;
+    if (!width || !height) return; // not on show; the observer of its size will say when it is
+    const before = this.#plot?.labels;
+    this.#plot = run ? layout(run, { width, height, quantity: this.#quantity, compact: narrow, labels: before }) : null;
+    svg.setAttribute("width", width);
+    svg.setAttribute("height", height);
+    scene.replaceChildren(...(this.#plot?.shapes ?? []).map(([tag, attributes, text]) => makeSvg(tag, attributes, text)));
+    empty.textContent = run ? (this.#plot.empty ?? "") : this.#message;
+    empty.hidden = !empty.textContent;
+    const name = this.#title ? `Stability graph of ${this.#title}` : "Stability graph";
+    svg.setAttribute("aria-label", `${name}: ${AXIS_TITLES[this.#quantity]}. ${run ? summarize(run) : this.#message}`);
+    this.#tell(run);
+    this.#drawCursor();
+  }
+
+  /** Screen readers hear of a start, an end and a verdict that changes, not of every step. */
+  #tell(run) {
+    const alarms = run?.items.map((item) => isAlarm(item.verdict) && item.verdict).join();
+    const news = run ? `${run.finished} ${alarms?.replace(/false|,/g, "") && alarms}` : null;
+    if (this.#told?.run === run && this.#told.news === news) return;
+    this.#told = { run, news };
+    this.#parts.live.textContent = run ? summarize(run) : "";
+  }
+
+  #drawVerdicts(run, width, narrow) {
+    const items = run?.items ?? [];
+    const entry = (verdict, words, score, tooltip, swatch) => {
+      const element = make("span", "mg-verdict", { title: tooltip });
+      const badge = make("span", `mg-badge mg-badge-${verdict}`);
+      badge.textContent = words;
+      if (swatch !== undefined) element.append(makeSwatch(swatch));
+      element.append(badge, score);
+      return element;
+    };
+    const lines = items.length ? summarize(run) : "";
+    const scoreOf = (item) => (item.score === null ? "" : scoreText(item.score));
+    let entries;
+    if (items.length === 1) {
+      const score = scoreOf(items[0]);
+      entries = [entry(items[0].verdict, items[0].verdict, score && !narrow ? `S_mem ${score}` : score, lines)];
+    } else if (items.length * 125 + 190 <= width) {
+      entries = items.map((item, i) => entry(item.verdict, `${i + 1} ${item.verdict}`, scoreOf(item), lines, i));
+    } else {
+      entries = ["strong", "mild", "stable", "unscored"].flatMap((verdict) => {
+        const count = items.filter((item) => item.verdict === verdict).length;
+        return count ? [entry(verdict, `${count}× ${verdict}`, "", lines)] : [];
+      });
+    }
+    this.#parts.verdicts.replaceChildren(...entries);
+  }
+
+  #drawCursor() {
+    const { values, cursor, readout, plot: frame } = this.#parts;
+    const plot = this.#plot;
+    const last = Math.max((plot?.steps ?? 0) - 1, 0);
+    const step = plot?.steps && this.#step !== null ? Math.min(this.#step, last) : null;
+    cursor.setAttribute("aria-valuemax", last);
+    cursor.setAttribute("aria-valuenow", step ?? Math.max(0, (plot?.taken ?? 0) - 1));
+    readout.hidden = step === null;
+    if (step === null) {
+      values.replaceChildren();
+      cursor.setAttribute("aria-valuetext", "no step chosen");
+      return;
+    }
+    const at = valuesAt(this.#run, step, this.#quantity);
+    const x = Math.round(plot.x(step)) + 0.5;
+    const dots = at.items.flatMap(({ value }, i) => {
+      const look = { class: "mg-value", r: 3.5, style: styleOf(i).style };
+      return Number.isFinite(value) ? [makeSvg("circle", { ...look, cx: x, cy: round(plot.y(value)) })] : [];
+    });
+    values.replaceChildren(
+      makeSvg("polyline", { class: "mg-rule", points: `${x},${plot.top} ${x},${plot.bottom}` }),
+      ...dots,
+    );
+    this.#fillReadout(at, Math.max(1, Math.floor((frame.clientHeight - 24) / 14) - 1));
+    cursor.setAttribute("aria-valuetext", wordsOf(at));
+    const room = x + 12 + readout.offsetWidth <= frame.clientWidth;
+    readout.style.left = `${room ? x + 12 : Math.max(0, x - 12 - readout.offsetWidth)}px`;
+    readout.style.top = `${Math.max(0, Math.min(plot.top + 2, frame.clientHeight - readout.offsetHeight))}px`;
+  }
+
+  #fillReadout(at, room) {
+    const { readout } = this.#parts;
+    const cell = (kind, text) => {
+      const element = make("span", kind);
+      element.append(text);
+      return element;
+    };
+    const rows = at.items.map((item, i) => {
+      const name = cell("mg-readout-name", at.items.length > 1 ? String(i + 1) : "this run");
+      name.prepend(makeSwatch(i));
+      const changed = item.corrected && Number.isFinite(item.proposed) && item.proposed !== item.value;
+      const value = changed ? `${short(item.proposed)} → ${short(item.value)}` : short(item.value);
+      const notes = [Number.isFinite(item.score) ? `${scoreText(item.score)} sd` : "", item.corrected ? "corrected" : ""];
+      return [name, cell("mg-readout-value", value), cell("mg-readout-note", notes.filter(Boolean).join(", "))];
+    });
+    if (Number.isFinite(at.mean)) {
+      const range = cell("mg-readout-value mg-reference-text", `${short(at.mean)} ± ${short(at.half)}`);
+      rows.push([cell("mg-readout-name mg-reference-text", "reference"), range, cell("mg-readout-note", "")]);
+    }
+    const sigma = Number.isFinite(at.sigma) ? `, sigma ${short(at.sigma)}` : "";
+    // A batch that is higher than the graph goes on in a second column.
+    const groups = Math.ceil(rows.length / room);
+    readout.style.gridTemplateColumns = `repeat(${3 * groups},max-content)`;
+    const each = Math.ceil(rows.length / groups);
+    const cells = Array.from({ length: each }, (_, i) => Array.from({ length: groups }, (_, g) => rows[g * each + i] ?? []));
+    readout.replaceChildren(cell("mg-readout-head", `step ${at.step}${sigma}`), ...cells.flat(2));
+  }
+}
+
+function wordsOf(at) {
+  const items = at.items.map((item, i) => {
+    const parts = [Number.isFinite(item.value) ? short(item.value) : "no value"];
+    if (Number.isFinite(item.score)) parts.push(`${scoreText(item.score)} standard deviations off`);
+    if (item.corrected) parts.push("corrected");
+    return `image ${i + 1}: ${parts.join(", ")}`;
+  });
+  if (Number.isFinite(at.mean)) items.push(`reference: ${short(at.mean)} plus or minus ${short(at.half)}`);
+  return [`step ${at.step}`, ...items].join("; ");
+}
+
+function known(quantity) {
+  if (!QUANTITIES.includes(quantity)) throw new RangeError(`no quantity ${quantity}; there are ${QUANTITIES.join(", ")}`);
+  return quantity;
+}
+
+const hasModifier = (event) => event.ctrlKey || event.metaKey || event.altKey;
+
+/** "dark" or "light" if an element around says so, in the ways that hosts do; otherwise the reader's preference holds. */
+function themeHint(element) {
+  for (let at = element; at; at = at.parentElement ?? at.getRootNode().host) {
+    const said = at.dataset?.theme ?? "";
+    for (const theme of ["dark", "light"]) {
+      if (said.toLowerCase().includes(theme) || [theme, `${theme}-theme`].some((name) => at.classList.contains(name))) return theme;
+    }
+  }
+  return null;
+}
+
+function addStyle(root) {
+  const home = root instanceof ShadowRoot ? root : document;
+  if (home.getElementById("mg-graph-style")) return;
+  const style = make("style", "", { id: "mg-graph-style" });
+  style.textContent = STYLE;
+  (home.head ?? home).append(style);
+}
+
+function make(tag, kind, attributes = {}) {
+  const element = document.createElement(tag);
+  if (kind) element.className = kind;
+  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+  return element;
+}
+
+function makeSvg(tag, attributes, text) {
+  const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+  if (text !== undefined) element.textContent = text;
+  return element;
+}
+
+function makeSwatch(index) {
+  const svg = makeSvg("svg", { class: "mg-swatch", width: 18, height: 8, "aria-hidden": "true" });
+  svg.append(makeSvg("polyline", { class: "mg-run", points: "1,4 17,4", ...styleOf(index) }));
+  return svg;
+}

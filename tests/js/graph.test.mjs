@@ -1,0 +1,235 @@
+// The graph's reckoning: what a run holds, what is said of it, and where it is drawn. Needs no browser.
+
+import assert from "node:assert/strict";
+import test from "node:test";
+
+import { QUANTITIES, addStep, finishRun, layout, rangeOf, runOf, startRun, summarize, valuesAt } from "../../js/graph.js";
+
+const STEPS = 10;
+const fill = (value) => Array(STEPS).fill(value);
+const band = (mean, std) => ({ mean: fill(mean), std: fill(std) });
+
+function outline(changes = {}) {
+  return {
+    steps: STEPS,
+    bands: { latent: band(30, 1), update: band(2, 0.1), denoised: band(20, 1) },
+    thresholds: { tau_mild: 3, tau_strong: 14, gamma: 3 },
+    mitigation: true,
+    note: null,
+    reference_count: 50,
+    ...changes,
+  };
+}
+
+function event(step, changes = {}) {
+  return {
+    step,
+    sigma: STEPS - step,
+    latent_norm: [31, 30],
+    update_norm: [2.1, 2],
+    denoised_norm: [20, 20],
+    guidance_norm: [null, null],
+    update_score: [1, 0],
+    denoised_score: [0, 0],
+    state: ["stable", "stable"],
+    mitigated: [false, false],
+    corrected_latent_norm: [null, null],
+    corrected_update_norm: [null, null],
+    ...changes,
+  };
+}
+
+function trace(changes = {}) {
+  return {
+    format: "memorization-guard.trace",
+    version: 1,
+    verdict: "mild",
+    score: 25.33747,
+    trigger_step: 3,
+    nonfinite_step: null,
+    note: null,
+    mitigation: true,
+    thresholds: { gamma: 3 },
+    steps: {
+      sigma: fill(1),
+      latent_norm: fill(30),
+      update_norm: fill(4),
+      denoised_norm: fill(20),
+      update_score: fill(20),
+      denoised_score: fill(4),
+      corrected_latent_norm: [null, null, null, 30, 30, 30, 30, null, null, null],
+      corrected_update_norm: [null, null, null, 2, 2, 2, 2, null, null, null],
+      mitigated: [false, false, false, true, true, true, true, false, false, false],
+    },
+    bands: outline().bands,
+    reference_count: 50,
+    ...changes,
+  };
+}
+
+const size = { width: 640, height: 260, quantity: "update" };
+const shapes = (plot, role) => plot.shapes.filter(([, attributes]) => attributes.class.split(" ").includes(`mg-${role}`));
+const points = ([, attributes]) => attributes.points.split(" ").map((pair) => pair.split(",").map(Number));
+const words = (plot) => plot.shapes.filter(([tag]) => tag === "text").map(([, , text]) => text);
+
+test("a run is said in words", () => {
+  assert.equal(summarize(runOf([trace()])), "Image 1: mild, left the region at step 3, S_mem 25.3, 4 steps corrected.");
+  const two = runOf([trace({ verdict: "stable", trigger_step: null, score: 0.74, steps: {} }), trace({ nonfinite_step: 8 })]);
+  assert.match(summarize(two), /^Image 1: stable, S_mem 0\.7\.\nImage 2: mild, .* not a number from step 8\.$/);
+});
+
+test("an unscored run says why", () => {
+  const bare = trace({ verdict: "unscored", score: null, trigger_step: null, bands: {}, steps: { update_norm: fill(2) } });
+  assert.equal(summarize(runOf([bare])), "Image 1: unscored.\nno profile: not scored.");
+  assert.match(summarize(runOf([{ ...bare, note: "The sampler keeps to no fixed schedule." }])), /fixed schedule\.$/);
+});
+
+test("a live run says how far it is, and takes its verdict, trigger and score from its steps", () => {
+  const run = startRun(outline());
+  assert.equal(summarize(run), "Sampling, 10 steps planned.");
+  addStep(run, event(0));
+  assert.match(summarize(run), /^Sampling, step 1 of 10\.\nImage 1: stable so far, S_mem 1\.0\./);
+  addStep(run, event(1, { state: ["stable", "mild"], update_score: [1, 5] }));
+  addStep(run, event(2, { state: ["stable", "strong"], update_score: [1, 4], mitigated: [false, true] }));
+  assert.match(summarize(run), /Image 2: strong, left the region at step 1, S_mem 5\.0, 1 step corrected\.$/);
+  finishRun(run, [trace()]);
+  assert.match(summarize(run), /^Image 1: mild/);
+  addStep(run, event(9));
+  assert.equal(run.items.length, 1, "a step that comes after the end changes nothing");
+});
+
+test("a step sent again discards those after it, one that comes late does not", () => {
+  const run = startRun(outline());
+  for (const step of [0, 1, 3, 4]) addStep(run, event(step, { update_norm: [step, step] }));
+  addStep(run, event(2));
+  assert.deepEqual(run.items[0].update, [0, 1, 2.1, 3, 4]);
+  addStep(run, event(3, { update_norm: [9, 9] }));
+  assert.deepEqual(run.items[0].update, [0, 1, 2.1, 9]);
+});
+
+test("whatever is sent, nothing throws", () => {
+  const odd = [null, undefined, 3, "x", {}, { step: -1 }, { step: 1e12 }, { step: NaN }, { step: "2" }, { step: 0 }];
+  const values = [null, NaN, Infinity, -1, "7", [], {}, [null], [NaN, "x", -3], [Infinity], [1e308]];
+  for (const value of values) {
+    odd.push(Object.fromEntries(["step", ...Object.keys(event(0)).slice(1)].map((key) => [key, key === "step" ? 2 : value])));
+    odd.push(event(4, { latent_norm: value, state: value, mitigated: value }));
+  }
+  for (const start of [null, undefined, {}, outline(), { bands: { update: { mean: "x", std: [] } }, thresholds: 5, steps: -3 }]) {
+    const run = startRun(start);
+    for (const item of odd) {
+      addStep(run, item);
+      for (const quantity of QUANTITIES) layout(run, { ...size, quantity });
+      assert.equal(typeof summarize(run), "string");
+      valuesAt(run, 2, "latent");
+    }
+  }
+  for (const traces of [null, [], [null], [{}], [{ steps: 3, bands: 4 }], [{ steps: { update_norm: [null, "x"] } }]]) {
+    for (const run of [runOf(traces), finishRun(startRun(outline()), traces)]) {
+      layout(run, size);
+      assert.equal(typeof summarize(run), "string");
+    }
+  }
+});
+
+test("a norm that is not a number is marked, a missing step is not", () => {
+  const run = startRun(outline());
+  for (const step of [0, 2]) addStep(run, event(step));
+  assert.equal(run.items[0].nonfinite, null);
+  addStep(run, event(3, { update_norm: [null, 2] }));
+  assert.deepEqual(run.items.map((item) => item.nonfinite), [3, null]);
+  assert.ok(words(layout(run, size)).includes("1: not a number from step 3"));
+});
+
+test("the run, the proposals and the band are drawn to one scale", () => {
+  const plot = layout(runOf([trace()]), size);
+  const run = points(shapes(plot, "run")[0]);
+  assert.equal(run.length, STEPS);
+  assert.ok(Math.abs(run[0][1] - plot.y(4)) < 0.1);
+  assert.ok(Math.abs(run[5][1] - plot.y(2)) < 0.1);
+  assert.equal(shapes(plot, "proposed").length, 4);
+  assert.equal(shapes(plot, "corrected").length, 4);
+  const edge = points(shapes(plot, "band")[0]).map(([, y]) => y);
+  assert.ok(Math.abs(Math.max(...edge) - Math.min(...edge) - (plot.y(1.7) - plot.y(2.3))) < 0.2);
+  assert.ok(Math.abs(points(shapes(plot, "trigger")[0])[0][0] - plot.x(3)) < 1);
+  for (const text of ["trigger at step 3", "corrected", "before correction", "mean ± 3 sd of 50 runs", "this run"]) {
+    assert.ok(words(plot).includes(text), text);
+  }
+});
+
+test("a prediction corrected before the step has nothing to show before it", () => {
+  const same = trace();
+  same.steps.corrected_update_norm = [null, null, null, 4, 4, 4, 4, null, null, null];
+  const plot = layout(runOf([same]), size);
+  assert.equal(shapes(plot, "proposed").length, 0);
+  assert.equal(shapes(plot, "corrected").length, 4);
+  assert.ok(!words(plot).includes("before correction"));
+});
+
+test("every size and quantity stays inside the drawing, and no two labels overlap", () => {
+  const batch = [trace(), trace({ trigger_step: 4, verdict: "strong" }), trace({ nonfinite_step: 9 })];
+  for (const [width, height] of [[250, 110], [290, 150], [640, 260], [900, 220]]) {
+    for (const traces of [[trace()], batch, Array(16).fill(trace())]) {
+      for (const quantity of QUANTITIES) {
+        const plot = layout(runOf(traces), { width, height, quantity, compact: width < 400 });
+        const boxes = [];
+        for (const [tag, a, text] of plot.shapes) {
+          const all = tag === "text" ? [[a.x, a.y]] : tag === "circle" ? [[a.cx, a.cy]] : points([tag, a]);
+          for (const [x, y] of all) assert.ok(x >= 0 && x <= width && y >= 0 && y <= height, `${tag} ${a.class} ${x} ${y}`);
+          if (tag !== "text") continue;
+          const wide = 6 * text.length;
+          const x = a["text-anchor"] === "end" ? a.x - wide : a["text-anchor"] === "middle" ? a.x - wide / 2 : a.x;
+          assert.ok(x + wide <= width + 8, text);
+          boxes.push({ text, x, y: a.y, wide });
+        }
+        for (const [i, a] of boxes.entries()) {
+          for (const b of boxes.slice(i + 1)) {
+            const apart = a.x + a.wide <= b.x || b.x + b.wide <= a.x || Math.abs(a.y - b.y) >= 10;
+            assert.ok(apart, `"${a.text}" and "${b.text}" overlap at ${width} x ${height}, ${quantity}`);
+          }
+        }
+      }
+    }
+  }
+});
+
+test("the band and the planned axis are there before the first step, and the axis keeps still inside the band", () => {
+  const run = startRun(outline());
+  const before = layout(run, size);
+  assert.equal(before.steps, STEPS);
+  assert.equal(shapes(before, "band").length, 1);
+  for (let step = 0; step < STEPS; step++) {
+    addStep(run, event(step));
+    const plot = layout(run, size);
+    assert.equal(points(shapes(plot, "run")[0] ?? ["", { points: "0,0" }]).length, step + 1);
+    assert.equal(plot.y(2), before.y(2));
+  }
+});
+
+test("a run that leaves the band widens the axis in few, round steps", () => {
+  const highs = new Set();
+  for (let value = 2; value < 20; value += 0.1) highs.add(rangeOf([[value]], [1.7], [2.3], true).high);
+  assert.ok(highs.size <= 9, [...highs].join());
+});
+
+test("a log scale where the norms stretch over more than a decade", () => {
+  const falling = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9].map((i) => 100 / 2 ** i);
+  const range = rangeOf([falling], falling.map((v) => v * 0.9), falling.map((v) => v * 1.1), false);
+  assert.equal(range.log, true);
+  assert.equal(rangeOf([[2, 3, 4]], [], [], false).log, false);
+  assert.equal(rangeOf([[1e9, 2]], [1.7], [2.3], false).high < 60, true, "a latent that exploded must not hide the band");
+});
+
+test("a batch is told apart by colour, dash and number", () => {
+  const plot = layout(runOf(Array(5).fill(trace())), size);
+  const looks = shapes(plot, "run").map(([, a]) => `${a.style} ${a["stroke-dasharray"]}`);
+  assert.equal(new Set(looks).size, 5);
+  assert.deepEqual(shapes(plot, "item").map(([, , text]) => text).sort(), ["1", "2", "3", "4", "5"]);
+  assert.ok(words(plot).includes("1, 2, 3, 4, 5: trigger at step 3"));
+});
+
+test("the values at a step are those of the drawing", () => {
+  const at = valuesAt(runOf([trace()]), 4, "update");
+  assert.equal(at.mean, 2);
+  assert.ok(Math.abs(at.half - 0.3) < 1e-9);
+  assert.deepEqual(at.items, [{ value: 2, proposed: 4, corrected: true, score: 20 }]);
+});
