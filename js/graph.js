@@ -841,7 +841,7 @@ export class StabilityGraph {
   }
 
   #drawCursor() {
-    const { values, cursor, readout, plot: frame } = this.#parts;
+    const { view, values, cursor, readout, plot: frame } = this.#parts;
     const plot = this.#plot;
     const last = Math.max((plot?.steps ?? 0) - 1, 0);
     const step = plot?.steps && this.#step !== null ? Math.min(this.#step, last) : null;
@@ -863,11 +863,11 @@ export class StabilityGraph {
       makeSvg("polyline", { class: "mg-rule", points: `${x},${plot.top} ${x},${plot.bottom}` }),
       ...dots,
     );
-    this.#fillReadout(at, Math.max(1, Math.floor((frame.clientHeight - 24) / 14) - 1));
+    this.#fillReadout(at, Math.max(1, Math.floor((view.clientHeight - 16) / 14) - 1));
     cursor.setAttribute("aria-valuetext", wordsOf(at));
     const room = x + 12 + readout.offsetWidth <= frame.clientWidth;
     readout.style.left = `${room ? x + 12 : Math.max(0, x - 12 - readout.offsetWidth)}px`;
-    readout.style.top = `${Math.max(0, Math.min(plot.top + 2, frame.clientHeight - readout.offsetHeight))}px`;
+    readout.style.top = `${Math.max(2 - frame.offsetTop, Math.min(plot.top + 2, frame.clientHeight - readout.offsetHeight))}px`;
   }
 
   #fillReadout(at, room) {
@@ -877,21 +877,23 @@ export class StabilityGraph {
       element.append(text);
       return element;
     };
+    // A batch that is higher than the graph goes on in a second column, in fewer words.
+    const groups = Math.ceil((at.items.length + Number.isFinite(at.mean)) / room);
     const rows = at.items.map((item, i) => {
       const name = cell("mg-readout-name", at.items.length > 1 ? String(i + 1) : "this run");
       name.prepend(makeSwatch(i));
-      const changed = item.corrected && Number.isFinite(item.proposed) && item.proposed !== item.value;
+      const changed = groups === 1 && item.corrected && Number.isFinite(item.proposed) && item.proposed !== item.value;
       const value = changed ? `${short(item.proposed)} → ${short(item.value)}` : short(item.value);
-      const notes = [Number.isFinite(item.score) ? `${scoreText(item.score)} sd` : "", item.corrected ? "corrected" : ""];
-      return [name, cell("mg-readout-value", value), cell("mg-readout-note", notes.filter(Boolean).join(", "))];
+      const notes = [];
+      if (Number.isFinite(item.score)) notes.push(`${scoreText(item.score)} sd`);
+      if (item.corrected && groups === 1) notes.push("corrected");
+      return [name, cell("mg-readout-value", value), cell("mg-readout-note", notes.join(", "))];
     });
     if (Number.isFinite(at.mean)) {
       const range = cell("mg-readout-value mg-reference-text", `${short(at.mean)} ± ${short(at.half)}`);
       rows.push([cell("mg-readout-name mg-reference-text", "reference"), range, cell("mg-readout-note", "")]);
     }
     const sigma = Number.isFinite(at.sigma) ? `, sigma ${short(at.sigma)}` : "";
-    // A batch that is higher than the graph goes on in a second column.
-    const groups = Math.ceil(rows.length / room);
     readout.style.gridTemplateColumns = `repeat(${3 * groups},max-content)`;
     const each = Math.ceil(rows.length / groups);
     const cells = Array.from({ length: each }, (_, i) => Array.from({ length: groups }, (_, g) => rows[g * each + i] ?? []));

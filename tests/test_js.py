@@ -207,6 +207,26 @@ def test_the_pointer_reads_every_image_and_drags_no_node_by_a_button(page):
     assert page.evaluate("keys") == []
 
 
+def test_the_readout_of_a_large_batch_fits_a_node(page):
+    page.evaluate(
+        """() => { box.style.cssText = "width:300px;height:220px";
+          const eight = (list) => list.concat(list, list, list);
+          for (let i = 0; i < 12; i++) {
+            const lists = Object.entries(step(i)).map(([name, value]) => [name, Array.isArray(value) ? eight(value) : value]);
+            graph.addStep(run, Object.fromEntries(lists));
+          }
+          view.show(run) }"""
+    )
+    page.wait_for_timeout(200)
+    page.hover(".mg-cursor")
+    readout, view = page.locator(".mg-readout").bounding_box(), page.locator(".mg-view").bounding_box()
+    assert page.locator(".mg-readout-name").count() == 9
+    assert readout["x"] >= view["x"]
+    assert readout["y"] >= view["y"]
+    assert readout["x"] + readout["width"] <= view["x"] + view["width"]
+    assert readout["y"] + readout["height"] <= view["y"] + view["height"]
+
+
 def test_light_and_dark_follow_the_reader_and_what_the_host_says(page):
     add(page, 0, 3)
     light = color(page, ".mg-view"), color(page, ".mg-band", "fill"), color(page, ".mg-scene .mg-run", "stroke")
