@@ -112,7 +112,9 @@ def load_clip() -> comfy.sd.CLIP:
     weights = {f"text_model.{name}": weight for name, weight in weights.items()}
     # The projection of the pooled output, which SD 1 has no use for and its checkpoints do not hold.
     weights["text_projection.weight"] = torch.eye(config["hidden_size"])
-    clip.cond_stage_model.clip_l.transformer.load_state_dict(weights)
+    missing, unexpected = clip.load_sd(weights)
+    if missing or unexpected:
+        raise RuntimeError(f"this ComfyUI's CLIP does not fit the lab's text encoder: {missing=}, {unexpected=}")
     return clip
 
 

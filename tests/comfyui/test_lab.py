@@ -21,7 +21,7 @@ lab = module("nodes.lab")
 model, clip, vae, profile = lab.LoadLabModel.execute().result
 inputs = numpy.load(args[0])
 texts = args[2]
-given = {key: torch.from_numpy(inputs[key]) for key in ("latents", "images", "sigmas", "text")}
+given = {key: torch.from_numpy(inputs[key]) for key in ("latents", "images", "sigmas", "text", "encoded")}
 
 def predict(model):
     import comfy.model_management
@@ -58,9 +58,8 @@ def reference(tmp_path_factory):
         found["skipped"] = norm(text.hidden_states[-2])
         context = found["text"][:1].expand(2, -1, -1)
         found["eps"] = torch.stack([pipe.unet(found["latents"], t, context).sample for t in TIMESTEPS])
-        decoded = pipe.vae.decode(found["latents"] / pipe.vae.config.scaling_factor).sample
-        found["decoded"] = (decoded / 2 + 0.5).clamp(0, 1).movedim(1, -1)
         found["encoded"] = pipe.vae.encode(found["images"].movedim(-1, 1) * 2 - 1).latent_dist.mode()
+        found["decoded"] = (pipe.vae.decode(found["encoded"]).sample / 2 + 0.5).clamp(0, 1).movedim(1, -1)
     folder = tmp_path_factory.mktemp("reference")
     np.savez(folder / "reference.npz", **{key: value.numpy() for key, value in found.items()})
     return folder / "reference.npz"
@@ -88,15 +87,17 @@ def _distance(found, expected, key):
 
 
 def test_equals_diffusers(measure):
-    found, expected, _ = measure("""
+    found, expected, notes = measure("""
 found["text"] = torch.cat([clip.encode(text) for text in texts])
 skipping = clip.clone()
 skipping.clip_layer(-2)
 found["skipped"] = torch.cat([skipping.encode(text) for text in texts])
 found["eps"] = predict(model)
-found["decoded"] = vae.decode(model.model.process_latent_out(given["latents"]))
+found["decoded"] = vae.decode(given["encoded"])
 found["encoded"] = vae.encode(given["images"])
+result["scale"] = float(model.model.process_latent_in(torch.ones(1)))
 """)
+    assert notes["scale"] == pytest.approx(0.81465)
     for key in ("text", "skipped", "eps", "decoded", "encoded"):
         assert found[key].shape == expected[key].shape
         assert _distance(found, expected, key) < 1e-4, key
@@ -108,7 +109,7 @@ def test_smaller_number_types(measure, flags):
         """
 found["text"] = torch.cat([clip.encode(text) for text in texts])
 found["eps"] = predict(model)
-found["decoded"] = vae.decode(model.model.process_latent_out(given["latents"]))
+found["decoded"] = vae.decode(given["encoded"])
 found["encoded"] = vae.encode(given["images"])
 """,
         flags=flags,
@@ -127,8 +128,7 @@ for patcher in (model, vae.patcher, clip.patcher):
     patcher.load(patcher.load_device, lowvram_model_memory=patcher.model_size() // 3)
 result["partial"] = [patcher.model.model_lowvram for patcher in (model, vae.patcher, clip.patcher)]
 found["eps"] = predict(model)
-found["decoded"] = vae.first_stage_model.decode(given["latents"] / model.model.latent_format.scale_factor)
-found["decoded"] = vae.process_output(found["decoded"]).movedim(1, -1)
+found["decoded"] = vae.process_output(vae.first_stage_model.decode(given["encoded"])).movedim(1, -1)
 found["text"] = clip.cond_stage_model.encode_token_weights(clip.tokenize(texts[0]))[0]
 comfy.model_management.unload_all_models()
 found["again"] = predict(model)
