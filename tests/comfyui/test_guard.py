@@ -1,0 +1,458 @@
+"""What users wire around the guard, in the real ComfyUI: in trace mode images are the same to the bit, and runs are seen."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+
+from memorization_guard import Trace
+from memorization_guard.lab import copy_score, prompts
+
+EXACT = prompts("exact", "tuning")[1]
+ORDINARY = prompts("ordinary", "tuning")[0]
+STEPS, CFG = 30, 7.5
+
+
+@dataclass
+class Bench:
+    """The usual nodes around a guard; ``guard`` is the guarded model, ``model`` the same without."""
+
+    g: Any
+    lab: Any
+    guard: Any
+    model: Any
+    positive: Any
+    negative: Any
+    latent: Any
+
+    def text(self, text: str) -> Any:
+        return self.g.node("CLIPTextEncode", clip=self.lab[1], text=text)[0]
+
+    def ksampler(self, **changes: Any) -> Any:
+        inputs = {
+            "model": self.model,
+            "positive": self.positive,
+            "negative": self.negative,
+            "latent_image": self.latent,
+            "seed": 5,
+            "steps": STEPS,
+            "cfg": CFG,
+            "sampler_name": "euler",
+            "scheduler": "normal",
+            "denoise": 1.0,
+        }
+        return self.g.node("KSampler", **(inputs | changes))[0]
+
+    def sigmas(self, **changes: Any) -> Any:
+        inputs = {"model": self.model, "scheduler": "normal", "steps": STEPS, "denoise": 1.0}
+        return self.g.node("BasicScheduler", **(inputs | changes))[0]
+
+    def custom(self, guider: str, **inputs: Any) -> Any:
+        chosen = self.g.node("KSamplerSelect", sampler_name="euler")[0]
+        noise = self.g.node("RandomNoise", noise_seed=5)[0]
+        guide = self.g.node(guider, model=self.model, **inputs)[0]
+        return self.g.node(
+            "SamplerCustomAdvanced",
+            noise=noise,
+            guider=guide,
+            sampler=chosen,
+            sigmas=self.sigmas(),
+            latent_image=self.latent,
+        )[0]
+
+
+@pytest.fixture
+def bench(graph: Any) -> Callable[..., Bench]:
+    def make(mode: str | None = "trace", text: str = EXACT, batch: int = 1, profile: bool = True, **guard: Any) -> Bench:
+        g = graph()
+        lab = g.node("MemorizationGuardLoadLabModel")
+        model, watcher = lab[0], None
+        if mode is not None:
+            if profile:
+                guard["profile"] = lab[3]
+            watcher = g.node("MemorizationGuard", model=model, mode=mode, **guard)
+            model = watcher[0]
+        made = Bench(
+            g, lab, watcher, model, None, None, g.node("EmptyLatentImage", width=128, height=128, batch_size=batch)[0]
+        )
+        made.positive, made.negative = made.text(text), made.text("")
+        return made
+
+    return make
+
+
+@dataclass
+class Result:
+    images: list[np.ndarray]
+    runs: list[list[Trace]]
+    run: Any
+    metadata: dict[str, Any]
+
+
+@pytest.fixture
+def finish(server: Any) -> Callable[..., Result]:
+    """Decodes and saves a latent, with a report where there is a guard, and runs it all."""
+
+    def run(bench: Bench, latent: Any, fresh: bool = True) -> Result:
+        report = None
+        if bench.guard is not None:
+            report = bench.g.node("MemorizationGuardReport", trace=bench.guard[1], latent=latent)
+            latent = report[0]
+        save = bench.g.node(
+            "SaveImage", images=bench.g.node("VAEDecode", samples=latent, vae=bench.lab[2])[0], filename_prefix="t"
+        )
+        if fresh:
+            server.free(unload_models=False, free_memory=True)
+        queued = server.queue(bench.g.prompt(), extra_data={"extra_pnginfo": {}})
+        queued.wait()
+        pictures = queued.images(save)
+        runs = queued.outputs(report)["memorization_guard"] if report is not None else []
+        return Result(
+            [np.asarray(picture) for picture in pictures],
+            [[Trace.from_dict(trace) for trace in entry["traces"]] for entry in runs],
+            queued,
+            pictures[0].text,
+        )
+
+    return run
+
+
+# Ways to sample: name -> (what it does with a bench, runs that a guard sees, steps of each, whether the profile fits)
+
+
+def two_ksamplers(b: Bench) -> Any:
+    first = b.g.node(
+        "KSamplerAdvanced",
+        model=b.model,
+        positive=b.positive,
+        negative=b.negative,
+        latent_image=b.latent,
+        noise_seed=5,
+        steps=STEPS,
+        cfg=CFG,
+        sampler_name="euler",
+        scheduler="normal",
+        add_noise="enable",
+        start_at_step=0,
+        end_at_step=12,
+        return_with_leftover_noise="enable",
+    )[0]
+    return b.g.node(
+        "KSamplerAdvanced",
+        model=b.model,
+        positive=b.positive,
+        negative=b.negative,
+        latent_image=first,
+        noise_seed=5,
+        steps=STEPS,
+        cfg=CFG,
+        sampler_name="euler",
+        scheduler="normal",
+        add_noise="disable",
+        start_at_step=12,
+        end_at_step=10000,
+        return_with_leftover_noise="disable",
+    )[0]
+
+
+def forced_end(b: Bench) -> Any:
+    return b.g.node(
+        "KSamplerAdvanced",
+        model=b.model,
+        positive=b.positive,
+        negative=b.negative,
+        latent_image=b.latent,
+        noise_seed=5,
+        steps=STEPS,
+        cfg=CFG,
+        sampler_name="euler",
+        scheduler="normal",
+        add_noise="enable",
+        start_at_step=0,
+        end_at_step=12,
+        return_with_leftover_noise="disable",
+    )[0]
+
+
+def sampler_custom(b: Bench) -> Any:
+    chosen = b.g.node("KSamplerSelect", sampler_name="euler")[0]
+    return b.g.node(
+        "SamplerCustom",
+        model=b.model,
+        add_noise=True,
+        noise_seed=5,
+        cfg=CFG,
+        positive=b.positive,
+        negative=b.negative,
+        sampler=chosen,
+        sigmas=b.sigmas(),
+        latent_image=b.latent,
+    )[0]
+
+
+def second_pass(b: Bench) -> Any:
+    first = b.ksampler()
+    larger = b.g.node("LatentUpscale", samples=first, upscale_method="bilinear", width=192, height=192, crop="disabled")[0]
+    return b.ksampler(latent_image=larger, denoise=0.5, steps=10)
+
+
+def inpaint(b: Bench) -> Any:
+    mask = b.g.node("SolidMask", value=1.0, width=64, height=64)[0]
+    hole = b.g.node("SolidMask", value=0.0, width=32, height=64)[0]
+    mask = b.g.node("MaskComposite", destination=mask, source=hole, x=0, y=0, operation="multiply")[0]
+    return b.ksampler(latent_image=b.g.node("SetLatentNoiseMask", samples=b.ksampler(seed=9), mask=mask)[0])
+
+
+def from_batch(b: Bench) -> Any:
+    many = b.g.node("RepeatLatentBatch", samples=b.latent, amount=3)[0]
+    return b.ksampler(latent_image=b.g.node("LatentFromBatch", samples=many, batch_index=1, length=2)[0])
+
+
+def regional(b: Bench) -> Any:
+    area = b.g.node("ConditioningSetArea", conditioning=b.text(ORDINARY), width=64, height=128, x=0, y=0, strength=1.0)[0]
+    both = b.g.node("ConditioningCombine", conditioning_1=b.positive, conditioning_2=area)[0]
+    timed = b.g.node("ConditioningSetTimestepRange", conditioning=both, start=0.0, end=0.8)[0]
+    return b.ksampler(positive=b.g.node("ConditioningCombine", conditioning_1=timed, conditioning_2=b.positive)[0])
+
+
+def rescaled(b: Bench) -> Any:
+    b.model = b.g.node("RescaleCFG", model=b.model, multiplier=0.7)[0]  # a sampler cfg function, set after ours
+    return b.ksampler()
+
+
+def freeu(b: Bench) -> Any:
+    b.model = b.g.node(
+        "PatchModelAddDownscale",
+        model=b.model,
+        block_number=3,
+        downscale_factor=2.0,
+        start_percent=0.0,
+        end_percent=0.35,
+        downscale_after_skip=True,
+        downscale_method="bicubic",
+        upscale_method="bicubic",
+    )[0]
+    return b.ksampler()
+
+
+def perp_neg(b: Bench) -> Any:
+    inputs = {"positive": b.positive, "negative": b.text(ORDINARY), "empty_conditioning": b.negative}
+    return b.custom("PerpNegGuider", cfg=CFG, neg_scale=1.0, **inputs)
+
+
+def dual(b: Bench) -> Any:
+    inputs = {"cond1": b.positive, "cond2": b.text(ORDINARY), "negative": b.negative}
+    return b.custom("DualCFGGuider", cfg_conds=CFG, cfg_cond2_negative=2.0, style="regular", **inputs)
+
+
+def flipped(b: Bench) -> Any:
+    sigmas = b.g.node("FlipSigmas", sigmas=b.sigmas())[0]
+    chosen = b.g.node("KSamplerSelect", sampler_name="euler")[0]
+    return b.g.node(
+        "SamplerCustom",
+        model=b.model,
+        add_noise=False,
+        noise_seed=5,
+        cfg=1.0,
+        positive=b.positive,
+        negative=b.negative,
+        sampler=chosen,
+        sigmas=sigmas,
+        latent_image=b.ksampler(),
+    )[0]
+
+
+WAYS: dict[str, tuple[Callable[[Bench], Any], list[int], list[bool]]] = {
+    "KSampler": (Bench.ksampler, [30], [True]),
+    "KSamplerAdvanced, one after the other": (two_ksamplers, [12, 18], [True, True]),
+    "KSamplerAdvanced, ended early": (forced_end, [12], [False]),
+    "SamplerCustom": (sampler_custom, [30], [True]),
+    "CFGGuider": (lambda b: b.custom("CFGGuider", positive=b.positive, negative=b.negative, cfg=CFG), [30], [True]),
+    "BasicGuider": (lambda b: b.custom("BasicGuider", conditioning=b.positive), [30], [False]),
+    "DualCFGGuider": (dual, [30], [True]),
+    "PerpNegGuider": (perp_neg, [30], [True]),
+    "denoise 0.5": (lambda b: b.ksampler(latent_image=b.ksampler(seed=9), denoise=0.5, steps=10), [30, 10], [True, False]),
+    "a second pass": (second_pass, [30, 10], [True, False]),
+    "inpainting": (inpaint, [30, 30], [True, True]),
+    "latent from a batch": (from_batch, [30], [True]),
+    "cfg 1": (lambda b: b.ksampler(cfg=1.0), [30], [False]),
+    "a negative prompt": (lambda b: b.ksampler(negative=b.text(ORDINARY)), [30], [True]),
+    "regional and timed conditioning": (regional, [30], [True]),
+    "another pack's cfg function": (rescaled, [30], [True]),
+    "another pack's patch": (freeu, [30], [True]),
+    "another scheduler": (lambda b: b.ksampler(scheduler="karras"), [30], [False]),
+    "another sampler": (lambda b: b.ksampler(sampler_name="dpmpp_2m_sde"), [30], [False]),
+    "flipped sigmas": (flipped, [30, 30], [True, False]),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_image_is_the_same_to_the_bit_and_every_run_is_seen(bench: Any, finish: Any, way: str) -> None:
+    build, steps, fits = WAYS[way]
+    plain = finish(b := bench(None), build(b))
+    traced = finish(b := bench("trace"), build(b))
+    assert len(plain.images) == len(traced.images) >= 1
+    assert all(map(np.array_equal, plain.images, traced.images))
+    assert [traces[0].steps for traces in traced.runs] == steps
+    for traces, scored in zip(traced.runs, fits, strict=True):
+        for trace in traces:
+            assert np.isfinite(trace.update_norm).all()
+            assert (trace.verdict != "unscored") == scored, trace.note
+            if not scored:
+                assert trace.note.startswith("The profile does not fit this run")
+                assert trace.score is None
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        "KSampler",
+        "CFGGuider",
+        "PerpNegGuider",
+        "inpainting",
+        "latent from a batch",
+        "a negative prompt",
+        "KSamplerAdvanced, one after the other",
+        "regional and timed conditioning",
+    ],
+)
+def test_mitigation_reaches_the_image_whatever_samples(bench: Any, finish: Any, way: str) -> None:
+    build, _, _ = WAYS[way]
+    plain = finish(b := bench(None), build(b))
+    mitigated = finish(b := bench("mitigate"), build(b))
+    assert any(trace.mitigated.any() for traces in mitigated.runs for trace in traces)
+    assert not np.array_equal(plain.images[0], mitigated.images[0])
+
+
+def test_a_memorized_prompt_triggers_and_mitigation_leads_away_from_the_copy(bench: Any, finish: Any) -> None:
+    traced = finish(b := bench("trace"), b.ksampler())
+    assert copy_score(traced.images[0], EXACT) > 0.75
+    assert traced.runs[0][0].verdict in ("mild", "strong")
+    mitigated = finish(b := bench("mitigate"), b.ksampler())
+    trace = mitigated.runs[0][0]
+    assert copy_score(mitigated.images[0], EXACT) < 0.75
+    assert trace.mitigated.any()
+    # After correction the norms lie in the band.
+    for name, norm in (("update", trace.corrected_update_norm), ("latent", trace.corrected_latent_norm)):
+        distance = np.abs(norm - trace.bands[name]["mean"]) / trace.bands[name]["std"]
+        assert np.nanmax(distance) < 3.1, name
+
+
+def test_an_ordinary_prompt_is_stable_and_mitigation_leaves_it_alone(bench: Any, finish: Any) -> None:
+    plain = finish(b := bench(None, text=ORDINARY), b.ksampler())
+    mitigated = finish(b := bench("mitigate", text=ORDINARY), b.ksampler())
+    assert mitigated.runs[0][0].verdict == "stable"
+    assert np.array_equal(plain.images[0], mitigated.images[0])
+
+
+def test_without_a_profile_nothing_is_judged(bench: Any, finish: Any) -> None:
+    result = finish(b := bench("mitigate", profile=False), b.ksampler())
+    plain = finish(b := bench(None), b.ksampler())
+    assert result.runs[0][0].verdict == "unscored"
+    assert result.runs[0][0].bands == {}
+    assert np.array_equal(plain.images[0], result.images[0])
+
+
+def test_off_is_off(bench: Any, finish: Any) -> None:
+    result = finish(b := bench("off"), b.ksampler())
+    assert result.runs[0][0].steps == 0
+    assert "mode may be off" in result.runs[0][0].note
+
+
+def test_several_guards_in_one_graph_and_on_one_model_see_their_own_runs(bench: Any, server: Any) -> None:
+    b = bench("trace")
+    second = b.g.node("MemorizationGuard", model=b.lab[0], mode="trace", profile=b.lab[3])
+    inner = b.g.node("MemorizationGuard", model=second[0], mode="trace", profile=b.lab[3])
+    ours, others = b.ksampler(), b.ksampler(model=inner[0], positive=b.text(ORDINARY))
+    reports = [
+        b.g.node("MemorizationGuardReport", trace=guard[1], latent=latent)
+        for guard, latent in ((b.guard, ours), (second, others), (inner, others), (b.guard, others))
+    ]
+    server.free(unload_models=False, free_memory=True)
+    run = server.queue(b.g.prompt())
+    run.wait()
+    verdicts = [run.outputs(report)["memorization_guard"][0]["traces"][0]["verdict"] for report in reports]
+    assert verdicts == ["mild", "stable", "stable", "unscored"]
+    told = {(e.data["node"], e.data["run"].split(":")[1]) for e in run.events if e.type == "memorization_guard"}
+    assert told == {(b.guard.id, ours[0]), (second.id, others[0]), (inner.id, others[0])}
+
+
+def test_events_are_small_and_in_order_and_the_last_one_is_the_trace(bench: Any, finish: Any) -> None:
+    result = finish(b := bench("trace", batch=2), b.ksampler())
+    events = [event for event in result.run.events if event.type == "memorization_guard"]
+    assert [event.data["kind"] for event in events] == ["begin", *["step"] * STEPS, "end"]
+    assert [event.data["step"] for event in events[1:-1]] == list(range(STEPS))
+    assert max(len(json.dumps(event.data)) for event in events[1:-1]) < 700
+    assert events[0].data["steps"] == STEPS
+    assert len(events[0].data["bands"]["update"]["mean"]) == STEPS
+    assert events[-1].data["traces"] == [trace.to_dict() for trace in result.runs[0]]
+    # While the sampler runs, not after it.
+    assert events[STEPS].time - events[1].time > 0.3 * (events[-1].time - events[0].time)
+
+
+def test_the_trace_travels_with_the_picture(bench: Any, finish: Any) -> None:
+    result = finish(b := bench("trace"), b.ksampler())
+    (entries,) = json.loads(result.metadata["memorization_guard"]).values()
+    assert Trace.from_dict(entries[0]["traces"][0]).verdict == result.runs[0][0].verdict
+
+
+def test_a_cached_result_keeps_its_report(bench: Any, finish: Any, server: Any) -> None:
+    b = bench("trace")
+    first = finish(b, b.ksampler())
+    again = server.queue(b.g.prompt())
+    again.wait()
+    assert not [event for event in again.events if event.type == "memorization_guard"], "the sampler ran again"
+    assert list(again.history()["outputs"].values()) == list(first.run.history()["outputs"].values())
+
+
+def test_a_run_that_is_cancelled_is_closed_and_the_next_one_is_whole(bench: Any, finish: Any, server: Any) -> None:
+    b = bench("trace")
+    latent = b.ksampler(steps=400)
+    save = b.g.node("SaveImage", images=b.g.node("VAEDecode", samples=latent, vae=b.lab[2])[0], filename_prefix="t")
+    run = server.queue(b.g.prompt())
+    while sum(event.type == "memorization_guard" for event in run.events) < 10:
+        time.sleep(0.02)
+    server.interrupt()
+    with pytest.raises(RuntimeError, match="interrupted"):
+        run.wait()
+    assert run.outputs(save) == {}
+    end = [event.data for event in run.events if event.type == "memorization_guard"][-1]
+    assert end["kind"] == "end"
+    trace = end["traces"][0]
+    assert "ended early" in trace["note"]
+    assert 5 < len(trace["steps"]["sigma"]) < 400
+
+    result = finish(b := bench("trace"), b.ksampler())
+    plain = finish(b := bench(None), b.ksampler())
+    assert np.array_equal(result.images[0], plain.images[0])
+    assert result.runs[0][0].note is None
+
+
+def test_models_that_were_unloaded_in_between_are_the_same_model(bench: Any, finish: Any, server: Any) -> None:
+    first = finish(b := bench("trace"), b.ksampler())
+    server.free(unload_models=True, free_memory=True)
+    second = finish(b := bench("trace"), b.ksampler())
+    assert np.array_equal(first.images[0], second.images[0])
+    assert first.runs[0][0].to_dict() == second.runs[0][0].to_dict()
+
+
+def test_thresholds_that_contradict_each_other_are_refused_before_anything_runs(bench: Any, server: Any) -> None:
+    b = bench("trace", tau_mild=20.0)
+    b.g.node("MemorizationGuardReport", trace=b.guard[1], latent=b.ksampler())
+    with pytest.raises(RuntimeError, match="a strong trigger is a mild one and more"):
+        server.queue(b.g.prompt())
+
+
+def test_the_published_correction_can_be_chosen(bench: Any, finish: Any) -> None:
+    result = finish(b := bench("mitigate", correction="published"), b.ksampler())
+    trace = result.runs[0][0]
+    assert trace.thresholds.steering_guidance is None
+    # A mild image is corrected in the first fifth of the steps.
+    assert trace.mitigated.any()
+    assert not trace.mitigated[6:].any()
