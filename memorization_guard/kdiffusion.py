@@ -53,8 +53,8 @@ class SamplerWatch:
     """Follows one run of a sampler function, and hands its solver steps to a monitor.
 
     A step starts at the last model call before its callback; which call that was shows only at the callback. To correct a
-    latent it must be known before: how many calls there are from one callback to the next start is learned from the steps so
-    far. In the first step, a call at the schedule's next noise level is taken for a start, and taken back if it was none.
+    latent it must be known before: a call at the schedule's next noise level is taken for a start, from that place among the
+    calls on at which the step before started; it is taken back if it was none, as can happen in the first step.
 
     Whatever goes wrong in here ends the watching, never the run. Nothing is drawn from any random generator. Noise levels are
     read once, from ``sigmas``; a device is not waited for at each step unless the monitor corrects.
@@ -81,7 +81,7 @@ class SamplerWatch:
         self._first: _Call | None = None  # first and last call since the callback
         self._last: _Call | None = None
         self._calls = 0  # since the callback
-        self._expected: int | None = None  # which of them starts a step
+        self._expected = 1  # which of them started the last step
         self._presumed: _Start | None = None  # a start that no callback has confirmed yet
         self._changed: _Start | None = None  # the presumed start whose latent was changed
         self._spoiled = False  # whether a latent was changed inside the step under way
@@ -142,10 +142,8 @@ class SamplerWatch:
         self._presumed = start
 
     def _may_start_step(self, call: _Call) -> bool:
-        if self._expected is not None:
-            return self._calls == self._expected
         following = self._schedule[self._started] if self._started < len(self._schedule) else math.nan
-        return _same(float(call.sigma.flatten()[0]), following)
+        return self._calls >= self._expected and _same(float(call.sigma.flatten()[0]), following)
 
     def _after_call(self, call: _Call) -> Tensor | None:
         if self._editable or self._presumed is None or call.denoised is None:
@@ -174,7 +172,8 @@ class SamplerWatch:
         if self._started == 0:
             # A sampler that does not even report its first latent keeps it where no edit reaches it (UniPC).
             self._editable &= call.x is reported
-        self._expected = position if self._started else None
+        if self._started:
+            self._expected = position
         start = self._presumed
         if start is None or start.call is not call:
             if start is not None:

@@ -144,19 +144,19 @@ class _Guard:
             monitor = StabilityMonitor(
                 self._profile, self._thresholds, self._traces.mode == "mitigate", self._on_step(), settings=settings
             )
+            editable = _sampler_name(sampler).split("(")[0] not in _KEEP_ANOTHER_LATENT
+            watch = SamplerWatch(monitor, sigmas, level, editable=editable)
             self._run = self._traces.begin(monitor)
-            self._send("begin", **monitor.outline())
             if monitor.check is not None and monitor.check.invalid:
                 log.warning("Memorization Guard: %s", monitor.check)
-            self._watch = SamplerWatch(
-                monitor, sigmas, level, editable=_sampler_name(sampler).split("(")[0] not in _KEEP_ANOTHER_LATENT
-            )
+            self._watch = watch
+            self._send("begin", **monitor.outline())
         except Exception:
             log.warning("Memorization Guard does not watch this run; the image is not affected.", exc_info=True)
         return self._watch
 
     def _end(self) -> None:
-        if self._run is None:
+        if self._run is None or self._node is None:
             return
         try:
             self._send("end", traces=[trace.to_dict() for trace in self._run.traces])
@@ -167,8 +167,7 @@ class _Guard:
         return None if self._node is None else lambda event: self._send("step", **event.to_dict())
 
     def _send(self, kind: str, **data: Any) -> None:
-        server = PromptServer.instance
-        if self._node is None or self._run is None or server.client_id is None:
+        if self._node is None or self._run is None or (server := PromptServer.instance).client_id is None:
             return
         server.send_sync(EVENT, {"kind": kind, "node": self._node, "run": self._run.name, **data}, server.client_id)
 
