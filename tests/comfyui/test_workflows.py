@@ -1,0 +1,251 @@
+"""The example workflows, run in ComfyUI from the files that its template browser shows; and what it serves beside them."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from memorization_guard import StabilityProfile, lab
+
+FOLDER = Path(__file__).parents[2] / "example_workflows"
+PACK = "memorization-guard"
+NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
+NOTES = ("Note", "MarkdownNote")
+
+
+def api_format(workflow, object_info):
+    """The workflow in ComfyUI's API format, as the frontend's ``graphToPrompt`` makes it."""
+    links = {link: [str(source), output] for link, source, output, *_ in workflow["links"]}
+    prompt = {}
+    for node in workflow["nodes"]:
+        if node["type"] in NOTES:
+            continue
+        info = object_info[node["type"]]
+        linked = {each["name"]: links[each["link"]] for each in node["inputs"] if each.get("link") is not None}
+        values = iter(node["widgets_values"])
+        inputs = {}
+        for kind in ("required", "optional"):
+            for name in info["input_order"].get(kind, ()):
+                type_, options = (*info["input"][kind][name], {})[:2]
+                if isinstance(type_, list) or type_ in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"):
+                    inputs[name] = next(values)
+                    if options.get("control_after_generate") or (type_ == "INT" and name in ("seed", "noise_seed")):
+                        assert next(values) in ("fixed", "randomize", "increment", "decrement")
+                if name in linked:
+                    inputs[name] = linked[name]
+        assert linked.keys() <= inputs.keys(), f"node {node['id']} ({node['type']})"
+        prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
+    return prompt
+
+
+@pytest.fixture(scope="module")
+def object_info(server):
+    return server.object_info()
+
+
+@pytest.fixture
+def load(object_info):
+    """``load(name)``: an example workflow in API format."""
+    return lambda name: api_format(json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8")), object_info)
+
+
+def nodes(prompt, class_type):
+    """Ids of the nodes of a class, in order."""
+    return [name for name, node in prompt.items() if node["class_type"] == class_type]
+
+
+def only(prompt, class_type):
+    (name,) = nodes(prompt, class_type)
+    return name
+
+
+def traces(run, node):
+    """The traces that a report showed, of its only run."""
+    ((_, found),) = [entry.values() for entry in run.outputs(node)["memorization_guard"]]
+    return found
+
+
+def small(image):
+    """The picture as the model made it; the workflows enlarge it."""
+    return image.convert("RGB").resize((64, 64), Image.Resampling.NEAREST)
+
+
+def settings(prompt, class_type, names):
+    inputs = prompt[only(prompt, class_type)]["inputs"]
+    return {name: inputs[name] for name in names}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_api_file_is_the_same_workflow(name, load):
+    content = json.loads((FOLDER / "api" / f"{name}.json").read_text(encoding="utf-8"))
+    assert load(name) == {key: {k: node[k] for k in ("class_type", "inputs")} for key, node in content.items()}
+
+
+def test_quick_start_finds_a_copy_and_steers_away_on_request(server, load):
+    prompt = load("quick_start")
+    text = next(node["inputs"]["text"] for node in prompt.values() if node["inputs"].get("text"))
+    guard, save = only(prompt, "MemorizationGuard"), only(prompt, "SaveImage")
+    assert prompt[guard]["inputs"]["mode"] == "trace"
+
+    run = server.queue(prompt)
+    run.wait()
+    (trace,) = traces(run, only(prompt, "MemorizationGuardReport"))
+    assert trace["verdict"] in ("mild", "strong")
+    assert trace["trigger_step"] == 0
+    assert trace["note"] is None
+    (image,) = run.images(save)
+    assert lab.copy_score(small(image), text) > 0.9
+
+    prompt[guard]["inputs"]["mode"] = "mitigate"
+    run = server.queue(prompt)
+    run.wait()
+    (trace,) = traces(run, only(prompt, "MemorizationGuardReport"))
+    assert any(trace["steps"]["mitigated"])
+    (image,) = run.images(save)
+    assert lab.copy_score(small(image), text) < 0.75
+
+
+def test_quick_starts_ordinary_prompt_is_stable(server, load):
+    prompt = load("quick_start")
+    prompt["2"]["inputs"]["text"] = lab.prompts("ordinary", "tuning")[1]
+    content = (FOLDER / "quick_start.json").read_text(encoding="utf-8")
+    assert prompt["2"]["inputs"]["text"] in content
+    run = server.queue(prompt)
+    run.wait()
+    assert [trace["verdict"] for trace in traces(run, only(prompt, "MemorizationGuardReport"))] == ["stable"]
+
+
+def test_side_by_side_differs_in_the_mode_alone_and_shows_a_copy_and_none(server, load):
+    prompt = load("mitigation_side_by_side")
+    first, second = (prompt[name]["inputs"] for name in nodes(prompt, "MemorizationGuard"))
+    assert {name for name in first if first[name] != second[name]} == {"mode"}
+    first, second = (prompt[name]["inputs"] for name in nodes(prompt, "KSampler"))
+    assert {name for name in first if first[name] != second[name]} == {"model"}
+    text = prompt[first["positive"][0]]["inputs"]["text"]
+
+    run = server.queue(prompt)
+    run.wait()
+    (plain,), (steered,) = (run.images(name) for name in nodes(prompt, "SaveImage"))
+    assert lab.copy_score(small(plain), text) > 0.75
+    assert lab.copy_score(small(steered), text) < 0.75
+    assert lab.nearest_copy(small(steered))[0] < 0.75
+    assert np.asarray(small(steered)).std() > 10
+    (watched,), (corrected,) = (traces(run, name) for name in nodes(prompt, "MemorizationGuardReport"))
+    assert not any(watched["steps"]["mitigated"])
+    assert any(corrected["steps"]["mitigated"])
+
+
+def test_calibrate_and_save_makes_the_labs_profile_anew(server, load):
+    prompt = load("calibrate_and_save")
+    run = server.queue(prompt)
+    run.wait(300)
+    assert run.outputs(only(prompt, "PreviewAny"))["text"] == ["Profile from 50 of 50 reference prompts."]
+    name = prompt[only(prompt, "MemorizationGuardSaveProfile")]["inputs"]["name"]
+    made = StabilityProfile.load(server.folder / "models" / "stability_profiles" / f"{name}.safetensors")
+    bundled = StabilityProfile.load(lab.MODEL / "profile-comfyui.safetensors")
+    assert made.settings == bundled.settings
+    assert made.count == bundled.count == 50
+    np.testing.assert_allclose(made.mean, bundled.mean, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(made.std, bundled.std, rtol=2e-2, atol=1e-3)
+
+
+def test_report_and_gate_hold_back_the_memorized_and_pass_the_ordinary(server, load):
+    prompt = load("report_and_gate")
+    gate, sampler = only(prompt, "MemorizationGuardGate"), only(prompt, "KSampler")
+    save = only(prompt, "SaveImage")
+    passed = next(name for name in nodes(prompt, "PreviewImage") if prompt[name]["inputs"]["images"] == [gate, 0])
+    graphs = next(name for name in nodes(prompt, "PreviewImage") if name != passed)
+    held_back, why = nodes(prompt, "PreviewAny")
+    memorized = prompt[sampler]["inputs"]["positive"][0]
+    (ordinary,) = (name for name in nodes(prompt, "CLIPTextEncode") if name != memorized and prompt[name]["inputs"]["text"])
+
+    run = server.queue(prompt, {"extra_pnginfo": {}})
+    run.wait()
+    found = traces(run, only(prompt, "MemorizationGuardReport"))
+    assert [trace["trigger_step"] for trace in found] == [0] * 4
+    images = run.images(save)
+    text = prompt[memorized]["inputs"]["text"]
+    assert min(lab.copy_score(small(image), text) for image in images) > 0.75
+    for image in images:
+        ((entry,),) = json.loads(image.text["memorization_guard"]).values()
+        assert entry["sampler_node"] == sampler
+        assert len(entry["traces"]) == 4
+    assert len(run.images(graphs)) == 4
+    assert run.images(passed) == []
+    assert run.outputs(held_back)["text"] == ["4"]
+    assert run.outputs(why)["text"][0].startswith("0 of 4 images passed.\nImage 1 held back: mild, left its region at step 0")
+
+    prompt[sampler]["inputs"]["positive"] = [ordinary, 0]
+    run = server.queue(prompt)
+    run.wait()
+    assert len(run.images(passed)) == 4
+    assert run.outputs(held_back)["text"] == ["0"]
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+def test_a_workflow_for_ones_own_checkpoint_lacks_nothing_but_the_checkpoint(name, server, load):
+    with pytest.raises(RuntimeError, match=r"^/prompt: 400 ") as caught:
+        server.queue(load(name))
+    answer = json.loads(str(caught.value).split(" 400 ", 1)[1])
+    (node,) = answer["node_errors"].values()
+    ((kind, details),) = [(error["type"], error["details"]) for error in node["errors"]]
+    assert kind == "value_not_in_list"
+    assert details.startswith("ckpt_name")
+
+
+@pytest.mark.parametrize(("name", "size"), [("sd15", 512), ("sdxl", 1024)])
+def test_a_workflow_for_ones_own_checkpoint_calibrates_and_judges_with_the_same_settings(name, size, server, load):
+    prompt = load(name)
+    shared = ("steps", "cfg", "sampler_name", "scheduler")
+    assert settings(prompt, "MemorizationGuardCalibrate", shared) == settings(prompt, "KSampler", shared)
+    shared = ("width", "height")
+    assert settings(prompt, "MemorizationGuardCalibrate", shared) == settings(prompt, "EmptyLatentImage", shared)
+    calibrate = prompt[only(prompt, "MemorizationGuardCalibrate")]["inputs"]
+    assert [prompt[calibrate[name][0]]["inputs"]["value"] for name in shared] == [size, size]
+    negative = prompt[prompt[only(prompt, "KSampler")]["inputs"]["negative"][0]]["inputs"]["text"]
+    assert negative == calibrate["negative"]
+    saved = prompt[only(prompt, "MemorizationGuardSaveProfile")]["inputs"]["name"]
+    load_later = prompt[only(prompt, "MemorizationGuardLoadProfile")]["inputs"]["profile_name"]
+    assert load_later == f"{saved}.safetensors"
+
+    # The lab model stands in for the checkpoint: its outputs are in the same order.
+    prompt[only(prompt, "CheckpointLoaderSimple")] = {"class_type": "MemorizationGuardLoadLabModel", "inputs": {}}
+    for name in shared:
+        prompt[calibrate[name][0]]["inputs"]["value"] = 128
+    prompt[calibrate["steps"][0]]["inputs"]["value"] = 10
+    calibrate.update(prompts="text below", text="\n".join(lab.prompts("reference")[:12]), batch_size=12)
+    run = server.queue(prompt)
+    run.wait()
+    (trace,) = traces(run, only(prompt, "MemorizationGuardReport"))
+    assert trace["verdict"] in ("stable", "mild", "strong")
+    assert trace["note"] is None
+    assert trace["reference_count"] == 12
+    assert len(run.images(only(prompt, "SaveImage"))) == 1
+    # Once saved, it can be loaded.
+    listed = server.object_info("MemorizationGuardLoadProfile")["input"]["required"]["profile_name"]
+    assert load_later in listed[1]["options"]
+
+
+def test_the_template_browser_lists_them_with_their_thumbnails(server):
+    assert sorted(server.get("/api/workflow_templates")[PACK]) == NAMES
+    for name in NAMES:
+        address = f"/api/workflow_templates/{PACK}/{name}"
+        assert server.fetch(f"{address}.json") == (FOLDER / f"{name}.json").read_bytes()
+        assert Image.open(io.BytesIO(server.fetch(f"{address}.jpg"))).format == "JPEG"
+
+
+def test_every_node_has_a_help_page_and_every_input_and_output_a_tooltip(server, object_info):
+    ours = {name: info for name, info in object_info.items() if info["python_module"] == f"custom_nodes.{PACK}"}
+    assert len(ours) == 7
+    for name, info in ours.items():
+        page = server.fetch(f"/extensions/{PACK}/docs/{name}.md").decode()
+        assert page.startswith(f"# {info['display_name']}\n")
+        assert info["description"]
+        inputs = {**info["input"].get("required", {}), **info["input"].get("optional", {})}
+        assert [key for key, spec in inputs.items() if not spec[1].get("tooltip")] == []
+        assert [key for key in inputs if f"`{key}`" not in page] == []
+        assert all(info["output_tooltips"]), name
+        assert [key for key in info["output_name"] if f"`{key}`" not in page] == []
