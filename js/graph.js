@@ -570,13 +570,14 @@ const STYLE = `
 .mg-readout{position:absolute;display:grid;grid-auto-columns:max-content;gap:0 10px;padding:4px 8px;border:1px solid var(--mg-grid);
  border-radius:6px;background:var(--mg-ground);box-shadow:0 2px 8px #0003;font-size:11px;line-height:14px;pointer-events:none;
  white-space:nowrap}
-.mg-readout[hidden],.mg-note[hidden],.mg-empty[hidden]{display:none}
 .mg-readout-head{grid-column:1/-1;color:var(--mg-muted)}
 .mg-readout-name{display:flex;align-items:center;gap:5px}
 .mg-readout-value{text-align:right}
 .mg-readout-note{color:var(--mg-muted)}
 .mg-reference-text{color:var(--mg-reference)}
-.mg-note{flex:none;overflow:hidden;color:var(--mg-muted);text-overflow:ellipsis;white-space:nowrap;font-size:11px;line-height:15px}
+.mg-note{flex:none;display:-webkit-box;overflow:hidden;color:var(--mg-muted);font-size:11px;line-height:14px;-webkit-box-orient:vertical;
+ -webkit-line-clamp:4}
+.mg-readout[hidden],.mg-note[hidden],.mg-empty[hidden]{display:none}
 .mg-live{position:absolute;width:1px;height:1px;margin:-1px;overflow:hidden;clip-path:inset(50%);white-space:pre-line}
 .mg-swatch{flex:none;display:block}
 .mg-narrow{padding:6px 6px 2px}

@@ -1,0 +1,449 @@
+"""The graph on its nodes, in ComfyUI's own frontend in Chromium.
+
+For another frontend than the one that ComfyUI brings, let ``COMFYUI_PYTHON`` be a script that adds ``--front-end-root``;
+``COMFYUI_VUE_NODES=1`` draws the nodes in Vue ("Nodes 2.0"; frontends before 1.30 show no DOM widgets there).
+"""
+
+import json
+import os
+import re
+import time
+from pathlib import Path
+
+import pytest
+
+CHROMIUM = "/usr/bin/chromium"
+SWITCHES = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+]
+VUE_NODES = os.environ.get("COMFYUI_VUE_NODES") == "1"
+MEMORIZED = "in sunlight, a plain white flower, by baeraex taerousk"
+ORDINARY = "indoors, a checkered red disc near a teal ring, by balox valouth"
+#: What frontends complain of by themselves: files that a fresh server lacks, routes that an older one lacks.
+OF_THE_HOST = re.compile(r"Failed to load resource|Jobs API|JobsApiError|fetch(ing)? jobs")
+
+# Functions for the page. Nodes are found by their path of ids, as the server names them.
+HELPERS = """
+(() => {
+  const inGraph = (graph, id) => graph?.getNodeById(id) ?? graph?.getNodeById(Number(id));
+  const mg = (window.mg = {});
+  mg.node = (id) => {
+    let graph = app.rootGraph ?? app.graph;
+    const path = String(id).split(":");
+    for (const part of path.slice(0, -1)) graph = inGraph(graph, part)?.subgraph;
+    return inGraph(graph, path.at(-1));
+  };
+  mg.box = (id) => mg.node(id)?.widgets.find((widget) => widget.name === "stability_graph").element;
+  // A curve each image.
+  mg.curves = (id) => [...(mg.box(id)?.querySelectorAll(".mg-scene .mg-run[points]") ?? [])].map((curve) => {
+    const words = curve.getAttribute("points").split(" ");
+    return words.length;
+  });
+  mg.points = (id) => mg.curves(id)[0] ?? 0;
+  mg.label = (id) => mg.box(id).querySelector("svg.mg-svg").getAttribute("aria-label");
+  mg.kept = (id) => mg.node(id).properties.stability_runs ?? [];
+  mg.tracker = () => app.extensionManager.workflow.activeWorkflow.changeTracker;
+  mg.add = (type, at, values = {}) => {
+    const node = LiteGraph.createNode(type);
+    if (!node) throw new Error(`there is no ${type}`);
+    app.graph.add(node);
+    node.pos = at;
+    for (const [name, value] of Object.entries(values)) mg.set(node, name, value);
+    return node;
+  };
+  mg.set = (node, name, value) => {
+    const widget = node.widgets.find((each) => each.name === name);
+    if (!widget) throw new Error(`${node.type} has no ${name}`);
+    widget.value = value;
+  };
+  mg.link = (from, output, to, input) => {
+    const index = to.inputs.findIndex((each) => each.name === input);
+    if (index < 0) throw new Error(`${to.type} has no ${input}`);
+    from.connect(output, to, index);
+  };
+  // A loader, and for each of `guards` its own guard, sampler(s), report and image.
+  mg.build = (guards) => {
+    app.graph.clear();
+    const lab = mg.add("MemorizationGuardLoadLabModel", [40, 60]);
+    const nothing = mg.add("CLIPTextEncode", [40, 460], {text: ""});
+    mg.link(lab, 1, nothing, "clip");
+    return guards.map(({prompt, steps, batch, seed, mode, samplers = 1}, row) => {
+      const top = 60 + 900 * row;
+      const text = mg.add("CLIPTextEncode", [40, top + 200], {text: prompt});
+      mg.link(lab, 1, text, "clip");
+      const latent = mg.add("EmptyLatentImage", [40, top + 560], {width: 128, height: 128, batch_size: batch});
+      const guard = mg.add("MemorizationGuard", [480, top], {mode});
+      mg.link(lab, 0, guard, "model");
+      mg.link(lab, 3, guard, "profile");
+      let image = latent;
+      const used = [];
+      for (let i = 0; i < samplers; i++) {
+        const sampler = mg.add("KSampler", [880 + 320 * i, top], {
+          seed, steps: steps + 10 * i, cfg: 7.5, sampler_name: "euler", scheduler: "normal", control_after_generate: "fixed",
+        });
+        mg.link(guard, 0, sampler, "model");
+        mg.link(text, 0, sampler, "positive");
+        mg.link(nothing, 0, sampler, "negative");
+        mg.link(image, 0, sampler, "latent_image");
+        used.push(String(sampler.id));
+        image = sampler;
+      }
+      const report = mg.add("MemorizationGuardReport", [880, top + 330]);
+      mg.link(guard, 1, report, "trace");
+      mg.link(image, 0, report, "latent");
+      const decode = mg.add("VAEDecode", [1560, top]);
+      mg.link(report, 0, decode, "samples");
+      mg.link(lab, 2, decode, "vae");
+      const preview = mg.add("PreviewImage", [1560, top + 80]);
+      mg.link(decode, 0, preview, "images");
+      return {guard: String(guard.id), report: String(report.id), samplers: used};
+    });
+  };
+  // How often the graph is drawn anew, and when.
+  mg.watchDraws = (id) => {
+    const times = [];
+    const scene = mg.box(id).querySelector(".mg-scene");
+    new MutationObserver(() => times.push(performance.now())).observe(scene, {childList: true});
+    return (mg.draws = times);
+  };
+  mg.ended = false;
+  const api = window.comfyAPI.api.api;
+  mg.api = api;
+  for (const kind of ["execution_success", "execution_error", "execution_interrupted"]) {
+    api.addEventListener(kind, () => (mg.ended = true));
+  }
+  mg.queue = async () => {
+    mg.ended = false;
+    await app.queuePrompt(0, 1);
+  };
+})()
+"""
+READY = """!!(window.app?.extensionManager?.workflow?.activeWorkflow && window.app.graph && window.comfyAPI?.api?.api
+  && window.LiteGraph?.registered_node_types?.MemorizationGuard)"""
+# Counts the observers that are at work.
+INIT = """
+window.watching = new Set();
+for (const kind of ["ResizeObserver", "MutationObserver"]) {
+  const Kind = window[kind];
+  window[kind] = class extends Kind {
+    observe(target, ...rest) {
+      if (target.matches?.(".mg-view, html, body")) window.watching.add(this);
+      super.observe(target, ...rest);
+    }
+    disconnect() { window.watching.delete(this); super.disconnect(); }
+  };
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def browser(server):
+    if not Path(CHROMIUM).exists():
+        pytest.skip(f"{CHROMIUM} is not there")
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with playwright.sync_playwright() as started:
+        chromium = started.chromium.launch(executable_path=CHROMIUM, args=SWITCHES)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def page(server, browser):
+    """The frontend, opened; at the end nothing may have been logged as an error."""
+    context = browser.new_context(viewport={"width": 1500, "height": 950}, color_scheme="dark")
+    context.add_init_script(INIT)
+    page = context.new_page()
+    page.errors = []
+    page.steps = []  # (bytes, data) of each live step
+    page.on("console", lambda message: message.type == "error" and page.errors.append(message.text))
+    page.on("pageerror", lambda error: page.errors.append(f"{error.message}\n{error.stack}"))
+    page.on("websocket", lambda socket: socket.on("framereceived", lambda frame: note(page, frame)))
+    page.set_default_timeout(60_000)
+    show(page, server.url)
+    page.evaluate("on => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)", VUE_NODES)
+    yield page
+    server.interrupt()
+    errors = [text for text in page.errors if not OF_THE_HOST.search(text)]
+    context.close()
+    assert not errors
+
+
+def note(page, frame):
+    if isinstance(frame, str) and '"memorization_guard"' in frame:
+        message = json.loads(frame)
+        if message["type"] == "memorization_guard" and message["data"]["kind"] == "step":
+            page.steps.append((len(frame), message["data"]))
+
+
+def show(page, url=None):
+    """Opens or reloads the frontend; what it logs by itself meanwhile is not ours."""
+    before = list(page.errors)
+    page.goto(url) if url else page.reload()
+    page.wait_for_function(READY)
+    page.wait_for_timeout(1500)  # it goes on loading, and closes nothing that is open
+    page.keyboard.press("Escape")  # the templates that a newer frontend greets with
+    ours = [text for text in page.errors[len(before) :] if "memorization" in text.lower() or "/extensions/" in text]
+    page.errors[:] = before + ours
+    page.evaluate(HELPERS)
+
+
+def build(page, *guards):
+    defaults = {"prompt": MEMORIZED, "steps": 30, "batch": 1, "seed": time.time_ns() % 10**9, "mode": "trace"}
+    built = page.evaluate("guards => mg.build(guards)", [defaults | guard for guard in guards or ({},)])
+    page.evaluate("() => { app.canvas.ds.offset = [0, 0]; app.canvas.ds.scale = 0.6; app.canvas.setDirty(true, true); }")
+    capture(page)
+    return built if len(guards) > 1 else built[0]
+
+
+def capture(page):
+    """As after a click: the frontend looks whether something was edited."""
+    page.evaluate("() => (mg.tracker().captureCanvasState ?? mg.tracker().checkState).call(mg.tracker())")
+    page.wait_for_timeout(200)
+
+
+def start(page):
+    page.evaluate("() => mg.queue()")
+
+
+def wait_end(page):
+    page.wait_for_function("mg.ended")
+    page.wait_for_timeout(250)  # the last drawing
+
+
+def queue(page):
+    start(page)
+    wait_end(page)
+
+
+def points(page, node):
+    return page.evaluate("id => mg.points(id)", node)
+
+
+def label(page, node):
+    return page.evaluate("id => mg.label(id)", node)
+
+
+def wait_points(page, node, count):
+    page.wait_for_function("([id, count]) => mg.points(id) >= count", arg=[node, count])
+
+
+def test_graph_grows_while_sampling(page):
+    ids = build(page, {"steps": 200, "batch": 2})
+    page.evaluate("id => void mg.watchDraws(id)", ids["guard"])
+    start(page)
+    seen = []
+    while not page.evaluate("mg.ended"):
+        seen.append(points(page, ids["guard"]))
+        page.wait_for_timeout(100)
+    wait_end(page)
+    assert len({count for count in seen if 0 < count < 200}) >= 5
+    assert seen == sorted(seen)
+    assert page.evaluate("id => mg.curves(id)", ids["guard"]) == [200, 200]
+    draws = page.evaluate("mg.draws")
+    assert max(sum(at <= each < at + 1000 for each in draws) for at in draws) <= 21
+    assert [data["step"] for _, data in page.steps] == list(range(200))
+    assert {data["node"] for _, data in page.steps} == {ids["guard"]}
+    assert max(size for size, _ in page.steps) < 1500
+
+
+def test_summary_survives_reload_and_cache(page):
+    ids = build(page)
+    queue(page)
+    for node in (ids["guard"], ids["report"]):
+        assert re.search(r"Image 1: (mild|strong), left the region at step \d+, S_mem \d", label(page, node))
+        assert points(page, node) == 30
+    before = label(page, ids["guard"])
+    assert "so far" not in before
+    page.wait_for_timeout(1500)  # newer frontends write their drafts after a while
+    show(page)
+    page.wait_for_function("id => mg.points(id) === 30", arg=ids["guard"])
+    assert label(page, ids["guard"]) == before
+    assert "run of" in page.evaluate("id => mg.box(id).innerText", ids["guard"])
+    steps = len(page.steps)
+    queue(page)
+    assert len(page.steps) == steps  # all of it came from the cache
+    assert label(page, ids["guard"]) == label(page, ids["report"]) == before
+    assert page.evaluate("id => JSON.stringify(mg.kept(id)).length", ids["guard"]) < 6000
+
+
+def test_reload_in_the_middle_of_a_run(page):
+    ids = build(page, {"steps": 400, "batch": 2})
+    start(page)
+    wait_points(page, ids["guard"], 3)
+    show(page)
+    wait_end(page)
+    assert page.evaluate("id => mg.curves(id)", ids["guard"]) == [400, 400]
+
+
+def test_nothing_but_a_message_where_the_cache_left_nothing(page):
+    ids = build(page, {"seed": 4})
+    queue(page)
+    build(page, {"seed": 4})  # new nodes of the same ids, as in a workflow that is opened again from an image
+    assert "draws itself" in label(page, ids["guard"])
+    queue(page)
+    assert "cache" in label(page, ids["guard"]) or points(page, ids["guard"]) == 30
+    assert points(page, ids["report"]) == 30
+
+
+def test_run_is_no_edit(page):
+    ids = build(page)
+    queue(page)
+    capture(page)  # of the host's own: the order of the nodes, the preview's widget
+    page.evaluate("([sampler]) => mg.set(mg.node(sampler), 'steps', 12)", ids["samplers"])
+    capture(page)
+    before = page.evaluate("() => mg.tracker().undoQueue.length")
+    queue(page)
+    capture(page)
+    assert points(page, ids["guard"]) == 12
+    assert page.evaluate("() => mg.tracker().undoQueue.length") == before
+    page.evaluate("() => mg.tracker().undo()")
+    steps = "([sampler]) => mg.node(sampler)?.widgets.find((each) => each.name === 'steps').value === 30"
+    page.wait_for_function(steps, arg=ids["samplers"])
+    page.wait_for_function("id => mg.points(id) === 12", arg=ids["guard"])  # the edit is undone, what was seen is not
+    assert points(page, ids["report"]) == 12
+
+
+def test_saved_image_holds_no_earlier_run(page, server):
+    ids = build(page)
+    queue(page)
+    assert len(page.evaluate("id => mg.kept(id)", ids["guard"])) == 1
+    page.evaluate("([sampler]) => mg.set(mg.node(sampler), 'seed', 1 + Math.floor(1e9 * Math.random()))", ids["samplers"])
+    queue(page)
+    prompt = max(server.get("/history").values(), key=lambda entry: entry["prompt"][0])["prompt"]
+    nodes = prompt[3]["extra_pnginfo"]["workflow"]["nodes"]
+    assert any(node["type"] == "MemorizationGuard" for node in nodes)
+    assert not any("stability_runs" in node["properties"] for node in nodes)
+    assert len(page.evaluate("id => mg.kept(id)", ids["guard"])) == 1
+
+
+def test_two_samplers_on_one_guard(page):
+    ids = build(page, {"samplers": 2})
+    queue(page)
+    buttons = page.evaluate(
+        "id => [...mg.box(id).firstChild.querySelectorAll('button')].map((each) => each.textContent)", ids["guard"]
+    )
+    assert buttons == ["run 1", "run 2"]
+    assert points(page, ids["guard"]) == 40
+    page.evaluate("id => mg.box(id).firstChild.querySelector('button').click()", ids["guard"])
+    page.wait_for_function("id => mg.points(id) === 30", arg=ids["guard"])
+    page.evaluate("id => mg.node(id).onConfigure({})", ids["guard"])
+    assert len(page.evaluate("id => mg.kept(id)", ids["guard"])) == 2
+
+
+def test_two_guards_do_not_mix(page):
+    first, second = build(page, {"steps": 30}, {"steps": 50, "prompt": ORDINARY})
+    queue(page)
+    assert [points(page, each[kind]) for each in (first, second) for kind in ("guard", "report")] == [30, 30, 50, 50]
+    assert len({data["run"] for _, data in page.steps}) == 2
+    assert page.evaluate("id => mg.kept(id).length", first["guard"]) == 1
+
+
+def test_inside_a_subgraph(page):
+    ids = build(page)
+    outer = page.evaluate(
+        """([guard, sampler]) => {
+          const items = new Set([mg.node(guard), mg.node(sampler)]);
+          return String(app.graph.convertToSubgraph(items).node.id);
+        }""",
+        [ids["guard"], ids["samplers"][0]],
+    )
+    inner = page.evaluate("outer => mg.node(outer).subgraph.nodes.find((each) => each.type === 'MemorizationGuard').id", outer)
+    queue(page)
+    assert {data["node"] for _, data in page.steps} == {f"{outer}:{inner}"}
+    assert len(page.evaluate("id => mg.kept(id)", f"{outer}:{inner}")) == 1
+    page.evaluate("outer => app.canvas.setGraph(mg.node(outer).subgraph)", outer)
+    page.wait_for_function("id => mg.points(id) === 30", arg=f"{outer}:{inner}")
+    assert points(page, ids["report"]) in (0, 30)  # not on show now
+
+
+def test_interrupted_run_says_so(page):
+    ids = build(page, {"steps": 500})
+    start(page)
+    wait_points(page, ids["guard"], 5)
+    page.evaluate("() => mg.api.interrupt()")
+    wait_end(page)
+    assert re.search(r"after \d+ of 500 steps", page.evaluate("id => mg.box(id).innerText", ids["guard"]))
+    assert "Sampling" not in label(page, ids["guard"])
+    assert 5 <= points(page, ids["guard"]) < 500
+
+
+def test_note_is_readable(page):
+    ids = build(page, {"steps": 20})
+    queue(page)
+    note = page.locator(".mg-note").first
+    assert "does not fit" in note.text_content()
+    assert note.evaluate("(element) => element.scrollHeight <= element.clientHeight + 1")
+    assert points(page, ids["guard"]) == 20
+
+
+def test_other_workflow_is_left_alone(page):
+    """A run goes on while a copy of its workflow, whose nodes have the same ids, is on show."""
+    ids = build(page, {"steps": 400, "batch": 2})
+    start(page)
+    wait_points(page, ids["guard"], 3)
+    first = page.evaluate("() => app.extensionManager.workflow.activeWorkflow.path")
+    state = page.evaluate("() => JSON.parse(JSON.stringify(mg.tracker().activeState))")
+    page.evaluate("state => app.loadGraphData(state, true, true, null)", state)
+    assert page.evaluate("() => app.extensionManager.workflow.activeWorkflow.path") != first
+    for _ in range(5):
+        assert points(page, ids["guard"]) == 0
+        page.wait_for_timeout(200)
+    assert not page.evaluate("mg.ended")
+    back = """async path => {
+      const { workflow } = app.extensionManager;
+      const target = workflow.openWorkflows.find((each) => each.path === path);
+      await app.loadGraphData(JSON.parse(JSON.stringify(target.activeState)), true, true, target);
+    }"""
+    second = page.evaluate("() => app.extensionManager.workflow.activeWorkflow.path")
+    page.evaluate(back, first)
+    wait_points(page, ids["guard"], 3)
+    assert points(page, ids["guard"]) < 400
+    page.evaluate(back, second)
+    wait_end(page)
+    assert points(page, ids["guard"]) == points(page, ids["report"]) == 0
+    page.evaluate(back, first)
+    page.wait_for_function("id => mg.points(id) === 400", arg=ids["guard"])
+    assert points(page, ids["report"]) == 400
+
+
+def test_copies_and_deleted_nodes(page):
+    ids = build(page, {"steps": 300})
+    before = page.evaluate("() => window.watching.size")
+    page.evaluate(
+        """id => {
+      for (let i = 0; i < 5; i++) {
+        const copy = mg.node(id).clone();
+        app.graph.add(copy);
+        app.graph.remove(copy);
+        mg.node(id).clone();
+        LiteGraph.createNode("MemorizationGuard");
+      }
+    }""",
+        ids["guard"],
+    )
+    assert page.evaluate("() => window.watching.size") == before
+    start(page)
+    wait_points(page, ids["guard"], 3)
+    copy = page.evaluate(
+        "id => { const copy = mg.node(id).clone(); app.graph.add(copy); return String(copy.id); }", ids["guard"]
+    )
+    assert points(page, copy) == 0
+    page.evaluate("id => app.graph.remove(mg.node(id))", ids["guard"])
+    wait_end(page)
+    assert points(page, copy) == 0
+    assert points(page, ids["report"]) == 300
+
+
+@pytest.mark.parametrize("theme", ["dark", "light"])
+def test_follows_the_theme(page, theme):
+    ids = build(page)
+    page.evaluate("theme => app.extensionManager.setting.set('Comfy.ColorPalette', theme)", theme)
+    page.wait_for_function(
+        "([id, theme]) => mg.box(id).querySelector('.mg-view').dataset.mgTheme === theme", arg=[ids["guard"], theme]
+    )
+    page.evaluate("() => app.extensionManager.setting.set('Comfy.ColorPalette', 'dark')")
