@@ -89,6 +89,8 @@ class Judgement:
         row: the row of the profile that the step was held against.
         update_score: ``s_delta``. ``denoised_score``: ``s_x0``. Not finite where the norm is not.
         correct: whether the step is to be corrected.
+        steer: whether the next step is to be made with the steering guidance, where a host can give another prediction: from
+            the trigger on and until update and x0 norm are both back inside.
         strong: whether the correction is the strong one.
         state: the verdict so far.
     """
@@ -97,6 +99,7 @@ class Judgement:
     update_score: np.ndarray
     denoised_score: np.ndarray
     correct: np.ndarray
+    steer: np.ndarray
     strong: np.ndarray
     state: list[Verdict]
 
@@ -144,13 +147,14 @@ class Detector:
         self.trigger_step[fresh] = step
         self.strong |= fresh & (denoised_score > self.thresholds.tau_strong)
         self._steered |= outside & (np.minimum(update_score, denoised_score) > self.thresholds.tau_steer)
+        steer = self._finite & self._steered & ((update_score > tau) | (denoised_score > tau)) & steering
         if steering:
             correct = outside & self._steered
         else:
             early = row < self.thresholds.mild_limit(self.profile.steps)
             correct = outside & (self.trigger_step >= 0) & (self.strong | early)
         state = [self.verdict(sample) for sample in range(len(outside))]
-        return Judgement(row, update_score, denoised_score, correct, self.strong.copy(), state)
+        return Judgement(row, update_score, denoised_score, correct, steer, self.strong.copy(), state)
 
     def copy(self) -> Detector:
         """A detector that has seen the same, and goes its own way from here."""

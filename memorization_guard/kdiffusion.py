@@ -146,10 +146,11 @@ class SamplerWatch:
         return self._calls >= self._expected and _same(float(call.sigma.flatten()[0]), following)
 
     def _after_call(self, call: _Call) -> Tensor | None:
-        if self._editable or self._presumed is None or call.denoised is None:
+        if not self.monitor.corrects or call.denoised is None:
             return None
         cond, uncond, _ = call.guidance or (None, None, None)
-        return self.monitor.corrected_prediction(call.denoised, cond, uncond)
+        begins = self._presumed is not None and self._presumed.call is call
+        return self.monitor.corrected_prediction(call.denoised, cond, uncond, begins=begins, editable=self._editable)
 
     def _take_back(self) -> None:
         """The presumed start was none."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections import deque
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -104,7 +105,9 @@ class StabilityMonitor:
         self._judgements: list[Judgement | None] = []
         self._corrected: dict[int, np.ndarray] = {}  # step -> [2, B] latent and update norm, NaN where not corrected
         self._before: Detector | None = None  # the detector as it was before the last step, for retract()
-        self._predictions_corrected: np.ndarray | None = None  # [B] bool, of the step under way
+        self._replaced: np.ndarray | None = None  # [B] bool, samples whose predictions are replaced in the step under way
+        self._replaced_before: tuple[np.ndarray | None, Tensor | None] = (None, None)  # of the last step, for retract()
+        self._given: Tensor | None = None  # the clean latent that the step under way is made with, if it is another
         #: Whether the sampler took other noise levels than its schedule's.
         self.off_schedule = False
         self._ended: str | None = None
@@ -130,8 +133,7 @@ class StabilityMonitor:
             sigma: noise level before the step, in the model's own convention (see :class:`RunSettings`).
             x0_coefficient: coefficient of x0 in ``z_next``, ``sqrt(abar_{i+1})``.
             eps_cond, eps_uncond: noise predictions with and without the prompt, where guidance computed both.
-            editable: whether the sampler would go on with a changed latent; where not, :meth:`corrected_prediction` is
-                the way to correct.
+            editable: whether the sampler would go on with a changed latent; :meth:`corrected_prediction` is the other way.
 
         Returns:
             ``z_next`` itself where nothing was corrected; otherwise a new tensor, in which samples that were not corrected
@@ -156,7 +158,15 @@ class StabilityMonitor:
         eps_uncond: Tensor | None,
         editable: bool,
     ) -> Tensor:
-        step = _Step(sigma, _measure(z_prev, z_next, x0, eps_cond, eps_uncond))
+        replaced, given = self._replaced_before = self._replaced, self._given
+        self._replaced = self._given = None
+        proposed = z_next
+        if given is not None:
+            # What the step would have been with the network's own prediction, to first order: z_next = a x0 + b eps.
+            level = NoiseLevel.from_model(sigma, self.settings.prediction_type)
+            response = x0_coefficient - math.sqrt(max(0.0, 1.0 - x0_coefficient**2)) * level.alpha / level.beta
+            proposed = widened(z_next) + response * (widened(x0) - given)
+        step = _Step(sigma, _measure(z_prev, proposed, x0, eps_cond, eps_uncond))
         if self._steps and len(self._steps[0].measures[0]) != len(step.measures[0]):
             raise ValueError(
                 f"the batch went from {len(self._steps[0].measures[0])} to {len(step.measures[0])} samples within a "
@@ -172,42 +182,63 @@ class StabilityMonitor:
 
         self._judge_all()
         judgement = self._judgements[-1]
-        if self._predictions_corrected is not None:
-            self._note_corrected(len(self._steps) - 1, self._predictions_corrected, *step.measures[:2])
-            self._predictions_corrected = None
+        if replaced is not None:
+            norms = sample_norm(z_next), sample_norm(widened(z_next) - z_prev)
+            self._note_corrected(len(self._steps) - 1, replaced, *norms)
         if editable and judgement is not None and judgement.correct.any():
-            z_next = self._corrected_latent(judgement, z_prev, z_next, x0, x0_coefficient, eps_cond, eps_uncond)
+            z_next = self._corrected_latent(judgement, z_prev, z_next, x0, x0_coefficient, eps_cond, eps_uncond, replaced)
         self._emit(len(self._steps) - 1)
         return z_next
 
     @torch.no_grad()
-    def corrected_prediction(self, x0: Tensor, x0_cond: Tensor | None = None, x0_uncond: Tensor | None = None) -> Tensor:
-        """The clean latent that the step under way is to be made with, for samplers that do not go on with a changed latent.
+    def corrected_prediction(
+        self,
+        x0: Tensor,
+        x0_cond: Tensor | None = None,
+        x0_uncond: Tensor | None = None,
+        *,
+        begins: bool = True,
+        editable: bool = True,
+    ) -> Tensor:
+        """The clean latent that the step under way is to be made with, for hosts that can give the sampler another one.
 
-        Samples that the last step judged to be corrected get the prediction of another guidance scale, or where there is no
-        guidance the reference norm; what changes is this step, not the last one.
+        Samples that the last step judged to be corrected get the prediction of the steering guidance: exact for every solver,
+        noise and history included, where moving the latent afterwards supposes a first-order step. Where there is no guidance
+        to steer by and the latent cannot be changed either, x0 is rescaled to its reference norm.
 
         Args:
             x0: clean latent that the network predicted, after guidance, ``[B, ...]``.
             x0_cond, x0_uncond: its predictions with and without the prompt.
+            begins: whether this is the first evaluation of its step; further ones follow what was decided there.
+            editable: as for :meth:`step`.
 
         Returns:
             ``x0`` itself where nothing is corrected.
         """
-        judgement = self._judgements[-1] if self._judgements and self.corrects and self.error is None else None
-        if judgement is None or not judgement.correct.any():
+        if self.error is not None or not self.corrects:
             return x0
         try:
-            chosen = np.flatnonzero(judgement.correct)
-            index = torch.as_tensor(chosen, device=x0.device)
-            if (guidance := self.thresholds.steering_guidance) is not None and x0_cond is not None and x0_uncond is not None:
+            guidance = self.thresholds.steering_guidance
+            steering = guidance is not None and x0_cond is not None and x0_uncond is not None
+            if begins:
+                judgement = self._judgements[-1] if self._judgements else None
+                self._given = self._replaced = None
+                if judgement is not None and (steering or not editable):
+                    self._replaced = judgement.steer if steering else judgement.correct
+            if self._replaced is None or not self._replaced.any():
+                self._replaced = None
+                return x0
+            index = torch.as_tensor(np.flatnonzero(self._replaced), device=x0.device)
+            if guidance is not None and x0_cond is not None and x0_uncond is not None:
                 wanted = torch.lerp(x0_uncond[index].float(), x0_cond[index].float(), guidance)
             else:
                 assert self.profile is not None
-                row = min(judgement.row + 1, self.profile.steps - 1)
+                row = min((self.profile.find(self._steps[-1].sigma) or 0) + 1, self.profile.steps - 1)
                 wanted = rescale(x0[index].float(), float(self.profile.mean[row, NORMS.index("denoised")]))
-            self._predictions_corrected = judgement.correct
-            return x0.index_copy(0, index, wanted.to(x0.dtype))
+            given = x0.index_copy(0, index, wanted.to(x0.dtype))
+            if begins:
+                self._given = given
+            return given
         except Exception as error:
             self.fail(error)
             return x0
@@ -220,6 +251,7 @@ class StabilityMonitor:
             taken.pop()
         self._corrected.pop(len(self._steps), None)
         self._detector = self._before
+        self._replaced, self._given = self._replaced_before
 
     @property
     def corrects(self) -> bool:
@@ -263,6 +295,7 @@ class StabilityMonitor:
         x0_coefficient: float,
         eps_cond: Tensor | None,
         eps_uncond: Tensor | None,
+        replaced: np.ndarray | None,
     ) -> Tensor:
         assert self.profile is not None
         chosen = np.flatnonzero(judgement.correct)
@@ -283,6 +316,10 @@ class StabilityMonitor:
                     x0_coefficient=x0_coefficient,
                     guidance=guidance,
                 )
+        if replaced is not None:
+            # Where the step was made with another prediction already, it only has to lie in its region.
+            made = torch.as_tensor(replaced[chosen], device=z_next.device).view(-1, *(1,) * (z_next.ndim - 1))
+            steered = z_next[index] if steered is None else torch.where(made, z_next[index].float(), steered)
         after = correct(
             before,
             z_next[index],

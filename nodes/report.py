@@ -153,17 +153,15 @@ class MemorizationGate(io.ComfyNode):
 
 
 def _runs_behind(hidden: Any, trace: TraceLog) -> list[Run]:
-    """The runs that led to this node's image or latent: those of the sampler nodes before it."""
-    before: set[str] = set()
-    node = hidden.dynprompt.get_node(hidden.unique_id)
-    waiting = [str(link[0]) for name, link in node["inputs"].items() if name in ("latent", "image") and isinstance(link, list)]
-    while waiting:
-        if (current := waiting.pop()) in before:
-            continue
-        before.add(current)
-        inputs = hidden.dynprompt.get_node(current)["inputs"]
-        waiting += [str(link[0]) for link in inputs.values() if isinstance(link, list) and len(link) == 2]
-    return trace.runs(before)
+    """The runs that led to this node's image or latent."""
+    prompt = hidden.dynprompt
+
+    def get_node(node: str) -> Any:
+        return prompt.get_node(node) if prompt.has_node(node) else None
+
+    inputs = get_node(hidden.unique_id)["inputs"]
+    links = [inputs[name] for name in ("latent", "image") if isinstance(inputs.get(name), list)]
+    return trace.runs_behind(get_node, [str(link[0]) for link in links])
 
 
 def _by_image(runs: list[list[Trace]], count: int) -> list[Trace]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 import logging
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,10 +37,12 @@ _KEEP_ANOTHER_LATENT = ("lcm", "sa_solver", "sa_solver_pece")
 
 @dataclass(frozen=True)
 class Run:
-    """One run of a sampler, and the node that ran it."""
+    """One run of a sampler: the node that ran it, in which prompt, and out of what (see :func:`lineage`)."""
 
     name: str
     sampler_node: str
+    prompt_id: str
+    made_from: str | None
     monitor: StabilityMonitor
 
     @property
@@ -51,28 +55,65 @@ class Run:
 class TraceLog:
     """The runs that a guard saw: what its TRACE output carries.
 
-    It is filled while the sampler runs, after the guard's own node is done; a run that comes again, under the same node and
-    place in its list, takes the place of the earlier one.
+    It is filled while the sampler runs, after the guard's own node is done. ComfyUI keeps it as long as the guard's node is
+    cached, so it holds runs of earlier prompts too, of which some are still what the samplers' cached results came from.
     """
 
     mode: str
-    _runs: dict[tuple[str, int], tuple[str, list[Run]]] = field(default_factory=dict)
+    _runs: dict[tuple[str, int], list[Run]] = field(default_factory=dict)
 
     def begin(self, monitor: StabilityMonitor) -> Run:
         """Enters the run that is about to begin."""
         context = get_executing_context()
-        prompt, node, index = (context.prompt_id, context.node_id, context.list_index or 0) if context else ("", "", 0)
-        earlier_prompt, runs = self._runs.pop((node, index), (prompt, []))
-        # Some nodes sample many times in one execution (tiles, detailers): those belong together.
-        runs = runs if earlier_prompt == prompt else []
-        run = Run(f"{prompt}:{node}:{index}:{len(runs)}", node, monitor)
-        self._runs[node, index] = (prompt, [*runs, run])
+        prompt_id, node, index = (context.prompt_id, context.node_id, context.list_index or 0) if context else ("", "", 0)
+        # Some nodes sample many times in one execution (tiles, detailers): those belong together, and take the place of
+        # what the same node did in an earlier prompt.
+        runs = [run for run in self._runs.pop((node, index), []) if run.prompt_id == prompt_id]
+        prompt = _running_prompt(prompt_id)
+        made_from = lineage(prompt.get, node)[1] if prompt is not None else None
+        run = Run(f"{prompt_id}:{node}:{index}:{len(runs)}", node, prompt_id, made_from, monitor)
+        self._runs[node, index] = [*runs, run]
         return run
 
-    def runs(self, sampler_nodes: set[str] | None = None) -> list[Run]:
-        """The runs in order, or those of some nodes."""
-        every: Iterator[Run] = (run for _, runs in self._runs.values() for run in runs)
-        return [run for run in every if sampler_nodes is None or run.sampler_node in sampler_nodes]
+    def runs(self) -> list[Run]:
+        """The runs in order."""
+        return [run for runs in self._runs.values() for run in runs]
+
+    def runs_behind(self, get_node: Callable[[str], Mapping[str, Any] | None], nodes: Iterable[str]) -> list[Run]:
+        """The runs that ``nodes`` and what stands before them rest on, in the prompt that ``get_node`` gives nodes of.
+
+        A run of an earlier prompt counts if its sampler's node is made from the same as it was then: otherwise the number has
+        gone to another node, or the node to another model.
+        """
+        context = get_executing_context()
+        before = set().union(*(lineage(get_node, node)[0] for node in nodes))
+        found = []
+        for run in self.runs():
+            if run.sampler_node in before:
+                now = context is not None and run.prompt_id == context.prompt_id
+                if now or (run.made_from is not None and run.made_from == lineage(get_node, run.sampler_node)[1]):
+                    found.append(run)
+        return found
+
+
+def lineage(get_node: Callable[[str], Mapping[str, Any] | None], node: str) -> tuple[set[str], str]:
+    """A node and all before it in a prompt, and a hash of their types, inputs and links."""
+    found: dict[str, Any] = {}
+    waiting = [node]
+    while waiting:
+        current = waiting.pop()
+        if current in found or (content := get_node(current)) is None:
+            continue
+        found[current] = (content["class_type"], content["inputs"])
+        waiting += [str(link[0]) for link in content["inputs"].values() if isinstance(link, list) and len(link) == 2]
+    return set(found), hashlib.sha256(json.dumps(sorted(found.items()), default=repr).encode()).hexdigest()
+
+
+def _running_prompt(prompt_id: str) -> Mapping[str, Any] | None:
+    """The prompt as it was queued; nodes that other nodes expand into are not in it."""
+    queue = getattr(getattr(PromptServer, "instance", None), "prompt_queue", None)
+    items = queue.currently_running.values() if queue is not None else ()
+    return next((item[2] for item in items if item[1] == prompt_id), None)
 
 
 def guard(

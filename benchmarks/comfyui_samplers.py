@@ -1,0 +1,160 @@
+"""What the guard sees and does with every sampler of a ComfyUI, on the lab model: the table in docs/comfyui.md.
+
+    COMFYUI_PATH=/path/to/ComfyUI /path/to/its/python benchmarks/comfyui_samplers.py
+
+Names of samplers after the command print their rows only. For each sampler a profile is calibrated from reference prompts;
+then memorized and ordinary prompts of the tuning split are sampled without the guard, traced, and mitigated, from the same
+noise. Takes about a quarter of an hour on one core.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+DOCUMENT = REPOSITORY / "docs" / "comfyui.md"
+BEGIN, END = "<!-- samplers: begin -->", "<!-- samplers: end -->"
+
+STEPS, CFG, SCHEDULER = 20, 7.5, "normal"
+#: The scale of CFG++ is another one, of 1 to 2.
+CFG_PP = 1.5
+REFERENCES, IMAGES = 24, 8
+
+
+def load() -> Any:
+    """ComfyUI's modules on the path, and this repository as a pack of it: ``module("nodes.lab")`` gives a module."""
+    sys.path.insert(0, os.environ["COMFYUI_PATH"])
+    sys.argv = ["main.py", "--cpu", "--disable-api-nodes"]
+    import comfy.options
+
+    comfy.options.enable_args_parsing()
+    import main  # noqa: F401
+
+    import nodes
+
+    if not asyncio.run(nodes.load_custom_node(str(REPOSITORY))):
+        raise SystemExit("ComfyUI could not load the pack")
+    name = str(REPOSITORY).replace(".", "_x_")
+    return lambda part: importlib.import_module(f".{part}", name)
+
+
+class Lab:
+    """The lab model, sampled by ComfyUI."""
+
+    def __init__(self, module: Any) -> None:
+        self.sampling, self.lab = module("nodes.sampling"), module("memorization_guard.lab")
+        self.calibration = module("memorization_guard.calibration")
+        self.model, self.clip, self.vae, _ = module("nodes.lab").LoadLabModel.execute().args
+
+    def sample(self, prompts: list[str], sampler: str, seed: int, **guard: Any) -> tuple[Any, Any, Any]:
+        """Latents of the prompts, the guard's only run and the seconds it took; unguarded without ``mode``."""
+        import comfy.sample
+        import torch
+
+        cfg = CFG_PP if sampler.endswith("cfg_pp") else CFG
+        model, log = self.sampling.guard(self.model, **guard) if guard else (self.model, None)
+        encoded = [self.clip.encode_from_tokens_scheduled(self.clip.tokenize(prompt)) for prompt in prompts]
+        positive = [[torch.cat([one[0][0] for one in encoded]), {}]]
+        negative = [[self.clip.encode_from_tokens_scheduled(self.clip.tokenize(""))[0][0], {}]]
+        latent = torch.zeros(len(prompts), 4, 16, 16)
+        noise = torch.cat([comfy.sample.prepare_noise(latent[:1], seed + i) for i in range(len(prompts))])
+        began = time.perf_counter()
+        with torch.inference_mode():
+            samples = comfy.sample.sample(
+                model, noise, STEPS, cfg, sampler, SCHEDULER, positive, negative, latent, disable_pbar=True, seed=seed
+            )
+        return samples, log.runs()[0] if log else None, time.perf_counter() - began
+
+    def copies(self, latents: Any, prompts: list[str]) -> int:
+        """How many of the latents are copies of what was duplicated under their prompts."""
+        import torch
+
+        with torch.inference_mode():
+            images = (self.vae.decode(latents).clamp(0, 1) * 255).round().byte().numpy()
+        scores = [self.lab.copy_score(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
+        return sum(score > self.lab.COPY_THRESHOLD for score in scores)
+
+
+def row(lab: Lab, sampler: str) -> list[str]:
+    """The table's row of one sampler."""
+    import torch
+
+    exact = (lab.lab.prompts("exact", "tuning") * 2)[:IMAGES]
+    ordinary = lab.lab.prompts("ordinary", "tuning")[:IMAGES]
+    plain, _, _ = lab.sample(exact, sampler, 100)
+    traced, run, _ = lab.sample(exact, sampler, 100, mode="trace")
+    identical = "yes" if torch.equal(plain, traced) else "**no**"
+    seen = f"{run.traces[0].steps} of {STEPS}"
+    before = lab.copies(plain, exact)
+    if run.monitor.off_schedule:
+        return [sampler, seen, identical, "not scored", "-", f"{before} of {IMAGES}", "-", "-"]
+
+    references = lab.calibration.ReferenceRuns(None, sampler)
+    prompts = lab.lab.prompts("reference")[:REFERENCES]
+    references.add(lab.sample(prompts, sampler, 1000, mode="trace")[1].traces, len(prompts))
+    profile, _ = references.profile()
+    mitigated, run, _ = lab.sample(exact, sampler, 100, mode="mitigate", profile=profile)
+    triggered = sum(trace.trigger_step is not None for trace in run.traces)
+    _, untouched, _ = lab.sample(ordinary, sampler, 200, mode="mitigate", profile=profile)
+    touched = sum(bool(trace.mitigated.any()) for trace in untouched.traces)
+    return [
+        sampler,
+        seen,
+        identical,
+        f"{triggered} of {IMAGES}",
+        _first_corrected(run.traces),
+        f"{before} of {IMAGES}",
+        f"{lab.copies(mitigated, exact)} of {IMAGES}",
+        f"{touched} of {IMAGES}",
+    ]
+
+
+def _first_corrected(traces: list[Any]) -> str:
+    """How many images were corrected, and from which step on."""
+    first = [int(trace.mitigated.argmax()) for trace in traces if trace.mitigated.any()]
+    return f"{len(first)} of {len(traces)}" + (f", from step {statistics.median(first):g}" if first else "")
+
+
+def main() -> None:
+    """Measures every sampler, printing rows as they come, and puts the table into the document."""
+    arguments = sys.argv[1:]
+    lab = Lab(load())
+    import comfy.samplers
+    from comfyui_version import __version__
+
+    head = [
+        "sampler",
+        "steps seen",
+        "bit-identical",
+        "corrected",
+        "triggered",
+        "copies without",
+        "with mitigation",
+        "ordinary touched",
+    ]
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    chosen = arguments or comfy.samplers.KSampler.SAMPLERS
+    for sampler in chosen:
+        lines.append("| " + " | ".join(row(lab, sampler)) + " |")
+        print(lines[-1], flush=True)
+    if arguments:
+        return
+    said = (
+        f"ComfyUI {__version__}, lab model, {STEPS} steps, scheduler {SCHEDULER}, cfg {CFG} (CFG++ {CFG_PP}), a profile "
+        f"from {REFERENCES} reference prompts each, {IMAGES} memorized and {IMAGES} ordinary images of the tuning split."
+    )
+    text = DOCUMENT.read_text(encoding="utf-8")
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    DOCUMENT.write_text(before + BEGIN + "\n\n" + said + "\n\n" + "\n".join(lines) + "\n\n" + END + after, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
