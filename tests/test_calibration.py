@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memorization_guard import CalibrationError, Calibrator, RunSettings, Trace
+from memorization_guard.calibration import ReferenceRuns
 
 
 def runs(count, steps=5, seed=0, offset=0.0):
@@ -90,7 +91,9 @@ def test_merging_other_step_counts_and_odd_shapes_is_refused():
 
 def trace(norms, corrected=np.nan):
     steps = len(norms)
+    missing = ("update_score", "denoised_score", "guidance_norm", "alignment", "corrected_update_norm")
     return Trace(
+        **{name: np.full(steps, np.nan) for name in missing},
         sigma=np.arange(steps, 0, -1.0),
         latent_norm=norms[:, 0],
         update_norm=norms[:, 1],
@@ -113,3 +116,41 @@ def test_a_mitigated_run_is_no_reference():
     with pytest.raises(CalibrationError, match="mitigation off"):
         calibrator.add(trace(runs(1)[0], corrected=1.0))
     assert calibrator.left_out == {"mitigated": 1}
+
+
+def test_a_calibration_goes_on_from_its_file_and_belongs_to_one_identity(tmp_path):
+    state = tmp_path / "state.json"
+    first = ReferenceRuns(state, ["a", 1])
+    first.add([trace(norms) for norms in runs(5)], 5)
+    again = ReferenceRuns(state, ["a", 1])
+    assert [t.to_dict() for t in again.traces] == [t.to_dict() for t in first.traces]
+    again.add([trace(norms) for norms in runs(9)[5:]], 4)
+    assert again.profile()[0].count == 9
+    with pytest.raises(CalibrationError, match="other prompts, settings or model"):
+        ReferenceRuns(state, ["a", 2])
+    state.write_text("{", encoding="utf-8")
+    with pytest.raises(CalibrationError, match="no state of a calibration"):
+        ReferenceRuns(state, ["a", 1])
+
+
+def test_a_batch_without_a_trace_for_every_prompt_is_refused():
+    references = ReferenceRuns(None, [])
+    with pytest.raises(CalibrationError, match="3 prompts gave 2 traces"):
+        references.add([trace(norms) for norms in runs(2)], 3)
+    assert references.traces == []
+
+
+def test_an_outlier_among_the_references_is_left_out_and_named(caplog):
+    ordinary = runs(30)
+    memorized = ordinary[3].copy()
+    memorized[1, 1:] *= 2.0
+    late = ordinary[4].copy()
+    late[-1, 1] *= 2.0  # the update alone, as ordinary images do in late steps
+    references = ReferenceRuns(None, [])
+    references.add([trace(norms) for norms in (*ordinary, memorized, late)], 32)
+    profile, left_out = references.profile()
+    assert list(left_out) == [30]
+    assert "outlier" in left_out[30]
+    assert profile.count == 31
+    assert profile.left_out == {"outlier": 1}
+    assert "Reference prompt 31 was left out" in caplog.text

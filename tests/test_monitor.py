@@ -1,5 +1,6 @@
 """The monitor: what it records, when it triggers, what it returns."""
 
+import json
 import logging
 import math
 
@@ -9,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memorization_guard import Calibrator, RunSettings, StabilityMonitor, Thresholds, Trace
+from memorization_guard import Calibrator, RunSettings, StabilityMonitor, StabilityProfile, Thresholds, Trace
+from memorization_guard.detection import Detector
 
 STEPS = 20
 SHAPE = (4, 8, 8)
@@ -327,3 +329,101 @@ def test_the_published_constants_are_the_defaults_and_scale_with_the_steps():
     assert (thresholds.tau_mild, thresholds.tau_strong, thresholds.gamma, thresholds.mild_steps) == (3, 14, 3, 10)
     assert [thresholds.mild_limit(n) for n in (50, 100, 20)] == [10, 20, 4]
     assert Thresholds.from_dict(thresholds.to_dict()) == thresholds
+
+
+def guidance_like(x0, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(x0.shape, generator=generator) for _ in range(2)]
+
+
+def test_steering_by_prediction_goes_on_until_both_norms_are_back():
+    settings = RunSettings(prediction_type="epsilon", sigmas=(4.0, 3.0, 2.0, 1.0, 0.5))
+    profile = StabilityProfile(mean=np.full((5, 3), 10.0), std=np.ones((5, 3)), count=50, settings=settings)
+    detector = Detector(profile, Thresholds(), 1)
+    seen = []
+    for sigma, update, denoised in zip(settings.sigmas, (16, 10, 16, 10, 10), (16, 15, 10, 10, 15), strict=True):
+        judgement = detector.judge(sigma, np.array([[10.0], [update], [denoised]]), steering=True)
+        seen.append((bool(judgement.steer[0]), bool(judgement.correct[0])))
+    assert seen == [(True, True), (True, False), (True, True), (False, False), (True, False)]
+
+
+def test_a_prediction_is_replaced_for_the_samples_that_left_and_for_no_other(profile):
+    monitor = StabilityMonitor(profile, mitigate=True)
+    replaced = []
+
+    def hook(i, z_next):
+        x0 = torch.ones_like(z_next)
+        cond, uncond = guidance_like(x0, i)
+        given = monitor.corrected_prediction(x0, cond, uncond)
+        if given is not x0:
+            assert torch.equal(given[0], x0[0])
+            assert torch.allclose(given[1], uncond[1] - (cond[1] - uncond[1]))
+            inner = monitor.corrected_prediction(2 * x0, cond, uncond, begins=False)
+            assert torch.equal(inner[0], 2 * x0[0])
+            assert torch.equal(inner[1], given[1])
+            replaced.append(i)
+        return z_next
+
+    run(monitor, batch=2, factors=[1.0, 6.0], guided=True, hook=hook)
+    assert replaced
+    assert replaced[0] == monitor.traces[1].trigger_step + 1
+    assert not monitor.traces[0].mitigated.any()
+    assert set(replaced) <= set(np.flatnonzero(monitor.traces[1].mitigated))
+
+
+def test_a_step_taken_back_leaves_no_trace(profile):
+    plain, tried = (StabilityMonitor(profile, mitigate=True) for _ in range(2))
+    run(plain, factors=[6.0])
+    first = True
+
+    def hook(i, z_next):
+        nonlocal first
+        if i == 6 and first:
+            first = False
+            tried.step(z_next, 3 * z_next, 5 * z_next, sigma=float(STEPS - i), x0_coefficient=0.3)
+            tried.retract()
+        return z_next
+
+    run(tried, factors=[6.0], hook=hook)
+    assert tried.traces[0].to_dict() == plain.traces[0].to_dict()
+
+
+def test_the_outline_tells_what_is_to_come():
+    settings = RunSettings(steps=5, sigmas=(5.0, 4.0, 3.0, 2.0, 1.0), end_sigma=0.0)
+    profile = StabilityProfile(mean=np.arange(15.0).reshape(5, 3), std=np.ones((5, 3)), count=50, settings=settings)
+    part = RunSettings(steps=2, sigmas=(2.0, 1.0), end_sigma=0.0)
+    outline = StabilityMonitor(profile, settings=part, mitigate=True).outline()
+    assert json.loads(json.dumps(outline)) == outline
+    assert (outline["steps"], outline["mitigation"], outline["reference_count"]) == (2, True, 50)
+    assert outline["bands"]["update"]["mean"] == [10.0, 13.0]
+    assert "less certainty" in outline["note"]
+    other = StabilityMonitor(profile, settings=RunSettings(steps=2, sigmas=(9.0, 1.0))).outline()
+    assert (other["bands"], other["reference_count"]) == ({}, None)
+    assert "does not fit" in other["note"]
+    assert StabilityMonitor().outline()["bands"] == {}
+
+
+def test_a_run_that_leaves_its_schedule_or_ends_early_is_said_to(profile):
+    left, ended = StabilityMonitor(profile), StabilityMonitor(profile)
+    for monitor in (left, ended):
+        run(monitor, steps=8)
+    left.leave_schedule()
+    ended.end("after 8 of 20 steps")
+    assert (left.traces[0].verdict, left.traces[0].score, left.traces[0].bands) == ("unscored", None, {})
+    assert "no fixed schedule" in left.traces[0].note
+    assert ended.traces[0].verdict == "unscored"
+    assert ended.traces[0].note == "The run ended early: after 8 of 20 steps"
+    assert ended.traces[0].score is not None
+
+
+def test_an_event_is_strict_json_and_small(profile):
+    events = []
+    monitor = StabilityMonitor(profile, mitigate=True, on_step=events.append)
+    run(monitor, batch=2, factors=[1.0, 6.0], hook=lambda i, z: z * (math.nan if i == 10 else 1.0))
+    for event in events:
+        text = json.dumps(event.to_dict(), allow_nan=False)
+        assert len(text) < 900
+    assert any(event.to_dict()["latent_norm"] == [None, None] for event in events)
+    corrected = next(event for event in events if event.mitigated[1]).to_dict()
+    assert corrected["corrected_latent_norm"][0] is None
+    assert corrected["corrected_latent_norm"][1] > 0

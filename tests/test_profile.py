@@ -152,3 +152,20 @@ def test_statistics_that_do_not_hold_together_are_refused(arguments):
 def test_the_statistics_cannot_be_changed_behind_the_profiles_back():
     with pytest.raises(ValueError, match="read-only"):
         profile().mean[0, 0] = 1.0
+
+
+@pytest.mark.parametrize(
+    ("sigmas", "end", "fits"),
+    [
+        ((3.0, 2.0, 1.0), 0.0, True),
+        ((3.0, 2.0), 1.0, True),
+        ((3.0, 2.0), 0.0, False),
+        ((2.0, 1.0), 0.0, True),
+        ((2.0, 1.0), 0.5, False),
+        ((3.0, 2.0), None, True),
+    ],
+)
+def test_a_last_step_that_goes_elsewhere_is_another_schedule(sigmas, end, fits):
+    settings = RunSettings(sigmas=(3.0, 2.0, 1.0), end_sigma=0.0)
+    profile = StabilityProfile(mean=np.ones((3, 3)), std=np.ones((3, 3)), count=8, settings=settings)
+    assert profile.check(RunSettings(sigmas=sigmas, end_sigma=end)).valid == fits

@@ -2,7 +2,7 @@
 
 import pytest
 
-from memorization_guard.prompts import read_prompts
+from memorization_guard.prompts import read_prompts, reference_prompts
 
 
 def test_both_formats_are_read(tmp_path):
@@ -36,3 +36,9 @@ def test_a_bad_list_says_what_is_wrong(tmp_path, name, content, message):
 def test_a_missing_list_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no prompt list at .*gone\.txt"):
         read_prompts(tmp_path / "gone.txt")
+
+
+def test_the_list_that_comes_with_us_is_64_different_prompts():
+    prompts = reference_prompts()
+    assert len(set(prompts)) == len(prompts) == 64
+    assert all(prompt == prompt.strip() and len(prompt.split()) >= 4 for prompt in prompts)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from memorization_guard import Calibrator, RunSettings, StabilityMonitor, Trace, trace_schema
-from memorization_guard.trace import STEP_FIELDS
+from memorization_guard.trace import STEP_FIELDS, worst
 
 STEPS = 6
 
@@ -105,3 +105,14 @@ def test_damaged_json_is_refused_in_clear_words(change, message):
 def test_something_else_is_refused():
     with pytest.raises(ValueError, match="not a trace"):
         Trace.from_dict([1, 2])
+
+
+def test_the_worst_of_several_runs_is_a_trigger_then_what_was_not_judged():
+    def of(verdict, score):
+        return Trace(verdict=verdict, update_score=np.array([score]), denoised_score=np.array([score]))
+
+    stable, higher, unscored, mild, strong = of("stable", 1), of("stable", 2), Trace(), of("mild", 5), of("strong", 4)
+    assert worst([stable, higher]) is higher
+    assert worst([higher, unscored]) is unscored
+    assert worst([unscored, mild, stable]) is mild
+    assert worst([strong, mild]) is strong
