@@ -13,6 +13,7 @@ const EMPTY = {
   MemorizationGuardReport: "The graph stands here after the run.",
 };
 const CACHED = "The result came from the cache. Change the seed to sample again.";
+const WIDGET = "stability_graph";
 const WIDTH = 340;
 const HEIGHT = 200; // of the graph, at least
 const ROOM = 30; // that a new node gives it beyond
@@ -26,7 +27,7 @@ const KEPT_STEPS = [
 // A run is {name, prompt, node, run, traces, at}: `name` is prompt:sampler node:place in its list:number, `node` the id of the node
 // that shows it, `run` what graph.js draws, `at` when it ended.
 
-/** A run's list of runs: another sampler of the same prompt stands beside it, what an earlier prompt left is replaced. */
+/** A node's runs with one more: another sampler of the same prompt stands beside it, what an earlier prompt left is replaced. */
 function joined(runs, one) {
   return [...runs.filter((each) => promptOf(each) === promptOf(one) && each.name !== one.name), one].slice(-MOST_RUNS);
 }
@@ -40,6 +41,7 @@ class Panel {
   #node;
   #graph = null; // while the node is part of a workflow
   #theme = null; // its observer
+  #place = null;
   #bar;
   #view;
   #runs = [];
@@ -55,22 +57,46 @@ class Panel {
 
   attach() {
     if (this.#graph) return;
-    // ComfyUI says when it is dark, and nothing when it is light. Made before the graph, this hears of a change first.
-    const follow = () => (this.element.dataset.theme = document.body.classList.contains("dark-theme") ? "dark" : "light");
-    this.#theme = new MutationObserver(follow);
+    this.#takePlace();
+    this.#theme = new MutationObserver(() => this.#followTheme());
     this.#theme.observe(document.body, { attributes: true, attributeFilter: ["class"] });
-    follow();
+    this.#theme.observe(document.documentElement, { attributes: true, attributeFilter: ["style"] });
     this.#graph = new StabilityGraph(this.#view, {
       compact: true,
       onQuantity: (quantity) => (this.#node.properties.stability_quantity = quantity),
     });
     this.restore();
+    this.#followTheme();
   }
 
   detach() {
+    if (this.element.isConnected) places.set(this.#place, this.element);
     this.#theme?.disconnect();
     this.#graph?.destroy();
     this.#graph = null;
+  }
+
+  /**
+   * Undo makes every node anew. Nodes 2.0 take the new one for the old, and leave in place the element that they have: so the
+   * new node goes on with it.
+   */
+  #takePlace() {
+    this.#place = `${this.#node.graph?.id} ${this.#node.id}`;
+    const element = places.get(this.#place);
+    places.delete(this.#place);
+    if (!element || element === this.element) return;
+    element.replaceChildren(this.#bar, this.#view);
+    this.element = element;
+    for (const widget of this.#node.widgets) if (widget.name === WIDGET) widget.element = element;
+  }
+
+  /** Older frontends say when they are dark, and nothing when they are light; newer ones say it by a property of style. */
+  #followTheme() {
+    const dark = document.body.classList.contains("dark-theme") || document.documentElement.style.colorScheme === "dark";
+    const theme = dark ? "dark" : "light";
+    if (this.element.dataset.theme === theme) return;
+    this.element.dataset.theme = theme;
+    this.#show(this.#shown);
   }
 
   /** Shows what the node's properties hold. */
@@ -100,7 +126,7 @@ class Panel {
     const several = this.#runs.length > 1 ? this.#runs : [];
     const buttons = several.map((each, i) => {
       const button = styled("button", {
-        all: "unset", padding: "1px 8px", borderRadius: "6px", font: "11px/16px system-ui, sans-serif", cursor: "pointer",
+        border: "0", padding: "1px 8px", borderRadius: "6px", font: "11px/16px system-ui, sans-serif", cursor: "pointer",
         color: "var(--input-text, #ddd)", background: each === one ? "var(--comfy-input-bg, #222)" : "transparent",
       });
       button.type = "button";
@@ -141,6 +167,7 @@ function fold(node) {
 }
 
 const panels = new WeakMap(); // node -> Panel
+const places = new Map(); // graph and node -> element of a node that was taken away
 
 // ------------------------------------------------------------------------------------------------------- whose run it is
 
@@ -244,8 +271,8 @@ function draw(one) {
 }
 
 function end(one, traces) {
-  Object.assign(one, { traces, at: Date.now() });
-  finishRun(one.run, traces);
+  Object.assign(one, { traces: Array.isArray(traces) ? traces : [], at: Date.now() });
+  finishRun(one.run, one.traces);
   keep(one);
 }
 
@@ -309,14 +336,10 @@ function noteQueued() {
 app.registerExtension({
   name: "MemorizationGuard.StabilityGraph",
 
-  setup() {
-    noteQueued();
-    api.addEventListener(EVENT, listen);
-    api.addEventListener("executed", executed);
-    api.addEventListener("execution_cached", cached);
-  },
+  setup: noteQueued,
 
   beforeConfigureGraph() {
+    places.clear();
     loading = active()?.changeTracker?.activeState ?? null;
   },
 
@@ -324,7 +347,7 @@ app.registerExtension({
     if (!(node.comfyClass in EMPTY)) return;
     const panel = new Panel(node);
     panels.set(node, panel);
-    node.addDOMWidget("stability_graph", "STABILITY_GRAPH", panel.element, {
+    node.addDOMWidget(WIDGET, "STABILITY_GRAPH", panel.element, {
       serialize: false,
       hideOnZoom: false,
       getMinHeight: () => HEIGHT,
@@ -349,3 +372,8 @@ app.registerExtension({
     };
   },
 });
+
+// At once, since after a reload a run may be under way: the frontend complains of events that nobody listens to.
+api.addEventListener(EVENT, listen);
+api.addEventListener("executed", executed);
+api.addEventListener("execution_cached", cached);

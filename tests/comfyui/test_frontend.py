@@ -271,6 +271,32 @@ def test_summary_survives_reload_and_cache(page):
     assert page.evaluate("id => JSON.stringify(mg.kept(id)).length", ids["guard"]) < 6000
 
 
+def test_quick_start(page):
+    place = Path(__file__).parents[2] / "example_workflows" / "quick_start.json"
+    page.evaluate("state => app.loadGraphData(state, true, true, null)", json.loads(place.read_text(encoding="utf-8")))
+    queue(page)
+    guard, report = page.evaluate(
+        """() => ["MemorizationGuard", "MemorizationGuardReport"].map(
+          (type) => String(app.graph.nodes.find((each) => each.type === type).id))"""
+    )
+    for node in (guard, report):
+        page.wait_for_function("id => mg.points(id) > 1", arg=node)
+        assert "S_mem" in label(page, node)
+
+
+def test_two_browser_tabs_do_not_mix(page, server, browser):
+    ids = build(page)
+    with browser.new_context() as context:
+        other = context.new_page()
+        other.errors = []
+        show(other, server.url)
+        twin = build(other)
+        assert twin == ids
+        queue(page)
+        assert points(page, ids["guard"]) == points(page, ids["report"]) == 30
+        assert points(other, ids["guard"]) == points(other, ids["report"]) == 0
+
+
 def test_reload_in_the_middle_of_a_run(page):
     ids = build(page, {"steps": 400, "batch": 2})
     start(page)
