@@ -202,9 +202,9 @@ class StabilityMonitor:
     ) -> Tensor:
         """The clean latent that the step under way is to be made with, for hosts that can give the sampler another one.
 
-        Samples that the last step judged to be corrected get the prediction of the steering guidance: exact for every solver,
-        noise and history included, where moving the latent afterwards supposes a first-order step. Where there is no guidance
-        to steer by and the latent cannot be changed either, x0 is rescaled to its reference norm.
+        From a trigger on, and until both norms are back inside, samples get the prediction of the steering guidance (ours):
+        exact for every solver, noise and history included, where moving the latent afterwards supposes a first-order step.
+        Where there is no guidance to steer by and the latent cannot be changed either, x0 is rescaled to its reference norm.
 
         Args:
             x0: clean latent that the network predicted, after guidance, ``[B, ...]``.
@@ -416,6 +416,8 @@ class StabilityMonitor:
 
         Waits for the device and sends the live events that are still due, so read it once the run is over.
         """
+        # A log of runs keeps their numbers, not their latents.
+        self._given, self._replaced_before = None, (None, None)
         try:
             due = len(self._norms)
             self._judge_all()
