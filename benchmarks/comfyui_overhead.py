@@ -1,14 +1,19 @@
 """What the guard costs in a running ComfyUI: KSampler runs on the lab model, plain and guarded in turns, in one server.
 
     python benchmarks/comfyui_overhead.py http://127.0.0.1:8188 [turns]
+    COMFYUI_PATH=/path/to/ComfyUI /path/to/its/python benchmarks/comfyui_overhead.py
 
-Needs `websockets`: a client listens, so that live events are sent as they are to a browser. Each turn samples one seed plain,
+The first needs `websockets`: a client listens, so that live events are sent as they are to a browser. Each turn samples plain,
 traced, mitigated and plain again; times are the server's own, from the start of a prompt to its end, and figures are medians
 of the ratio within a turn with their quartiles. Plain against plain says what such a figure means on this machine.
+
+The second runs in a process of its own, without a server, and adds up the time that is spent in the guard's code alone: on a
+machine whose noise is larger than the cost, that is the figure to go by.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import statistics
 import sys
@@ -17,8 +22,6 @@ import time
 import urllib.request
 import uuid
 from typing import Any
-
-from websockets.sync.client import connect
 
 STEPS = 50
 PROMPT = "a plain red disc on grass"
@@ -67,8 +70,56 @@ def seconds(server: str, client: str, prompt: dict[str, Any]) -> float:
     return (times["execution_success"] - times["execution_start"]) / 1000
 
 
+def inside() -> None:
+    """Prints the time spent in the guard's own code, a run and a step."""
+    from comfyui_samplers import CFG, Lab, load
+
+    module = load()
+    lab = Lab(module)
+    spent = {"seconds": 0.0, "depth": 0}
+
+    def clocked(function: Any) -> Any:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            began, spent["depth"] = time.perf_counter(), spent["depth"] + 1
+            try:
+                return function(*args, **kwargs)
+            finally:
+                spent["depth"] -= 1
+                spent["seconds"] += time.perf_counter() - began if spent["depth"] == 0 else 0.0
+
+        return call
+
+    # Everything of ours that a run goes through; the network's evaluation is not inside any of it.
+    for owner, names in (
+        (module("memorization_guard.kdiffusion").SamplerWatch, ("_guarded", "saw_guidance", "__init__")),
+        (module("nodes.sampling")._Guard, ("_begin", "_end")),
+    ):
+        for name in names:
+            setattr(owner, name, clocked(getattr(owner, name)))
+
+    references = lab.lab.prompts("reference")[:24]
+    runs = module("memorization_guard.calibration").ReferenceRuns(None, "overhead")
+    runs.add(lab.sample(references, "euler", 1, mode="trace")[1].traces, len(references))
+    profile, _ = runs.profile()
+    for mode in ("trace", "mitigate"):
+        shares, costs = [], []
+        for turn in range(12):
+            spent["seconds"] = 0.0
+            _, run, seconds = lab.sample([PROMPT], "euler", turn, mode=mode, profile=profile)
+            shares.append(spent["seconds"] / seconds)
+            costs.append(1e6 * spent["seconds"] / run.monitor.steps)
+        share, cost = statistics.median(shares[2:]), statistics.median(costs[2:])
+        print(f"{mode}, cfg {CFG}: {cost:.0f} us a step, {100 * share:.2f} % of the run")
+
+
 def main() -> None:
     """Prints the ratios."""
+    if len(sys.argv) < 2:
+        inside()
+        return
+    from websockets.sync.client import connect
+
     server, turns = sys.argv[1].rstrip("/"), int(sys.argv[2]) if len(sys.argv) > 2 else 30
     client = uuid.uuid4().hex
     socket = connect(f"{server.replace('http', 'ws', 1)}/ws?clientId={client}", max_size=None)

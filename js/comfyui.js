@@ -12,6 +12,7 @@ const EMPTY = {
   MemorizationGuard: "The graph draws itself while the sampler runs.",
   MemorizationGuardReport: "The graph stands here after the run.",
 };
+const SPEAKERS = ["MemorizationGuardSaveProfile", "MemorizationGuardCalibrate", "MemorizationGuardGate"]; // their output is text
 const CACHED = "The result came from the cache. Change the seed to sample again.";
 const WIDGET = "stability_graph";
 const WIDTH = 340;
@@ -166,6 +167,19 @@ function fold(node) {
   }
 }
 
+/** A place for what a node says after it ran; readable, and to be copied from. */
+function speaker(node) {
+  const element = styled("div", {
+    padding: "4px 8px", borderRadius: "6px", overflow: "auto", whiteSpace: "pre-wrap", overflowWrap: "anywhere", userSelect: "text",
+    font: "12px/16px system-ui, sans-serif", color: "var(--input-text, #ddd)", background: "var(--comfy-input-bg, #222)",
+  });
+  element.setAttribute("role", "status");
+  element.addEventListener("pointerdown", (event) => event.stopPropagation()); // or the node is dragged
+  node.addDOMWidget("said", "SAID", element, { serialize: false, getMinHeight: () => 44 });
+  speakers.set(node, element);
+}
+
+const speakers = new WeakMap(); // node -> where its text stands
 const panels = new WeakMap(); // node -> Panel
 const places = new Map(); // graph and node -> element of a node that was taken away
 
@@ -250,8 +264,13 @@ function listen({ detail: { kind, run: name, node, ...data } }) {
   draw(one);
 }
 
-/** A report's output, from a run or from ComfyUI's cache. `onExecuted` would come to any node that has this id in the workflow on show. */
+/** A node's output: a report's runs, or what a node says, from a run or from ComfyUI's cache. `onExecuted` would come to any node that has this id in the workflow on show. */
 function executed({ detail: { prompt_id: prompt, node, display_node: shown, output } }) {
+  const text = output?.text;
+  if (Array.isArray(text) && isOnShow(ownerOf(prompt))) {
+    const element = speakers.get(nodeOf(shown ?? node));
+    if (element) element.textContent = text.join("\n");
+  }
   const entries = output?.[EVENT];
   if (!Array.isArray(entries)) return;
   entries.forEach((entry, i) => {
@@ -344,6 +363,7 @@ app.registerExtension({
   },
 
   nodeCreated(node) {
+    if (SPEAKERS.includes(node.comfyClass)) speaker(node);
     if (!(node.comfyClass in EMPTY)) return;
     const panel = new Panel(node);
     panels.set(node, panel);

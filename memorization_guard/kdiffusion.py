@@ -112,8 +112,9 @@ class SamplerWatch:
 
     def aborted(self, error: BaseException) -> None:
         """The sampler function was left by ``error`` (an interrupt, or the host's own failure)."""
-        planned = len(self._schedule) - 1
-        self.monitor.end(f"after {self.monitor.steps} of {planned} steps ({type(error).__name__})")
+        name = type(error).__name__
+        why = "interrupted" if "interrupt" in name.lower() else name
+        self.monitor.end(f"{why} after {self.monitor.steps} of {len(self._schedule) - 1} steps")
 
     def _guarded(self, function: Callable[[Any], Any], argument: Any) -> Any:
         if self.monitor.error is not None:
@@ -199,8 +200,9 @@ class SamplerWatch:
         """The noise level of the step that starts at ``call``."""
         planned = self._schedule[self._started] if self._started < len(self._schedule) - 1 else None
         if self._on_schedule and planned is not None:
-            # Reading it would make the host wait for a device; two looks tell a sampler with steps of its own.
-            if self._started > 1 and call.sigma.device.type != "cpu" and not self.monitor.corrects:
+            # Reading it makes the host wait for a device: two looks tell a sampler with steps of its own, and the end of
+            # the run tells the rest. What corrects waits anyway.
+            if self._started > 1 and not self.monitor.corrects:
                 return planned
             if _same(float(call.sigma.flatten()[0]), planned):
                 return planned

@@ -141,7 +141,7 @@ class NoiseLevel:
             return (self.beta / self.scale) * x + self.alpha * prediction
         if self.noise == 0:
             raise ValueError("x0 says nothing about the noise at noise level 0")
-        return (x - self.signal * self.denoised(x, prediction, prediction_type)) / self.noise
+        return torch.sub(x, self.denoised(x, prediction, prediction_type), alpha=self.signal).div_(self.noise)
 
 
 def widened(x: Tensor) -> Tensor:

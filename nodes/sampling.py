@@ -180,7 +180,7 @@ class _Guard:
 
     def _begin(self, guider: Any, sampler: Any, x: torch.Tensor, sigmas: torch.Tensor) -> SamplerWatch | None:
         try:
-            level = _levels(guider.model_patcher.get_model_object("model_sampling"))
+            level = _levels(guider.model_patcher.get_model_object("model_sampling"), sigmas)
             settings = _settings(guider, sampler, x, [level(sigma) for sigma in sigmas.tolist()])
             monitor = StabilityMonitor(
                 self._profile, self._thresholds, self._traces.mode == "mitigate", self._on_step(), settings=settings
@@ -213,15 +213,22 @@ class _Guard:
         server.send_sync(EVENT, {"kind": kind, "node": self._node, "run": self._run.name, **data}, server.client_id)
 
 
-def _levels(model_sampling: Any) -> Callable[[float], NoiseLevel]:
-    """Coefficients of a latent at the model's own noise level, for whatever kind of model."""
+def _levels(model_sampling: Any, sigmas: torch.Tensor) -> Callable[[float], NoiseLevel]:
+    """Coefficients of a latent at the model's own noise level, for whatever kind of model; those of ``sigmas`` beforehand."""
 
-    @functools.lru_cache(maxsize=4096)
+    def levels(at: torch.Tensor) -> list[NoiseLevel]:
+        zeros, ones = torch.zeros_like(at), torch.ones_like(at)
+        # Some scale the noise in place.
+        signal = model_sampling.noise_scaling(at, zeros.clone(), ones.clone())
+        noise = model_sampling.noise_scaling(at, ones, zeros)
+        return [NoiseLevel(*pair) for pair in zip(signal.tolist(), noise.tolist(), strict=True)]
+
+    known = dict(zip(sigmas.tolist(), levels(sigmas.double().cpu()), strict=True))
+
     def level(sigma: float) -> NoiseLevel:
-        at, zero, one = torch.tensor([sigma], dtype=torch.float64), torch.zeros(1).double(), torch.ones(1).double()
-        signal = model_sampling.noise_scaling(at, zero.clone(), one.clone())
-        noise = model_sampling.noise_scaling(at, one.clone(), zero.clone())
-        return NoiseLevel(float(signal), float(noise))
+        if sigma not in known:
+            known[sigma] = levels(torch.tensor([sigma], dtype=torch.float64))[0]
+        return known[sigma]
 
     return level
 

@@ -398,6 +398,31 @@ def test_interrupted_run_says_so(page):
     assert 5 <= points(page, ids["guard"]) < 500
 
 
+def test_nodes_say_what_they_did(page):
+    save = page.evaluate(
+        """(prompts) => {
+          app.graph.clear();
+          const lab = mg.add("MemorizationGuardLoadLabModel", [40, 60]);
+          const calibrate = mg.add("MemorizationGuardCalibrate", [440, 60], {
+            prompts: "text below", text: prompts, steps: 2, width: 128, height: 128, batch_size: 8,
+          });
+          mg.link(lab, 0, calibrate, "model");
+          mg.link(lab, 1, calibrate, "clip");
+          const save = mg.add("MemorizationGuardSaveProfile", [900, 60], {name: "said", overwrite: true});
+          mg.link(calibrate, 0, save, "profile");
+          return [calibrate, save].map((node) => String(node.id));
+        }""",
+        "\n".join([ORDINARY] * 8),
+    )
+    queue(page)
+    said = [
+        page.evaluate("id => mg.node(id).widgets.find((widget) => widget.name === 'said').element.textContent", node)
+        for node in save
+    ]
+    assert said[0] == "Profile from 8 of 8 reference prompts."
+    assert said[1].startswith("Saved ")
+
+
 def test_note_is_readable(page):
     ids = build(page, {"steps": 20})
     queue(page)

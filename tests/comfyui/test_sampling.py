@@ -222,7 +222,7 @@ result["own"] = torch.equal(run(guarded, Own()), run(model, Own()))
         "guarded": [False, True, True],
         "interrupted": True,
         "sampler after": True,
-        "note": "The run ended early: after 2 of 6 steps (InterruptProcessingException)",
+        "note": "The run ended early: interrupted after 2 of 6 steps",
         "again": True,
         "own": True,
     }
