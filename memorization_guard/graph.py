@@ -1,7 +1,7 @@
 """The stability graph of one trace: the run against the region that ordinary prompts stay in.
 
-One layout, two backends. :func:`svg` is for pages, :func:`image` for hosts that show pictures; the latter needs Pillow alone,
-of any version from 9.5 on, since that is what the WebUI ships.
+One layout, two backends. :func:`svg` is for files, :func:`image` for hosts that show pictures; the latter needs Pillow alone,
+of any version from 9.5 on, since that is what the WebUI ships. In pages ``js/graph.js`` draws the same, live.
 """
 
 from __future__ import annotations
@@ -110,14 +110,13 @@ class _Shape:
     anchor: Literal["start", "middle", "end"] = "start"
 
 
-def svg(trace: Trace, width: int = 640, height: int = 300, *, quantity: Quantity = "update", standalone: bool = True) -> str:
+def svg(trace: Trace, width: int = 640, height: int = 300, *, quantity: Quantity = "update") -> str:
     """The graph as one ``<svg>`` element; it fills the width it is given and follows the reader's light or dark theme.
 
     Args:
         trace: what to draw; without a reference in it, the lines alone are drawn.
         width, height: size of the drawing in pixels, at which its text has its natural size.
         quantity: which norm.
-        standalone: whether to embed :func:`style`, as a file of its own needs; a page puts it in once.
 
     Raises:
         ValueError: for an unknown quantity, or a size below 240 x 140.
@@ -143,14 +142,14 @@ def svg(trace: Trace, width: int = 640, height: int = 300, *, quantity: Quantity
             f'width="{width}" height="{height}">',
             f"<title>Stability graph: {_text(_caption(trace))}</title>",
             f"<desc>{_text(_description(trace, quantity))}</desc>",
-            *([f"<style>{style()}</style>"] if standalone else []),
+            f"<style>{_style()}</style>",
             *body,
             "</svg>",
         ]
     )
 
 
-def style() -> str:
+def _style() -> str:
     """The CSS of the graph: colours as variables ``--mg-*`` with a light and a dark value, one class a role."""
 
     def variables(palette: dict[str, str]) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import comfy.hooks
 import comfy.model_sampling
 import comfy.samplers
 import numpy as np
@@ -240,9 +241,11 @@ def _settings(guider: Any, sampler: Any, x: torch.Tensor, levels: list[NoiseLeve
     # A guider that mixes predictions in its own way may leave `cfg` at its default.
     own_way = type(guider).predict_noise is not comfy.samplers.CFGGuider.predict_noise
     cfg = None if own_way and guider.cfg == 1.0 else guider.cfg
+    # Hooks change the weights in the middle of a run, for some of its conditionings: no fingerprint stands for that.
+    hooked = any(_changes_weights(cond) for conds in guider.conds.values() for cond in conds)
     return RunSettings(
-        model=type(patcher.model.model_config).__name__,
-        model_hash=model_hash(patcher),
+        model=type(patcher.model.model_config).__name__ + (" with hooks" if hooked else ""),
+        model_hash=None if hooked else model_hash(patcher),
         prediction_type=kind,
         sampler=_sampler_name(sampler),
         steps=len(sigmas),
@@ -251,6 +254,11 @@ def _settings(guider: Any, sampler: Any, x: torch.Tensor, levels: list[NoiseLeve
         sigmas=tuple(sigmas),
         end_sigma=end,
     )
+
+
+def _changes_weights(conditioning: Mapping[str, Any]) -> bool:
+    group = conditioning.get("hooks")
+    return group is not None and any(hook.hook_type == comfy.hooks.EnumHookType.Weight for hook in group.hooks)
 
 
 def _prediction_type(model_sampling: Any) -> str:

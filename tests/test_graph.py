@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from memorization_guard import Trace
-from memorization_guard.graph import DARK, LIGHT, image, style, svg
+from memorization_guard.graph import DARK, LIGHT, image, svg
 
 STEPS = 12
 SVG = "{http://www.w3.org/2000/svg}"
@@ -121,7 +121,7 @@ def test_hardly_any_steps_are_no_error(steps):
     assert image(trace).size == (640, 300)
 
 
-def test_it_is_described_for_those_who_cannot_see_it_and_styles_itself_only_if_alone(trace):
+def test_it_is_described_for_those_who_cannot_see_it_and_styles_itself(trace):
     root = ET.fromstring(svg(trace))
     assert root.get("role") == "img"
     assert root.find(f"{SVG}title").text == "Stability graph: strong, S_mem 20.0"
@@ -129,9 +129,9 @@ def test_it_is_described_for_those_who_cannot_see_it_and_styles_itself_only_if_a
     assert "left its stability region at step 5" in description
     assert "4 steps were corrected" in description
     assert "prefers-color-scheme:dark" in svg(trace)
-    assert "<style>" not in svg(trace, standalone=False)
+    styles = root.find(f"{SVG}style").text
     for name in set(re.findall(r'class="(mg-[\w-]+)', svg(trace))):
-        assert f".{name}{{" in style()
+        assert f".{name}{{" in styles
 
 
 @pytest.mark.parametrize("palette", [LIGHT, DARK])

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from memorization_guard import Trace
 from memorization_guard.lab import copy_score, prompts
@@ -226,6 +228,21 @@ def rescaled(b: Bench) -> Any:
     return b.ksampler()
 
 
+def with_lora(b: Bench) -> Any:
+    b.model = b.g.node("LoraLoaderModelOnly", model=b.model, lora_name="small.safetensors", strength_model=0.5)[0]
+    return b.ksampler()
+
+
+def hooked(b: Bench) -> Any:
+    hooks = b.g.node("CreateHookLora", lora_name="small.safetensors", strength_model=1.0, strength_clip=0.0)[0]
+    frames = b.g.node("CreateHookKeyframe", strength_mult=0.0, start_percent=0.5)[0]
+    hooks = b.g.node("SetHookKeyframes", hooks=hooks, hook_kf=frames)[0]
+    positive = b.g.node("ConditioningSetProperties", cond_NEW=b.positive, strength=1.0, set_cond_area="default", hooks=hooks)[
+        0
+    ]
+    return b.ksampler(positive=positive)
+
+
 def freeu(b: Bench) -> Any:
     b.model = b.g.node(
         "PatchModelAddDownscale",
@@ -284,12 +301,25 @@ WAYS: dict[str, tuple[Callable[[Bench], Any], list[int], list[bool]]] = {
     "cfg 1": (lambda b: b.ksampler(cfg=1.0), [30], [False]),
     "a negative prompt": (lambda b: b.ksampler(negative=b.text(ORDINARY)), [30], [True]),
     "regional and timed conditioning": (regional, [30], [True]),
+    "a LoRA": (with_lora, [30], [False]),
+    "a LoRA by hook, over half the steps": (hooked, [30], [True]),
     "another pack's cfg function": (rescaled, [30], [True]),
     "another pack's patch": (freeu, [30], [True]),
     "another scheduler": (lambda b: b.ksampler(scheduler="karras"), [30], [False]),
     "another sampler": (lambda b: b.ksampler(sampler_name="dpmpp_2m_sde"), [30], [False]),
     "flipped sigmas": (flipped, [30, 30], [True, False]),
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def lora(server: Any) -> None:
+    """A small LoRA for the lab model, in the server's folder."""
+    generator = torch.Generator().manual_seed(0)
+    name = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k"
+    width = {"up": (64, 2), "down": (2, 128)}
+    weights = {f"{name}.lora_{part}.weight": torch.randn(shape, generator=generator) for part, shape in width.items()}
+    (server.folder / "models" / "loras").mkdir(exist_ok=True)
+    save_file(weights, server.folder / "models" / "loras" / "small.safetensors")
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -342,6 +372,13 @@ def test_a_memorized_prompt_triggers_and_mitigation_leads_away_from_the_copy(ben
     for name, norm in (("update", trace.corrected_update_norm), ("latent", trace.corrected_latent_norm)):
         distance = np.abs(norm - trace.bands[name]["mean"]) / trace.bands[name]["std"]
         assert np.nanmax(distance) < 3.1, name
+
+
+def test_weights_that_hooks_change_are_said_to_weaken_the_verdict(bench: Any, finish: Any) -> None:
+    trace = finish(b := bench("trace"), hooked(b)).runs[0][0]
+    assert trace.verdict != "unscored"
+    assert trace.note.startswith("The profile fits this run with less certainty (model: ")
+    assert trace.note.endswith("with hooks).")
 
 
 def test_an_ordinary_prompt_is_stable_and_mitigation_leaves_it_alone(bench: Any, finish: Any) -> None:

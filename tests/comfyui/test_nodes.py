@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from typing import Any
 
@@ -335,6 +336,33 @@ def test_a_report_added_later_finds_the_run_that_a_cached_sampler_made(batch: An
     run.wait()
     assert not [event for event in run.events if event.type == "memorization_guard"], "the sampler ran again"
     assert run.outputs(report)["memorization_guard"][0]["traces"][0]["verdict"] == "mild"
+
+
+def test_profiles_of_other_folders_are_found(in_comfyui: Any, tmp_path: Any) -> None:
+    other = tmp_path / "elsewhere"
+    other.mkdir()
+    (other / "theirs.safetensors").write_bytes(b"")
+    (other / "notes.txt").write_text("no profile", encoding="utf-8")
+    paths = tmp_path / "extra_model_paths.yaml"
+    paths.write_text(f"ours:\n  stability_profiles: {other}\n", encoding="utf-8")
+    source = """
+import folder_paths
+result["names"] = folder_paths.get_filename_list("stability_profiles")
+result["folders"] = folder_paths.get_folder_paths("stability_profiles")
+"""
+    found = in_comfyui(source, flags=("--extra-model-paths-config", str(paths)))
+    assert found["names"] == ["theirs.safetensors"]
+    assert str(other) in found["folders"]
+    assert len(found["folders"]) == 2
+
+
+def test_the_pack_loads_fast_and_adds_no_warning(server: Any) -> None:
+    start = server.log().partition("To see the GUI go to")[0]
+    seconds = re.search(r"([\d.]+) seconds: .*memorization-guard", start)
+    assert seconds is not None
+    assert float(seconds[1]) < 1.0
+    said = [line for line in start.splitlines() if "emorization" in line and "seconds:" not in line]
+    assert said == []
 
 
 def test_every_input_and_node_explains_itself(server: Any) -> None:
