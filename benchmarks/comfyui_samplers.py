@@ -2,15 +2,17 @@
 
     COMFYUI_PATH=/path/to/ComfyUI /path/to/its/python benchmarks/comfyui_samplers.py
 
-Names of samplers after the command print their rows only. For each sampler a profile is calibrated from reference prompts;
-then memorized and ordinary prompts of the tuning split are sampled without the guard, traced, and mitigated, from the same
-noise. Takes about a quarter of an hour on one core.
+Names of samplers, and other settings (--help), print rows only. For each sampler a profile is calibrated from reference
+prompts; then memorized and ordinary prompts of the tuning split are sampled without the guard, traced, and mitigated, from the
+same noise. Takes about a quarter of an hour on one core.
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import importlib
+import itertools
 import os
 import statistics
 import sys
@@ -82,37 +84,37 @@ class Lab:
         return sum(score > self.lab.COPY_THRESHOLD for score in scores)
 
 
-def row(lab: Lab, sampler: str) -> list[str]:
-    """The table's row of one sampler."""
+def row(lab: Lab, sampler: str, count: int, references: int, thresholds: Any) -> list[str]:
+    """The table's row of one sampler, from ``count`` memorized and as many ordinary images."""
     import torch
 
-    exact = (lab.lab.prompts("exact", "tuning") * 2)[:IMAGES]
-    ordinary = lab.lab.prompts("ordinary", "tuning")[:IMAGES]
+    exact = list(itertools.islice(itertools.cycle(lab.lab.prompts("exact", "tuning")), count))
+    ordinary = lab.lab.prompts("ordinary", "tuning")[:count]
     plain, _, _ = lab.sample(exact, sampler, 100)
     traced, run, _ = lab.sample(exact, sampler, 100, mode="trace")
     identical = "yes" if torch.equal(plain, traced) else "**no**"
     seen = f"{run.traces[0].steps} of {STEPS}"
     before = lab.copies(plain, exact)
     if run.monitor.off_schedule:
-        return [sampler, seen, identical, "not scored", "-", f"{before} of {IMAGES}", "-", "-"]
+        return [sampler, seen, identical, "not scored", "-", f"{before} of {count}", "-", "-"]
 
-    references = lab.calibration.ReferenceRuns(None, sampler)
-    prompts = lab.lab.prompts("reference")[:REFERENCES]
-    references.add(lab.sample(prompts, sampler, 1000, mode="trace")[1].traces, len(prompts))
-    profile, _ = references.profile()
-    mitigated, run, _ = lab.sample(exact, sampler, 100, mode="mitigate", profile=profile)
+    runs = lab.calibration.ReferenceRuns(None, sampler)
+    prompts = lab.lab.prompts("reference")[:references]
+    runs.add(lab.sample(prompts, sampler, 1000, mode="trace")[1].traces, len(prompts))
+    profile, _ = runs.profile()
+    mitigated, run, _ = lab.sample(exact, sampler, 100, mode="mitigate", profile=profile, thresholds=thresholds)
     triggered = sum(trace.trigger_step is not None for trace in run.traces)
-    _, untouched, _ = lab.sample(ordinary, sampler, 200, mode="mitigate", profile=profile)
+    _, untouched, _ = lab.sample(ordinary, sampler, 200, mode="mitigate", profile=profile, thresholds=thresholds)
     touched = sum(bool(trace.mitigated.any()) for trace in untouched.traces)
     return [
         sampler,
         seen,
         identical,
-        f"{triggered} of {IMAGES}",
+        f"{triggered} of {count}",
         _first_corrected(run.traces),
-        f"{before} of {IMAGES}",
-        f"{lab.copies(mitigated, exact)} of {IMAGES}",
-        f"{touched} of {IMAGES}",
+        f"{before} of {count}",
+        f"{lab.copies(mitigated, exact)} of {count}",
+        f"{touched} of {count}",
     ]
 
 
@@ -124,8 +126,18 @@ def _first_corrected(traces: list[Any]) -> str:
 
 def main() -> None:
     """Measures every sampler, printing rows as they come, and puts the table into the document."""
-    arguments = sys.argv[1:]
-    lab = Lab(load())
+    parser = argparse.ArgumentParser()
+    parser.add_argument("samplers", nargs="*", help="all, if none is named")
+    parser.add_argument("--images", type=int, default=IMAGES, help="memorized images, and ordinary ones")
+    parser.add_argument("--references", type=int, default=REFERENCES, help="reference prompts of a profile")
+    parser.add_argument("--tau-steer", type=float)
+    parser.add_argument("--steering-guidance", type=float)
+    arguments, usual = parser.parse_args(), len(sys.argv) == 1
+    module = load()
+    lab = Lab(module)
+    changed = {"tau_steer": arguments.tau_steer, "steering_guidance": arguments.steering_guidance}
+    changed = {name: value for name, value in changed.items() if value is not None}
+    thresholds = module("memorization_guard.detection").Thresholds(**changed)
     import comfy.samplers
     from comfyui_version import __version__
 
@@ -140,11 +152,11 @@ def main() -> None:
         "ordinary touched",
     ]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    chosen = arguments or comfy.samplers.KSampler.SAMPLERS
+    chosen = arguments.samplers or comfy.samplers.KSampler.SAMPLERS
     for sampler in chosen:
-        lines.append("| " + " | ".join(row(lab, sampler)) + " |")
+        lines.append("| " + " | ".join(row(lab, sampler, arguments.images, arguments.references, thresholds)) + " |")
         print(lines[-1], flush=True)
-    if arguments:
+    if not usual:
         return
     said = (
         f"ComfyUI {__version__}, lab model, {STEPS} steps, scheduler {SCHEDULER}, cfg {CFG} (CFG++ {CFG_PP}), a profile "

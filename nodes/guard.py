@@ -116,7 +116,8 @@ class MemorizationGuard(io.ComfyNode):
                         min=-30.0,
                         max=30.0,
                         step=0.5,
-                        tooltip="Guidance scale that a steered step is made with; below 0 leads away from the prompt.",
+                        tooltip="Guidance scale that a steered step is made with. Below 0 leads away from the prompt, "
+                        "with strong contrasts; 0 is as without the prompt, and calmer.",
                     )
                 ),
                 advanced(

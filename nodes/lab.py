@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from ..memorization_guard.lab import MODEL
 from ..memorization_guard.profile import ProfileError, StabilityProfile
+from .guard import CATEGORY, StabilityProfileType
 
 #: Statistics of the lab model as ComfyUI samples it: euler, 30 steps, cfg 7.5.
 PROFILE = MODEL / "profile-comfyui.safetensors"
@@ -43,7 +44,7 @@ class LoadLabModel(io.ComfyNode):
         return io.Schema(
             node_id="MemorizationGuardLoadLabModel",
             display_name="Load Lab Model",
-            category="memorization guard",
+            category=CATEGORY,
             description=(
                 "Loads the small Stable Diffusion that comes with Memorization Guard. It knows a world of coloured shapes, "
                 "and has really memorized some of its training images: something to try the guard on, without a GPU.\n\n"
@@ -58,7 +59,7 @@ class LoadLabModel(io.ComfyNode):
                     tooltip="The autoencoder. It compresses by 4, while Empty Latent Image counts on 8: set that node to "
                     "128 x 128 for a picture of 64 x 64. VAE Encode gives the right size by itself.",
                 ),
-                io.Custom("STABILITY_PROFILE").Output(
+                StabilityProfileType.Output(
                     "profile",
                     display_name="PROFILE",
                     tooltip="How large the model's norms are while it does not repeat a training image. It holds for the "
