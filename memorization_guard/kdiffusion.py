@@ -9,7 +9,6 @@ sampler it is: what happened between two step starts (further evaluations, fresh
 from __future__ import annotations
 
 import functools
-import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,8 +19,6 @@ from torch import Tensor
 
 from .monitor import StabilityMonitor
 from .parameterization import NoiseLevel, widened
-
-log = logging.getLogger(__name__)
 
 #: Relative distance up to which a noise level that the sampler names is the one its schedule has: some samplers move their
 #: first one by less than this.
@@ -38,6 +35,11 @@ class _Call:
     #: Clean latents predicted with and without the prompt, and the latent they were predicted from.
     guidance: tuple[Tensor, Tensor, Tensor] | None = None
 
+    @functools.cached_property
+    def named_sigma(self) -> float:
+        """The noise level that the sampler names; waits for the device, once."""
+        return float(self.sigma.flatten()[0])
+
 
 @dataclass(eq=False)
 class _Start:
@@ -46,7 +48,6 @@ class _Start:
     call: _Call
     z: Tensor  # the latent on the VP scale
     level: NoiseLevel
-    sigma: float  # in the model's own convention
 
 
 class SamplerWatch:
@@ -144,7 +145,7 @@ class SamplerWatch:
 
     def _may_start_step(self, call: _Call) -> bool:
         following = self._schedule[self._started] if self._started < len(self._schedule) else math.nan
-        return self._calls >= self._expected and _same(float(call.sigma.flatten()[0]), following)
+        return self._calls >= self._expected and _same(call.named_sigma, following)
 
     def _after_call(self, call: _Call) -> Tensor | None:
         if not self.monitor.corrects or call.denoised is None:
@@ -191,10 +192,8 @@ class SamplerWatch:
             self._named.append(call.sigma)
 
     def _new_start(self, call: _Call) -> _Start:
-        sigma = self._sigma(call)
-        level = self._level(sigma)
-        z = level.to_vp(call.x)
-        return _Start(call, z, level, level.model_sigma(self.monitor.settings.prediction_type))
+        level = self._level(self._sigma(call))
+        return _Start(call, level.to_vp(call.x), level)
 
     def _sigma(self, call: _Call) -> float:
         """The noise level of the step that starts at ``call``."""
@@ -204,12 +203,12 @@ class SamplerWatch:
             # the run tells the rest. What corrects waits anyway.
             if self._started > 1 and not self.monitor.corrects:
                 return planned
-            if _same(float(call.sigma.flatten()[0]), planned):
+            if _same(call.named_sigma, planned):
                 return planned
         if self._on_schedule:
             self._on_schedule = False
             self.monitor.leave_schedule()
-        return float(call.sigma.flatten()[0])
+        return call.named_sigma
 
     def _end_step(self, z_next: Tensor, level: NoiseLevel, *, editable: bool) -> Tensor:
         start = self._start
@@ -223,7 +222,7 @@ class SamplerWatch:
             start.z,
             z_next,
             start.call.denoised,
-            sigma=start.sigma,
+            sigma=start.level.model_sigma(self.monitor.settings.prediction_type),
             x0_coefficient=level.alpha,
             eps_cond=eps_cond,
             eps_uncond=eps_uncond,

@@ -87,8 +87,14 @@ def steer(
     """
     wanted = torch.lerp(eps_uncond.float(), eps_cond.float(), guidance)
     taken = (z_prev.float() - level.alpha * x0.float()) / level.beta
-    noise_coefficient = math.sqrt(max(0.0, 1.0 - x0_coefficient**2))
-    return z_next.float() + (noise_coefficient - x0_coefficient * level.beta / level.alpha) * (wanted - taken)
+    # Another noise prediction is another x0: d x0 = -beta / alpha d eps.
+    moved = -level.beta / level.alpha * response(level, x0_coefficient)
+    return z_next.float() + moved * (wanted - taken)
+
+
+def response(level: NoiseLevel, x0_coefficient: float) -> float:
+    """By how much ``z_next`` moves with the x0 that a first-order step from ``level`` is made with: ``a - b alpha / beta``."""
+    return x0_coefficient - math.sqrt(max(0.0, 1.0 - x0_coefficient**2)) * level.alpha / level.beta
 
 
 def rescale(x: Tensor, norm: float) -> Tensor:

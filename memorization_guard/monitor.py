@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 from collections import deque
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -15,10 +14,10 @@ import torch
 from torch import Tensor
 
 from .detection import Detector, Judgement, Thresholds, Verdict
-from .mitigation import correct, rescale, steer
+from .mitigation import correct, rescale, response, steer
 from .parameterization import NoiseLevel, sample_norm, widened
 from .profile import NORMS, RunSettings, StabilityProfile
-from .trace import Trace, numbers
+from .trace import Trace, band_numbers, numbers
 
 log = logging.getLogger(__name__)
 
@@ -162,10 +161,9 @@ class StabilityMonitor:
         self._replaced = self._given = None
         proposed = z_next
         if given is not None:
-            # What the step would have been with the network's own prediction, to first order: z_next = a x0 + b eps.
+            # What the step would have been with the network's own prediction, to first order.
             level = NoiseLevel.from_model(sigma, self.settings.prediction_type)
-            response = x0_coefficient - math.sqrt(max(0.0, 1.0 - x0_coefficient**2)) * level.alpha / level.beta
-            proposed = widened(z_next) + response * (widened(x0) - given)
+            proposed = widened(z_next) + response(level, x0_coefficient) * (widened(x0) - given)
         step = _Step(sigma, _measure(z_prev, proposed, x0, eps_cond, eps_uncond))
         if self._steps and len(self._steps[0].measures[0]) != len(step.measures[0]):
             raise ValueError(
@@ -183,8 +181,8 @@ class StabilityMonitor:
         self._judge_all()
         judgement = self._judgements[-1]
         if replaced is not None:
-            norms = sample_norm(z_next), sample_norm(widened(z_next) - z_prev)
-            self._note_corrected(len(self._steps) - 1, replaced, *norms)
+            index = torch.as_tensor(np.flatnonzero(replaced), device=z_next.device)
+            self._note_corrected(replaced, z_prev[index], z_next[index])
         if editable and judgement is not None and judgement.correct.any():
             z_next = self._corrected_latent(judgement, z_prev, z_next, x0, x0_coefficient, eps_cond, eps_uncond, replaced)
         self._emit(len(self._steps) - 1)
@@ -279,7 +277,7 @@ class StabilityMonitor:
                 rows.append(row)
         return {
             "steps": self.settings.steps,
-            "bands": _bands(self.profile, rows) if self.profile is not None and rows else {},
+            "bands": band_numbers(self.profile.bands(rows)) if self.profile is not None and rows else {},
             "thresholds": self.thresholds.to_dict(),
             "mitigation": self.mitigate,
             "note": self._note(),
@@ -330,17 +328,15 @@ class StabilityMonitor:
             strong=torch.as_tensor(judgement.strong[chosen], device=z_next.device),
             steered=steered,
         )
-        self._note_corrected(
-            len(self._steps) - 1, judgement.correct, sample_norm(after), sample_norm(after.float() - before.float())
-        )
+        self._note_corrected(judgement.correct, before, after)
         return z_next.index_copy(0, index, after)
 
-    def _note_corrected(self, step: int, samples: np.ndarray, latent_norm: Tensor, update_norm: Tensor) -> None:
-        """``samples`` ``[B]`` bool were corrected; the norms are of all samples, or of the corrected ones."""
-        values = torch.stack([latent_norm, update_norm]).cpu().numpy()
+    def _note_corrected(self, samples: np.ndarray, before: Tensor, after: Tensor) -> None:
+        """``samples`` ``[B]`` bool of the last step were corrected; the latents are theirs alone."""
         norms = np.full((2, len(samples)), np.nan)
-        norms[:, samples] = values[:, samples] if values.shape[1] == len(samples) else values
+        norms[:, samples] = torch.stack([sample_norm(after), sample_norm(widened(after) - before)]).cpu().numpy()
         # A step can be corrected in both ways; then the latent is what came out last.
+        step = len(self._steps) - 1
         earlier = self._corrected.get(step, np.full_like(norms, np.nan))
         self._corrected[step] = np.where(np.isfinite(norms), norms, earlier)
 
@@ -461,21 +457,16 @@ class StabilityMonitor:
 
     def _add_scores(self, trace: Trace, detector: Detector, sample: int) -> None:
         profile = detector.profile
-        bands = {name: {key: np.full(trace.steps, np.nan) for key in ("mean", "std")} for name in NORMS}
         for step, judgement in enumerate(self._judgements):
-            if judgement is None:
-                continue
-            trace.update_score[step] = judgement.update_score[sample]
-            trace.denoised_score[step] = judgement.denoised_score[sample]
-            for column, band in enumerate(bands.values()):
-                band["mean"][step] = profile.mean[judgement.row, column]
-                band["std"][step] = profile.std[judgement.row, column]
+            if judgement is not None:
+                trace.update_score[step] = judgement.update_score[sample]
+                trace.denoised_score[step] = judgement.denoised_score[sample]
         trigger = int(detector.trigger_step[sample])
         # What was not watched to its end cannot be called stable.
         cut_short = self.error is not None or self._ended is not None
         trace.verdict = "unscored" if cut_short and trigger < 0 else detector.verdict(sample)
         trace.trigger_step = trigger if trigger >= 0 else None
-        trace.bands = bands
+        trace.bands = profile.bands([judgement.row if judgement is not None else None for judgement in self._judgements])
         trace.reference_count = profile.count
 
     def _note(self) -> str | None:
@@ -488,13 +479,6 @@ class StabilityMonitor:
         if self._detector is not None and self._detector.off_schedule is not None:
             return f"The run is not scored: {self._detector.off_schedule}. Calibrate a profile with the run's own schedule."
         return str(self.check) if self.check is not None and (self.check.invalid or self.check.weakened) else None
-
-
-def _bands(profile: StabilityProfile, rows: list[int]) -> dict[str, dict[str, list[float | None]]]:
-    return {
-        name: {"mean": numbers(profile.mean[rows, column].tolist()), "std": numbers(profile.std[rows, column].tolist())}
-        for column, name in enumerate(NORMS)
-    }
 
 
 def _measure(

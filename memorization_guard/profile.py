@@ -178,6 +178,18 @@ class StabilityProfile:
         half = gamma * self.std[row]
         return np.maximum(self.mean[row] - half, 0.0), self.mean[row] + half
 
+    def bands(self, rows: Sequence[int | None]) -> dict[str, dict[str, np.ndarray]]:
+        """Mean and standard deviation of each norm at ``rows``, ``[len(rows)]`` each; NaN where a row is ``None``."""
+        there = [row is not None for row in rows]
+        chosen = [row for row in rows if row is not None]
+        bands: dict[str, dict[str, np.ndarray]] = {}
+        for column, name in enumerate(NORMS):
+            bands[name] = {}
+            for key, statistics in (("mean", self.mean), ("std", self.std)):
+                bands[name][key] = np.full(len(rows), np.nan)
+                bands[name][key][there] = statistics[chosen, column]
+        return bands
+
     def find(self, sigma: float) -> int | None:
         """The row whose noise level is ``sigma`` (within 1 %), or ``None``. Row 0 if the profile knows no noise levels."""
         if self.settings.sigmas is None:

@@ -123,9 +123,7 @@ class Trace:
             "thresholds": self.thresholds.to_dict(),
             "steps": {name: numbers(getattr(self, name).tolist()) for name in STEP_FIELDS}
             | {"mitigated": self.mitigated.tolist()},
-            "bands": {
-                name: {key: numbers(values.tolist()) for key, values in band.items()} for name, band in self.bands.items()
-            },
+            "bands": band_numbers(self.bands),
             "reference_count": self.reference_count,
         }
 
@@ -206,6 +204,11 @@ def _number(value: float | None) -> float | None:
 def numbers(values: Sequence[float | None]) -> list[float | None]:
     """``values`` as strict JSON holds them: seven significant digits, ``None`` for what is no number."""
     return [_number(value) for value in values]
+
+
+def band_numbers(bands: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, dict[str, list[float | None]]]:
+    """The ``bands`` of a trace as strict JSON holds them."""
+    return {name: {key: numbers(values.tolist()) for key, values in band.items()} for name, band in bands.items()}
 
 
 def _array(values: Sequence[float | None]) -> np.ndarray:
