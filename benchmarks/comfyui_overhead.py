@@ -98,10 +98,7 @@ def inside() -> None:
         for name in names:
             setattr(owner, name, clocked(getattr(owner, name)))
 
-    references = lab.lab.prompts("reference")[:24]
-    runs = module("memorization_guard.calibration").ReferenceRuns(None, "overhead")
-    runs.add(lab.sample(references, "euler", 1, mode="trace")[1].traces, len(references))
-    profile, _ = runs.profile()
+    profile = lab.profile("euler", 24)
     for mode in ("trace", "mitigate"):
         shares, costs = [], []
         for turn in range(12):

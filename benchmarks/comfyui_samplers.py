@@ -74,6 +74,13 @@ class Lab:
             )
         return samples, log.runs()[0] if log else None, time.perf_counter() - began
 
+    def profile(self, sampler: str, references: int) -> Any:
+        """A profile of the sampler, from so many reference prompts."""
+        runs = self.calibration.ReferenceRuns(None, sampler)
+        prompts = self.lab.prompts("reference")[:references]
+        runs.add(self.sample(prompts, sampler, 1000, mode="trace")[1].traces, len(prompts))
+        return runs.profile()[0]
+
     def copies(self, latents: Any, prompts: list[str]) -> int:
         """How many of the latents are copies of what was duplicated under their prompts."""
         import torch
@@ -98,10 +105,7 @@ def row(lab: Lab, sampler: str, count: int, references: int, thresholds: Any) ->
     if run.monitor.off_schedule:
         return [sampler, seen, identical, "not scored", "-", f"{before} of {count}", "-", "-"]
 
-    runs = lab.calibration.ReferenceRuns(None, sampler)
-    prompts = lab.lab.prompts("reference")[:references]
-    runs.add(lab.sample(prompts, sampler, 1000, mode="trace")[1].traces, len(prompts))
-    profile, _ = runs.profile()
+    profile = lab.profile(sampler, references)
     mitigated, run, _ = lab.sample(exact, sampler, 100, mode="mitigate", profile=profile, thresholds=thresholds)
     triggered = sum(trace.trigger_step is not None for trace in run.traces)
     _, untouched, _ = lab.sample(ordinary, sampler, 200, mode="mitigate", profile=profile, thresholds=thresholds)

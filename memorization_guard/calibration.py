@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import logging
 import os
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from .files import write_whole
+from .fingerprint import content_hash
 from .profile import NORMS, RunSettings, StabilityProfile
 from .trace import Trace
 
@@ -164,7 +164,7 @@ class ReferenceRuns:
 
     def __init__(self, state: str | os.PathLike[str] | None, identity: Any) -> None:
         self._state = None if state is None else Path(state)
-        self.key = hashlib.sha256(json.dumps(identity, default=repr, sort_keys=True).encode()).hexdigest()
+        self.key = content_hash(identity)
         self.traces: list[Trace] = []
         if self._state is None or not self._state.exists():
             return

@@ -1,10 +1,12 @@
-"""A fast fingerprint of a model's weights, the same at any floating-point precision."""
+"""Fingerprints: of a model's weights, the same at any floating-point precision, and of whatever JSON can write."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from operator import itemgetter
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,3 +40,8 @@ def fingerprint(model: nn.Module | Mapping[str, Tensor]) -> str | None:
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         digest.update(np.packbits(next(arrived[tensor.device]).numpy()).tobytes())
     return digest.hexdigest()[:16]
+
+
+def content_hash(content: Any) -> str:
+    """SHA-256 of JSON-ready content, whatever the order of its keys; what JSON does not know counts as it prints."""
+    return hashlib.sha256(json.dumps(content, default=repr, sort_keys=True).encode()).hexdigest()

@@ -17,17 +17,23 @@ StabilityProfileType = io.Custom("STABILITY_PROFILE")
 TraceType = io.Custom("STABILITY_TRACE")
 
 
-def advanced(widget: Any) -> Any:
+def _advanced(widget: Any) -> Any:
     """The widget, folded away until the user asks for advanced inputs; callers of the API may leave it out."""
     widget.extra_dict = {"advanced": True}
     widget.optional = True
     return widget
 
 
+def _threshold(name: str, low: float, high: float, step: float, tooltip: str) -> Any:
+    """An advanced widget for a field of :class:`Thresholds`, of the field's type and default."""
+    default = getattr(Thresholds(), name)
+    kind = io.Int if isinstance(default, int) else io.Float
+    return _advanced(kind.Input(name, default=default, min=low, max=high, step=step, tooltip=tooltip))
+
+
 class MemorizationGuard(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        default = Thresholds()
         return io.Schema(
             node_id="MemorizationGuard",
             display_name="Memorization Guard",
@@ -55,72 +61,55 @@ class MemorizationGuard(io.ComfyNode):
                         "Profile. Without one the run is traced, and not judged."
                     ),
                 ),
-                advanced(
-                    io.Float.Input(
-                        "tau_mild",
-                        default=default.tau_mild,
-                        min=0.1,
-                        max=100.0,
-                        step=0.1,
-                        tooltip="Standard deviations off, in update and predicted image, from which a run counts as "
-                        "memorized. Published value: 3.",
-                    )
+                _threshold(
+                    "tau_mild",
+                    0.1,
+                    100.0,
+                    0.1,
+                    "Standard deviations off, in update and predicted image, from which a run counts as memorized. Published "
+                    "value: 3.",
                 ),
-                advanced(
-                    io.Float.Input(
-                        "tau_strong",
-                        default=default.tau_strong,
-                        min=0.1,
-                        max=1000.0,
-                        step=0.5,
-                        tooltip="Standard deviations off, in the predicted image, from which it counts as strongly "
-                        "memorized. Published value: 14.",
-                    )
+                _threshold(
+                    "tau_strong",
+                    0.1,
+                    1000.0,
+                    0.5,
+                    "Standard deviations off, in the predicted image, from which it counts as strongly memorized. Published "
+                    "value: 14.",
                 ),
-                advanced(
-                    io.Float.Input(
-                        "gamma",
-                        default=default.gamma,
-                        min=0.1,
-                        max=100.0,
-                        step=0.1,
-                        tooltip="Half width, in standard deviations, of the band that a corrected latent is brought back "
-                        "into. Published value: 3.",
-                    )
+                _threshold(
+                    "gamma",
+                    0.1,
+                    100.0,
+                    0.1,
+                    "Half width, in standard deviations, of the band that a corrected latent is brought back into. Published "
+                    "value: 3.",
                 ),
-                advanced(
-                    io.Int.Input(
-                        "mild_steps",
-                        default=default.mild_steps,
-                        min=0,
-                        max=1000,
-                        tooltip="A mild run is corrected in this many first steps, counted as of 50. Published value: 10. "
-                        "Not used where a run is steered by its guidance.",
-                    )
+                _threshold(
+                    "mild_steps",
+                    0,
+                    1000,
+                    1,
+                    "A mild run is corrected in this many first steps, counted as of 50. Published value: 10. Not used where "
+                    "a run is steered by its guidance.",
                 ),
-                advanced(
-                    io.Float.Input(
-                        "tau_steer",
-                        default=default.tau_steer,
-                        min=0.1,
-                        max=1000.0,
-                        step=0.1,
-                        tooltip="Standard deviations off from which a run is steered by its guidance. At least tau_mild; "
-                        "measured on the bundled model: 4.5, and 3 for samplers that add noise in each step.",
-                    )
+                _threshold(
+                    "tau_steer",
+                    0.1,
+                    1000.0,
+                    0.1,
+                    "Standard deviations off from which a run is steered by its guidance. At least tau_mild; measured on the "
+                    "bundled model: 4.5, and 3 for samplers that add noise in each step.",
                 ),
-                advanced(
-                    io.Float.Input(
-                        "steering_guidance",
-                        default=default.steering_guidance,
-                        min=-30.0,
-                        max=30.0,
-                        step=0.5,
-                        tooltip="Guidance scale that a steered step is made with. Below 0 leads away from the prompt, "
-                        "with strong contrasts; 0 is as without the prompt, and calmer.",
-                    )
+                _threshold(
+                    "steering_guidance",
+                    -30.0,
+                    30.0,
+                    0.5,
+                    "Guidance scale that a steered step is made with. Below 0 leads away from the prompt, with strong "
+                    "contrasts; 0 is as without the prompt, and calmer.",
                 ),
-                advanced(
+                _advanced(
                     io.Combo.Input(
                         "correction",
                         options=[STEER, PUBLISHED],

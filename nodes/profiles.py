@@ -16,6 +16,7 @@ from comfy_api.v0_0_2 import io, ui
 
 from ..memorization_guard import CalibrationError, StabilityProfile
 from ..memorization_guard.calibration import MIN_RUNS, ReferenceRuns
+from ..memorization_guard.fingerprint import content_hash
 from ..memorization_guard.prompts import read_prompts, reference_prompts
 from .guard import CATEGORY, StabilityProfileType
 from .sampling import guard, is_guarded, model_hash
@@ -200,9 +201,8 @@ class CalibrateStabilityProfile(io.ComfyNode):
         identity = [texts, negative, seed, steps, cfg, sampler_name, scheduler, list(latent.shape), model_hash(model)]
         folder = Path(folder_paths.get_folder_paths(FOLDER)[0])
         folder.mkdir(parents=True, exist_ok=True)
-        runs = ReferenceRuns(None, identity)
         # Under its own name each, so that two calibrations in turn do not forget each other.
-        state = folder / f".calibration-{runs.key[:16]}.json"
+        state = folder / f".calibration-{content_hash(identity)[:16]}.json"
         runs = ReferenceRuns(state, identity)
 
         unconditional = clip.encode_from_tokens_scheduled(clip.tokenize(negative))

@@ -19,8 +19,6 @@ from .sampling import Run, TraceLog
 #: Key of the traces in the metadata of a saved image.
 METADATA = "memorization_guard"
 
-_PASSED = "Images that pass, in their order."
-
 
 class StabilityReport(io.ComfyNode):
     @classmethod
@@ -121,7 +119,7 @@ class MemorizationGate(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Image.Output("passed", display_name="IMAGE", tooltip=_PASSED),
+                io.Image.Output("passed", display_name="IMAGE", tooltip="Images that pass, in their order."),
                 io.Int.Output("held_back", display_name="held back", tooltip="How many were held back."),
                 io.String.Output("reasons", display_name="reasons", tooltip="Why, an image a line."),
             ],

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 import logging
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,7 +20,7 @@ from comfy_execution.utils import get_executing_context
 from server import PromptServer
 
 from ..memorization_guard import RunSettings, StabilityMonitor, StabilityProfile, StepEvent, Thresholds, Trace
-from ..memorization_guard.fingerprint import fingerprint
+from ..memorization_guard.fingerprint import content_hash, fingerprint
 from ..memorization_guard.kdiffusion import SamplerWatch, watched
 from ..memorization_guard.parameterization import NoiseLevel
 
@@ -107,7 +105,7 @@ def lineage(get_node: Callable[[str], Mapping[str, Any] | None], node: str) -> t
             continue
         found[current] = (content["class_type"], content["inputs"])
         waiting += [str(link[0]) for link in content["inputs"].values() if isinstance(link, list) and len(link) == 2]
-    return set(found), hashlib.sha256(json.dumps(sorted(found.items()), default=repr).encode()).hexdigest()
+    return set(found), content_hash(found)
 
 
 def _running_prompt(prompt_id: str) -> Mapping[str, Any] | None:

@@ -51,6 +51,38 @@ class Bench:
         }
         return self.g.node("KSampler", **(inputs | changes))[0]
 
+    def advanced(self, **changes: Any) -> Any:
+        inputs = {
+            "model": self.model,
+            "positive": self.positive,
+            "negative": self.negative,
+            "latent_image": self.latent,
+            "noise_seed": 5,
+            "steps": STEPS,
+            "cfg": CFG,
+            "sampler_name": "euler",
+            "scheduler": "normal",
+            "add_noise": "enable",
+            "start_at_step": 0,
+            "end_at_step": 10000,
+            "return_with_leftover_noise": "disable",
+        }
+        return self.g.node("KSamplerAdvanced", **(inputs | changes))[0]
+
+    def sampler_custom(self, **changes: Any) -> Any:
+        inputs = {
+            "model": self.model,
+            "add_noise": True,
+            "noise_seed": 5,
+            "cfg": CFG,
+            "positive": self.positive,
+            "negative": self.negative,
+            "sampler": self.g.node("KSamplerSelect", sampler_name="euler")[0],
+            "sigmas": self.sigmas(),
+            "latent_image": self.latent,
+        }
+        return self.g.node("SamplerCustom", **(inputs | changes))[0]
+
     def sigmas(self, **changes: Any) -> Any:
         inputs = {"model": self.model, "scheduler": "normal", "steps": STEPS, "denoise": 1.0}
         return self.g.node("BasicScheduler", **(inputs | changes))[0]
@@ -129,73 +161,8 @@ def finish(server: Any) -> Callable[..., Result]:
 
 
 def two_ksamplers(b: Bench) -> Any:
-    first = b.g.node(
-        "KSamplerAdvanced",
-        model=b.model,
-        positive=b.positive,
-        negative=b.negative,
-        latent_image=b.latent,
-        noise_seed=5,
-        steps=STEPS,
-        cfg=CFG,
-        sampler_name="euler",
-        scheduler="normal",
-        add_noise="enable",
-        start_at_step=0,
-        end_at_step=12,
-        return_with_leftover_noise="enable",
-    )[0]
-    return b.g.node(
-        "KSamplerAdvanced",
-        model=b.model,
-        positive=b.positive,
-        negative=b.negative,
-        latent_image=first,
-        noise_seed=5,
-        steps=STEPS,
-        cfg=CFG,
-        sampler_name="euler",
-        scheduler="normal",
-        add_noise="disable",
-        start_at_step=12,
-        end_at_step=10000,
-        return_with_leftover_noise="disable",
-    )[0]
-
-
-def forced_end(b: Bench) -> Any:
-    return b.g.node(
-        "KSamplerAdvanced",
-        model=b.model,
-        positive=b.positive,
-        negative=b.negative,
-        latent_image=b.latent,
-        noise_seed=5,
-        steps=STEPS,
-        cfg=CFG,
-        sampler_name="euler",
-        scheduler="normal",
-        add_noise="enable",
-        start_at_step=0,
-        end_at_step=12,
-        return_with_leftover_noise="disable",
-    )[0]
-
-
-def sampler_custom(b: Bench) -> Any:
-    chosen = b.g.node("KSamplerSelect", sampler_name="euler")[0]
-    return b.g.node(
-        "SamplerCustom",
-        model=b.model,
-        add_noise=True,
-        noise_seed=5,
-        cfg=CFG,
-        positive=b.positive,
-        negative=b.negative,
-        sampler=chosen,
-        sigmas=b.sigmas(),
-        latent_image=b.latent,
-    )[0]
+    first = b.advanced(end_at_step=12, return_with_leftover_noise="enable")
+    return b.advanced(latent_image=first, add_noise="disable", start_at_step=12)
 
 
 def second_pass(b: Bench) -> Any:
@@ -270,26 +237,14 @@ def dual(b: Bench) -> Any:
 
 def flipped(b: Bench) -> Any:
     sigmas = b.g.node("FlipSigmas", sigmas=b.sigmas())[0]
-    chosen = b.g.node("KSamplerSelect", sampler_name="euler")[0]
-    return b.g.node(
-        "SamplerCustom",
-        model=b.model,
-        add_noise=False,
-        noise_seed=5,
-        cfg=1.0,
-        positive=b.positive,
-        negative=b.negative,
-        sampler=chosen,
-        sigmas=sigmas,
-        latent_image=b.ksampler(),
-    )[0]
+    return b.sampler_custom(add_noise=False, cfg=1.0, sigmas=sigmas, latent_image=b.ksampler())
 
 
 WAYS: dict[str, tuple[Callable[[Bench], Any], list[int], list[bool]]] = {
     "KSampler": (Bench.ksampler, [30], [True]),
     "KSamplerAdvanced, one after the other": (two_ksamplers, [12, 18], [True, True]),
-    "KSamplerAdvanced, ended early": (forced_end, [12], [False]),
-    "SamplerCustom": (sampler_custom, [30], [True]),
+    "KSamplerAdvanced, ended early": (lambda b: b.advanced(end_at_step=12), [12], [False]),
+    "SamplerCustom": (Bench.sampler_custom, [30], [True]),
     "CFGGuider": (lambda b: b.custom("CFGGuider", positive=b.positive, negative=b.negative, cfg=CFG), [30], [True]),
     "BasicGuider": (lambda b: b.custom("BasicGuider", conditioning=b.positive), [30], [False]),
     "DualCFGGuider": (dual, [30], [True]),
