@@ -16,88 +16,92 @@ section{box-sizing:border-box;display:flex;flex-direction:column;gap:4px;height:
 header{display:flex;flex:none;flex-wrap:wrap;align-items:center;gap:4px;font:12px/20px system-ui,sans-serif;
  color:var(--body-text-color-subdued,gray)}
 header span{margin-right:8px}
-button{border:1px solid transparent;border-radius:6px;padding:0 8px;background:none;color:inherit;font:inherit;cursor:pointer}
-button:hover,button[aria-pressed=true]{color:var(--body-text-color,inherit)}
-button[aria-pressed=true]{border-color:var(--border-color-primary,gray)}
+header button{border:1px solid transparent;border-radius:6px;padding:0 8px;background:none;color:inherit;font:inherit;cursor:pointer}
+header button:hover,header button[aria-pressed=true]{color:var(--body-text-color,inherit)}
+header button[aria-pressed=true]{border-color:var(--border-color-primary,gray)}
+header button:only-of-type{display:none}
 main{flex:1 1 0;min-height:0}
 `;
 
-/** The graph of one task, and a button for each run where there are several (batches, the second pass, a comparison). */
+/** The graph of a tab's task, and a button for each run where there are several (batches, the second pass, a comparison). */
 class Panel {
-  #runs = new Map(); // name -> {title, run}
-  #shown = null;
+  #runs = new Map(); // name -> {run, button}
+  #shown = null; // name of the run on show
+  #element = make("div");
   #header = make("header");
   #graph;
-  #theme;
 
-  constructor(container) {
-    const main = make("main");
+  constructor() {
     const section = make("section");
+    const main = make("main");
     section.setAttribute("aria-label", "Memorization Guard");
     section.append(this.#header, main);
-    this.element = make("div");
+    this.#header.append(make("span", "Memorization Guard"));
     // The host calls every extension back whenever its page changes, which what happens in here is not.
-    this.element.attachShadow({ mode: "open" }).append(make("style", STYLE), section);
-    container.after(this.element);
-    this.#theme = new MutationObserver(() => this.#followTheme());
-    this.#theme.observe(document.body, { attributes: true, attributeFilter: ["class"] });
+    this.#element.attachShadow({ mode: "open" }).append(make("style", STYLE), section);
     this.#graph = new StabilityGraph(main);
-    this.#followTheme();
+    new MutationObserver(() => this.#draw()).observe(document.body, { attributes: true, attributeFilter: ["class"] });
   }
 
-  remove() {
-    this.#theme.disconnect();
-    this.#graph.destroy();
-    this.element.remove();
-  }
-
-  take({ kind, run: name, title, ...data }) {
+  /** Takes in an event; the panel stands after `place` from the first one on. */
+  take({ kind, run: name, title, ...data }, place) {
+    if (!this.#element.isConnected) place.after(this.#element);
     if (kind === "begin" || !this.#runs.has(name)) {
-      this.#runs.delete(name);
-      this.#runs.set(name, { title, run: startRun(data) });
-      if (this.#runs.size > MOST_RUNS) this.#runs.delete(this.#runs.keys().next().value);
-      this.#show(name);
+      const newest = [...this.#runs.keys()].at(-1);
+      this.#drop(name);
+      const button = make("button", title ?? name);
+      button.type = "button";
+      button.setAttribute("aria-pressed", "false");
+      button.addEventListener("click", () => this.#show(name));
+      this.#header.append(button);
+      this.#runs.set(name, { run: startRun(data), button });
+      if (this.#runs.size > MOST_RUNS) this.#drop(this.#runs.keys().next().value);
+      // Who looks at an earlier run is left with it.
+      if (this.#shown === newest || !this.#runs.has(this.#shown)) this.#show(name);
     }
     const { run } = this.#runs.get(name);
     if (kind === "step") addStep(run, data);
     if (kind === "end") finishRun(run, data.traces);
-    if (name === this.#shown) this.#graph.show(run);
+    this.#draw();
   }
 
   /** No more will come, also of a run that was broken off. */
   end() {
     for (const { run } of this.#runs.values()) if (!run.finished) finishRun(run, []);
-    this.#graph.show(this.#runs.get(this.#shown)?.run);
+    this.#draw();
+  }
+
+  clear() {
+    this.#element.remove();
+    for (const name of [...this.#runs.keys()]) this.#drop(name);
+    this.#shown = null;
+  }
+
+  #drop(name) {
+    this.#runs.get(name)?.button.remove();
+    this.#runs.delete(name);
   }
 
   #show(name) {
     this.#shown = name;
-    const names = this.#runs.size > 1 ? [...this.#runs.keys()] : [];
-    const buttons = names.map((each, i) => {
-      const button = make("button", this.#runs.get(each).title || `run ${i + 1}`);
-      button.type = "button";
-      button.setAttribute("aria-pressed", String(each === name));
-      button.addEventListener("click", () => this.#show(each));
-      return button;
-    });
-    this.#header.replaceChildren(make("span", "Memorization Guard"), ...buttons);
-    this.#graph.show(this.#runs.get(name).run);
+    for (const [each, { button }] of this.#runs) button.setAttribute("aria-pressed", String(each === name));
+    this.#draw();
   }
 
-  /** Gradio says when it is dark, and nothing when it is light. */
-  #followTheme() {
-    this.element.dataset.theme = document.body.classList.contains("dark") ? "dark" : "light";
+  #draw() {
+    // Gradio says when it is dark, and nothing when it is light.
+    this.#element.dataset.theme = document.body.classList.contains("dark") ? "dark" : "light";
     this.#graph.show(this.#runs.get(this.#shown)?.run);
   }
 }
 
-/** A tab that generates: which task of it is under way, and its panel. */
+/** A tab that generates images, and its task that was begun last. */
 class Tab {
   #name;
-  #container = null;
+  #panel = new Panel();
+  #gallery = null;
   #bar = null; // the host's progress bar, as long as it waits for a task
-  #panel = null;
-  #watch = null; // of the task that was begun last
+  #watch = null; // another one for each task
 
   constructor(name) {
     this.#name = name;
@@ -105,43 +109,35 @@ class Tab {
 
   /** Called after every change of the page, which is often. */
   look() {
-    const container = gradioApp().querySelector(`#${this.#name}_gallery_container`);
-    if (!container) return;
-    const bar = container.parentNode.querySelector(":scope > .progressDiv");
-    const begun = bar && bar !== this.#bar;
-    const isNew = !this.#container;
-    this.#container = container;
+    const gallery = gradioApp().querySelector(`#${this.#name}_gallery_container`);
+    if (!gallery) return;
+    const bar = gallery.parentNode.querySelector(":scope > .progressDiv");
+    const begun = !this.#gallery || (bar && bar !== this.#bar);
+    this.#gallery = gallery;
     this.#bar = bar;
-    if (begun || isNew) this.#follow(localStorage.getItem(`${this.#name}_task_id`)).catch(complain);
+    if (begun) this.#follow(localStorage.getItem(`${this.#name}_task_id`)).catch(complain);
   }
 
-  /** Draws what the server tells of a task, until there is no more. */
+  /** Draws what the server tells of a task, until there is no more or another one has begun. */
   async #follow(task) {
     const watch = (this.#watch = {});
-    this.#panel?.remove();
-    this.#panel = null;
-    if (!task) return;
+    this.#panel.clear();
     let cursor = 0;
     let failures = 0;
-    while (failures < PATIENCE) {
+    while (task && failures < PATIENCE) {
       const answer = await ask(task, cursor);
       if (this.#watch !== watch) return;
       failures = answer ? 0 : failures + 1;
       if (answer) {
         cursor = answer.cursor;
-        for (const event of answer.events) this.#take(event);
+        for (const event of answer.events) this.#panel.take(event, this.#gallery);
         // The server hears of a task later than the page, which waits as long as there is a bar.
         if (!answer.running && !answer.events.length && !this.#bar?.isConnected) break;
       }
       await new Promise((done) => setTimeout(done, PERIOD * 2 ** failures));
       if (this.#watch !== watch) return;
     }
-    this.#panel?.end();
-  }
-
-  #take(event) {
-    this.#panel ??= new Panel(this.#container);
-    this.#panel.take(event);
+    this.#panel.end();
   }
 }
 
