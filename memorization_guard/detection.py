@@ -19,12 +19,18 @@ Verdict = Literal["stable", "mild", "strong", "unscored"]
 REFERENCE_STEPS = 50
 
 
+def _constant(default: Any, bounds: tuple[float, float, float], about: str) -> Any:
+    """A field with what an input for it should say: lowest and highest sensible value, step, and a sentence or two."""
+    return dataclasses.field(default=default, metadata={"bounds": bounds, "about": about})
+
+
 @dataclass(frozen=True)
 class Thresholds:
     """The constants of detection and mitigation; the first four are those reported at 50 steps.
 
     The last two are ours, and measured in ``docs/lab.md``. They are used where a host hands over the predictions with and
-    without the prompt; ``steering_guidance=None`` selects the published mitigation there too.
+    without the prompt; ``steering_guidance=None`` selects the published mitigation there too. Metadata of the fields has what
+    a host's inputs show.
 
     Attributes:
         tau_mild: score of update and x0 norm from which an image triggers. Positive.
@@ -36,12 +42,39 @@ class Thresholds:
         steering_guidance: the guidance scale that a steered step is made with; below 0 leads away from the prompt.
     """
 
-    tau_mild: float = 3.0
-    tau_strong: float = 14.0
-    gamma: float = 3.0
-    mild_steps: int = 10
-    tau_steer: float = 4.5
-    steering_guidance: float | None = -1.0
+    tau_mild: float = _constant(
+        3.0,
+        (0.1, 100.0, 0.1),
+        "Standard deviations off, in update and predicted image, from which a run counts as memorized. Published value: 3.",
+    )
+    tau_strong: float = _constant(
+        14.0,
+        (0.1, 1000.0, 0.5),
+        "Standard deviations off, in the predicted image, from which it counts as strongly memorized. Published value: 14.",
+    )
+    gamma: float = _constant(
+        3.0,
+        (0.1, 100.0, 0.1),
+        "Half width, in standard deviations, of the band that a corrected latent is brought back into. Published value: 3.",
+    )
+    mild_steps: int = _constant(
+        10,
+        (0, 1000, 1),
+        "A mild run is corrected in this many first steps, counted as of 50. Published value: 10. Not used where a run is "
+        "steered by its guidance.",
+    )
+    tau_steer: float = _constant(
+        4.5,
+        (0.1, 1000.0, 0.1),
+        "Standard deviations off from which a run is steered by its guidance. At least tau_mild; measured on the bundled "
+        "model: 4.5, and 3 for samplers that add noise in each step.",
+    )
+    steering_guidance: float | None = _constant(
+        -1.0,
+        (-30.0, 30.0, 0.5),
+        "Guidance scale that a steered step is made with. Below 0 leads away from the prompt, with strong contrasts; 0 is as "
+        "without the prompt, and calmer.",
+    )
 
     def __post_init__(self) -> None:
         for name in ("tau_mild", "tau_strong", "gamma", "tau_steer"):

@@ -67,16 +67,25 @@ class SamplerWatch:
             :meth:`NoiseLevel.from_sigma`.
         editable: whether the sampler goes on with the tensor that it hands to the model. Where it is known not to
             (it keeps another state, or only the predictions), predictions are corrected instead.
+        fixed: whether the sampler keeps to ``sigmas``; of one that chooses its own they are the first and the last.
     """
 
     def __init__(
-        self, monitor: StabilityMonitor, sigmas: Tensor, level: Callable[[float], NoiseLevel], *, editable: bool = True
+        self,
+        monitor: StabilityMonitor,
+        sigmas: Tensor,
+        level: Callable[[float], NoiseLevel],
+        *,
+        editable: bool = True,
+        fixed: bool = True,
     ) -> None:
         self.monitor = monitor
         self._schedule: list[float] = sigmas.tolist()
         self._level = level
         self._editable = editable
-        self._on_schedule = True
+        self._on_schedule = fixed
+        if not fixed:
+            monitor.leave_schedule()
         self._started = 0  # solver steps begun
         self._start: _Start | None = None  # of the step under way
         self._first: _Call | None = None  # first and last call since the callback
@@ -88,6 +97,19 @@ class SamplerWatch:
         self._spoiled = False  # whether a latent was changed inside the step under way
         self._named: list[Tensor] = []  # noise levels of the starts, as the sampler named them
 
+    def model(self, model: Any) -> ModelProxy:
+        """What the sampler is to be given in place of ``model``."""
+        return ModelProxy(model, self)
+
+    def callback(self, callback: Callable[[dict[str, Any]], Any] | None) -> Callable[[dict[str, Any]], Any]:
+        """What the sampler is to be given in place of ``callback``."""
+
+        def stepped(info: dict[str, Any]) -> Any:
+            self.stepped(info)
+            return callback(info) if callback is not None else None
+
+        return stepped
+
     def predict(self, x: Tensor, sigma: Tensor, evaluate: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """Stands for the model: the prediction that the sampler is to go on with, out of ``evaluate(x, sigma)``."""
         call = _Call(x, sigma)
@@ -97,10 +119,13 @@ class SamplerWatch:
         corrected = self._guarded(self._after_call, call)
         return denoised if corrected is None else corrected
 
-    def saw_guidance(self, cond: Tensor, uncond: Tensor, x: Tensor) -> None:
-        """Takes in, from inside ``evaluate``, the clean latents predicted from ``x`` with and without the prompt."""
+    def saw_guidance(self, cond: Tensor, uncond: Tensor, x: Tensor | None = None) -> None:
+        """Takes in, from inside ``evaluate``, the clean latents predicted with and without the prompt.
+
+        They were predicted from ``x``, or, as where nothing stands in between, from what the sampler handed to the model.
+        """
         if self._last is not None:
-            self._last.guidance = (cond, uncond, x)
+            self._last.guidance = (cond, uncond, self._last.x if x is None else x)
 
     def stepped(self, info: Mapping[str, Any]) -> None:
         """Stands before the sampler's own callback."""
@@ -115,7 +140,7 @@ class SamplerWatch:
         """The sampler function was left by ``error`` (an interrupt, or the host's own failure)."""
         name = type(error).__name__
         why = "interrupted" if "interrupt" in name.lower() else name
-        self.monitor.end(f"{why} after {self.monitor.steps} of {len(self._schedule) - 1} steps")
+        self.monitor.end(f"{why} after {self.monitor.steps} of {self.monitor.settings.steps} steps")
 
     def _guarded(self, function: Callable[[Any], Any], argument: Any) -> Any:
         if self.monitor.error is not None:
@@ -250,35 +275,24 @@ class SamplerWatch:
 
 
 def watched(
-    sampler_function: Callable[..., Tensor], new_watch: Callable[[Tensor, Tensor], SamplerWatch | None]
+    sampler_function: Callable[..., Tensor], new_watch: Callable[..., SamplerWatch | None]
 ) -> Callable[..., Tensor]:
     """``sampler_function`` with its model and callback watched; what it returns is bit-identical unless it is corrected.
 
     Args:
-        sampler_function: ``(model, x, sigmas, *, extra_args, callback, ...) -> x``.
-        new_watch: gives, from ``x`` and ``sigmas``, who watches the run, or ``None`` for nobody.
+        sampler_function: ``(model, x, sigmas, *, extra_args, callback, ...) -> x``; whatever follows ``x`` may have other names.
+        new_watch: gives, from ``x`` and all that follows it, who watches the run, or ``None`` for nobody.
     """
 
     @functools.wraps(sampler_function)
     def run(
-        model: Any,
-        x: Tensor,
-        sigmas: Tensor,
-        extra_args: dict[str, Any] | None = None,
-        callback: Callable[[dict[str, Any]], Any] | None = None,
-        **kwargs: Any,
+        model: Any, x: Tensor, *args: Any, callback: Callable[[dict[str, Any]], Any] | None = None, **kwargs: Any
     ) -> Tensor:
-        watch = new_watch(x, sigmas)
+        watch = new_watch(x, *args, **kwargs)
         if watch is None:
-            return sampler_function(model, x, sigmas, extra_args=extra_args, callback=callback, **kwargs)
-
-        def stepped(info: dict[str, Any]) -> Any:
-            watch.stepped(info)
-            return callback(info) if callback is not None else None
-
-        proxy = ModelProxy(model, watch)
+            return sampler_function(model, x, *args, callback=callback, **kwargs)
         try:
-            result = sampler_function(proxy, x, sigmas, extra_args=extra_args, callback=stepped, **kwargs)
+            result = sampler_function(watch.model(model), x, *args, callback=watch.callback(callback), **kwargs)
         except BaseException as error:
             watch.aborted(error)
             raise

@@ -21,6 +21,7 @@ from .files import write_whole
 NORMS = ("latent", "update", "denoised")
 
 FORMAT = "memorization-guard.profile"
+EXTENSION = ".safetensors"
 FORMAT_VERSION = 1
 
 #: Relative distance up to which two noise levels, or two guidance scales, count as the same.
@@ -310,3 +311,20 @@ class StabilityProfile:
 
 def _same_sigma(ours: float, theirs: float) -> bool:
     return math.isclose(ours, theirs, rel_tol=SIGMA_TOLERANCE, abs_tol=1e-6)
+
+
+def name_problem(name: str) -> str | None:
+    """Why a profile's file cannot be called ``name``, on whatever system; ``None`` where it can. A name is never a path."""
+    stem = name.strip().removesuffix(EXTENSION)
+    reserved = {"CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT") for n in range(10))}
+    if (
+        not stem
+        or stem.startswith(".")
+        or stem.endswith((".", " "))
+        or stem.split(".")[0].upper() in reserved
+        or len(stem) > 120
+    ):
+        return f"{name!r} cannot name a profile: give 1 to 120 characters that do not begin or end with a dot"
+    if any(character in '/\\:*?"<>|' or ord(character) < 32 for character in stem):
+        return f'{name!r} cannot name a profile: leave out / \\ : * ? " < > |; it is a name, and not a path'
+    return None

@@ -7,10 +7,24 @@ import os
 from importlib import resources
 from pathlib import Path
 
+from .calibration import MIN_RUNS, CalibrationError
+
 
 def reference_prompts() -> list[str]:
     """64 diverse prompts of our own writing, to calibrate a model with; of nothing that is known for being copied."""
     return resources.files(__package__).joinpath("reference_prompts.txt").read_text(encoding="utf-8").splitlines()
+
+
+def typed_prompts(text: str) -> list[str]:
+    """Reference prompts that somebody typed, one a line.
+
+    Raises:
+        CalibrationError: if there are fewer than a profile needs.
+    """
+    prompts = [line.strip() for line in text.splitlines() if line.strip()]
+    if len(prompts) < MIN_RUNS:
+        raise CalibrationError(f"{len(prompts)} reference prompts: give at least {MIN_RUNS}, better 50, one a line")
+    return prompts
 
 
 def read_prompts(path: str | os.PathLike[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from comfy_api.v0_0_2 import io
@@ -24,11 +25,13 @@ def _advanced(widget: Any) -> Any:
     return widget
 
 
-def _threshold(name: str, low: float, high: float, step: float, tooltip: str) -> Any:
-    """An advanced widget for a field of :class:`Thresholds`, of the field's type and default."""
-    default = getattr(Thresholds(), name)
-    kind = io.Int if isinstance(default, int) else io.Float
-    return _advanced(kind.Input(name, default=default, min=low, max=high, step=step, tooltip=tooltip))
+def _threshold(field: dataclasses.Field[Any]) -> Any:
+    """An advanced widget for a field of :class:`Thresholds`."""
+    low, high, step = field.metadata["bounds"]
+    kind = io.Int if isinstance(field.default, int) else io.Float
+    return _advanced(
+        kind.Input(field.name, default=field.default, min=low, max=high, step=step, tooltip=field.metadata["about"])
+    )
 
 
 class MemorizationGuard(io.ComfyNode):
@@ -61,54 +64,7 @@ class MemorizationGuard(io.ComfyNode):
                         "Profile. Without one the run is traced, and not judged."
                     ),
                 ),
-                _threshold(
-                    "tau_mild",
-                    0.1,
-                    100.0,
-                    0.1,
-                    "Standard deviations off, in update and predicted image, from which a run counts as memorized. Published "
-                    "value: 3.",
-                ),
-                _threshold(
-                    "tau_strong",
-                    0.1,
-                    1000.0,
-                    0.5,
-                    "Standard deviations off, in the predicted image, from which it counts as strongly memorized. Published "
-                    "value: 14.",
-                ),
-                _threshold(
-                    "gamma",
-                    0.1,
-                    100.0,
-                    0.1,
-                    "Half width, in standard deviations, of the band that a corrected latent is brought back into. Published "
-                    "value: 3.",
-                ),
-                _threshold(
-                    "mild_steps",
-                    0,
-                    1000,
-                    1,
-                    "A mild run is corrected in this many first steps, counted as of 50. Published value: 10. Not used where "
-                    "a run is steered by its guidance.",
-                ),
-                _threshold(
-                    "tau_steer",
-                    0.1,
-                    1000.0,
-                    0.1,
-                    "Standard deviations off from which a run is steered by its guidance. At least tau_mild; measured on the "
-                    "bundled model: 4.5, and 3 for samplers that add noise in each step.",
-                ),
-                _threshold(
-                    "steering_guidance",
-                    -30.0,
-                    30.0,
-                    0.5,
-                    "Guidance scale that a steered step is made with. Below 0 leads away from the prompt, with strong "
-                    "contrasts; 0 is as without the prompt, and calmer.",
-                ),
+                *map(_threshold, dataclasses.fields(Thresholds)),
                 _advanced(
                     io.Combo.Input(
                         "correction",

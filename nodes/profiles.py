@@ -17,12 +17,12 @@ from comfy_api.v0_0_2 import io, ui
 from ..memorization_guard import CalibrationError, StabilityProfile
 from ..memorization_guard.calibration import MIN_RUNS, ReferenceRuns
 from ..memorization_guard.fingerprint import content_hash
-from ..memorization_guard.prompts import read_prompts, reference_prompts
+from ..memorization_guard.profile import EXTENSION, name_problem
+from ..memorization_guard.prompts import read_prompts, reference_prompts, typed_prompts
 from .guard import CATEGORY, StabilityProfileType
 from .sampling import guard, is_guarded, model_hash
 
 FOLDER = "stability_profiles"
-EXTENSION = ".safetensors"
 
 # As one of ComfyUI's own model folders, so that extra_model_paths.yaml can name others.
 folder_paths.add_model_folder_path(FOLDER, str(Path(folder_paths.models_dir) / FOLDER))
@@ -83,11 +83,11 @@ class SaveStabilityProfile(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, name: str | None = None) -> bool | str:
-        return True if name is None else _name_problem(name) or True
+        return True if name is None else name_problem(name) or True
 
     @classmethod
     def execute(cls, profile: StabilityProfile, name: str, overwrite: bool) -> io.NodeOutput:
-        if problem := _name_problem(name):
+        if problem := name_problem(name):
             raise ValueError(problem)
         folder = Path(folder_paths.get_folder_paths(FOLDER)[0])
         path = folder / f"{name.strip().removesuffix(EXTENSION)}{EXTENSION}"
@@ -96,23 +96,6 @@ class SaveStabilityProfile(io.ComfyNode):
         folder.mkdir(parents=True, exist_ok=True)
         profile.save(path)
         return io.NodeOutput(ui=ui.PreviewText(f"Saved {path}"))
-
-
-def _name_problem(name: str) -> str | None:
-    """Why ``name`` cannot name a file, on whatever system."""
-    stem = name.strip().removesuffix(EXTENSION)
-    reserved = {"CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT") for n in range(10))}
-    if (
-        not stem
-        or stem.startswith(".")
-        or stem.endswith((".", " "))
-        or stem.split(".")[0].upper() in reserved
-        or len(stem) > 120
-    ):
-        return f"{name!r} cannot name a profile: give 1 to 120 characters that do not begin or end with a dot"
-    if any(character in '/\\:*?"<>|' or ord(character) < 32 for character in stem):
-        return f'{name!r} cannot name a profile: leave out / \\ : * ? " < > |; it is a name, and not a path'
-    return None
 
 
 def _prompt_files() -> list[str]:
@@ -243,12 +226,9 @@ def _prompts(source: str, text: str) -> list[str]:
     if source == BUILT_IN:
         return reference_prompts()
     if source == TEXT:
-        texts = [line.strip() for line in text.splitlines() if line.strip()]
-    else:
-        texts = read_prompts(Path(folder_paths.get_input_directory()) / Path(source).name)
-    if len(texts) < MIN_RUNS:
-        raise CalibrationError(f"{len(texts)} reference prompts: give at least {MIN_RUNS}, better 50, one a line")
-    return texts
+        return typed_prompts(text)
+    texts = read_prompts(Path(folder_paths.get_input_directory()) / Path(source).name)
+    return typed_prompts("\n".join(texts))
 
 
 def _batches(clip: Any, texts: list[str], done: int, size: int) -> Iterator[tuple[int, list[str], Any]]:

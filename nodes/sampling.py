@@ -177,7 +177,7 @@ class _Guard:
             self._watch.saw_guidance(args["cond_denoised"], args["uncond_denoised"], args["input"])
         return args["denoised"]
 
-    def _begin(self, guider: Any, sampler: Any, x: torch.Tensor, sigmas: torch.Tensor) -> SamplerWatch | None:
+    def _begin(self, guider: Any, sampler: Any, x: torch.Tensor, sigmas: torch.Tensor, **_: Any) -> SamplerWatch | None:
         try:
             level = _levels(guider.model_patcher.get_model_object("model_sampling"), sigmas)
             settings = _settings(guider, sampler, x, [level(sigma) for sigma in sigmas.tolist()])

@@ -85,7 +85,7 @@ def sample(name, model, x, callback=None, monitor=None, **watch):
 
     if monitor is not None:
 
-        def new_watch(x, sigmas):
+        def new_watch(x, sigmas, **_):
             model.watch = SamplerWatch(monitor, sigmas, NoiseLevel.from_sigma, **watch)
             return model.watch
 
@@ -321,12 +321,12 @@ def test_the_model_can_be_reached_through_the_proxy():
         model.mark = 5
         return x
 
-    watched(sampler, lambda x, sigmas: SamplerWatch(StabilityMonitor(), sigmas, NoiseLevel.from_sigma))(model, noise(), SIGMAS)
+    watched(sampler, lambda x, sigmas, **_: SamplerWatch(StabilityMonitor(), sigmas, NoiseLevel.from_sigma))(model, noise(), SIGMAS)
     assert model.mark == 5
 
 
 def test_nobody_watches_where_nobody_wants_to():
     assert torch.equal(
-        watched(K.sample_euler, lambda x, s: None)(Denoiser(), noise(), SIGMAS, disable=True),
+        watched(K.sample_euler, lambda *_, **__: None)(Denoiser(), noise(), SIGMAS, disable=True),
         sample("euler", Denoiser(), noise()),
     )

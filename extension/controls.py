@@ -1,0 +1,200 @@
+"""What the user sees: one definition for the dropdown's script, the accordion, and the settings page."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+from collections.abc import Mapping
+from typing import Any
+
+import gradio as gr
+from modules import sd_models, shared
+from modules.infotext_utils import PasteField
+from modules.ui_common import create_refresh_button
+from modules.ui_components import FormRow, InputAccordion
+
+from ..memorization_guard import ProfileError, RunSettings, Thresholds
+from . import profiles, sampling
+from .session import FIELD, MODES, PUBLISHED, STEER
+
+TITLE = "Memorization Guard"
+COMPARE, CALIBRATE = "compare", "calibrate"
+SECTION = ("memorization_guard", TITLE)
+
+#: Inputs of the host that a profile can be held against before a run, by the end of their element id.
+HOST_INPUTS = ("sampling", "steps", "cfg_scale", "width", "height")
+
+_ABOUT = {
+    "trace": "trace: watch and judge; the image is bit-identical to one without the guard",
+    "mitigate": "mitigate: also steer away where the run leaves its region; needs a profile that fits",
+    COMPARE: "compare: every image twice from the same seed, without and with mitigation, side by side",
+    CALIBRATE: "calibrate: make a stability profile for the current model, sampler, steps, CFG and size",
+}
+
+
+class Controls:
+    """The inputs of a script, in the order of its arguments, and what an image's infotext sets them to.
+
+    Args:
+        accordion: whether this is the accordion, which is switched on and off, or the dropdown's script, which has more modes.
+        elem_id: makes element ids. host_inputs: the host's inputs, by the end of their element id.
+    """
+
+    def __init__(self, *, accordion: bool, elem_id: Any, host_inputs: Mapping[str, Any]) -> None:
+        self._elem_id = elem_id
+        if accordion:
+            with InputAccordion(False, label=TITLE, elem_id=elem_id("enabled")) as enabled:
+                self.inputs = [enabled, *self._common(MODES, host_inputs)]
+            self.infotext_fields = [PasteField(enabled, lambda d: FIELD in d and d.get("Script") != TITLE)]
+        else:
+            self.inputs = self._common((*MODES, COMPARE, CALIBRATE), host_inputs)
+            self.inputs += self._calibration()
+            self.infotext_fields = []
+        mode, profile, correction, *values = self.inputs[1 if accordion else 0 :][: 3 + len(dataclasses.fields(Thresholds))]
+        self.infotext_fields += [
+            PasteField(mode, FIELD),
+            PasteField(profile, lambda d: _pasted_profile(d)),
+            PasteField(correction, lambda d: _pasted(d, PUBLISHED if _is_published(d) else STEER)),
+            PasteField(self._pasted_result, lambda d: gr.update(value=_result(d), visible=bool(_result(d)))),
+        ]
+        for field, value in zip(dataclasses.fields(Thresholds), values, strict=True):
+            self.infotext_fields.append(PasteField(value, _pasted_threshold(field)))
+
+    def _common(self, modes: tuple[str, ...], host_inputs: Mapping[str, Any]) -> list[Any]:
+        mode = gr.Radio(
+            list(modes), value=modes[0], label="Mode", elem_id=self._elem_id("mode"), info="; ".join(_ABOUT[m] for m in modes) + "."
+        )
+        with FormRow():
+            profile = gr.Dropdown(
+                profiles.names(),
+                value=profiles.NONE,
+                label="Stability profile",
+                elem_id=self._elem_id("profile"),
+                info="From models/stability_profiles, made by 'calibrate' in the script of the same name. Without one the run "
+                "is traced, and not judged.",
+            )
+            create_refresh_button(
+                profile, lambda: None, lambda: {"choices": profiles.names()}, self._elem_id("profile_refresh")
+            )
+        fit = gr.HTML(elem_id=self._elem_id("fit"))
+        known = [host_inputs[name] for name in HOST_INPUTS] if all(name in host_inputs for name in HOST_INPUTS) else []
+        profile.change(fn=_describe_fit, inputs=[profile, *known], outputs=[fit], show_progress=False)
+        self._pasted_result = gr.Textbox(
+            label="The pasted image", interactive=False, visible=False, elem_id=self._elem_id("pasted_result")
+        )
+        with gr.Accordion("Constants of detection and mitigation", open=False):
+            correction = gr.Radio(
+                [STEER, PUBLISHED],
+                value=STEER,
+                label="Correction",
+                elem_id=self._elem_id("correction"),
+                info="published: the two-stage norm correction of Huang et al. (KDD 2026) alone. steer by guidance: ours, where "
+                "CFG is above 1; the published one elsewhere.",
+            )
+            values = [self._threshold(field) for field in dataclasses.fields(Thresholds)]
+        return [mode, profile, correction, *values]
+
+    def _threshold(self, field: dataclasses.Field[Any]) -> Any:
+        low, high, step = field.metadata["bounds"]
+        return gr.Slider(
+            low, high, value=field.default, step=step, label=field.name, elem_id=self._elem_id(field.name), info=field.metadata["about"]
+        )
+
+    def _calibration(self) -> list[Any]:
+        with gr.Accordion("Calibrate", open=False):
+            gr.HTML(
+                "<p>For the mode 'calibrate'. The profile holds for the model with its LoRAs, sampler, schedule, steps, CFG and "
+                "size that are set now; the negative prompt and the styles are used, and networks named in the prompt. No image "
+                "is decoded or saved.</p>"
+            )
+            prompts = gr.Textbox(
+                label="Reference prompts",
+                lines=3,
+                placeholder="64 built-in prompts",
+                elem_id=self._elem_id("reference_prompts"),
+                info="One a line, at least 8, better 50: as you use them, about things that the model was not trained on again "
+                "and again. Empty: 64 built-in ones.",
+            )
+            with FormRow():
+                name = gr.Textbox(
+                    label="Name of the new profile",
+                    placeholder="model, sampler, steps, CFG and size",
+                    elem_id=self._elem_id("profile_name"),
+                )
+                replace = gr.Checkbox(False, label="Replace one of the same name", elem_id=self._elem_id("replace"))
+        return [prompts, name, replace]
+
+
+def add_settings() -> None:
+    """The host's settings page."""
+    for name, label in (
+        ("save_trace", "Save each image's trace as a .stability.json file beside it"),
+        ("gallery_graph", "Add the stability graph of each image to the gallery"),
+    ):
+        shared.opts.add_option(f"memorization_guard_{name}", shared.OptionInfo(False, label, section=SECTION))
+
+
+def setting(name: str) -> bool:
+    return bool(getattr(shared.opts, f"memorization_guard_{name}", False))
+
+
+def _describe_fit(
+    name: str, sampler: Any = None, steps: Any = None, cfg: Any = None, width: Any = None, height: Any = None
+) -> str:
+    """Whether a profile fits what is set in the page, as far as that is known before a run."""
+    if name in (None, "", profiles.NONE):
+        return ""
+    try:
+        profile = profiles.load(name)
+    except (ProfileError, OSError) as error:
+        return f"<p class='error'>{html.escape(str(error))}</p>"
+    function = sampling.sampler_function_name(str(sampler)) if sampler else None
+    # Timestep samplers take other numbers of steps than they are asked for.
+    exact = function is not None and function not in ("ddim", "ddim_cfgpp", "plms", "unipc")
+    shape = profile.settings.latent_shape
+    model = sd_models.model_data.sd_model
+    planned = RunSettings(
+        model_hash=sampling.checkpoint_hash(model) if model is not None and hasattr(model, "sd_checkpoint_info") else None,
+        sampler=function,
+        steps=int(steps) if steps and exact else None,
+        guidance_scale=float(cfg) if cfg else None,
+        latent_shape=(shape[0], int(height) // 8, int(width) // 8) if shape and width and height else None,
+    )
+    check = profile.check(planned)
+    verdict = "" if check.valid and not check.weakened else f"<p class='error'>{html.escape(str(check))}</p>"
+    return f"<p>{html.escape(profiles.describe(profile))}.</p>{verdict}"
+
+
+def _pasted(d: Mapping[str, str], value: Any) -> Any:
+    """``value`` where an image of ours is pasted, otherwise nothing."""
+    return value if FIELD in d else None
+
+
+def _pasted_profile(d: Mapping[str, str]) -> Any:
+    name = d.get(f"{FIELD} profile", profiles.NONE)
+    if name not in (offered := profiles.names()):
+        return None  # another computer's
+    return _pasted(d, gr.update(value=name, choices=offered))
+
+
+def _is_published(d: Mapping[str, str]) -> bool:
+    return d.get(f"{FIELD} steering_guidance") == PUBLISHED
+
+
+def _pasted_threshold(field: dataclasses.Field[Any]) -> Any:
+    def pasted(d: Mapping[str, str]) -> Any:
+        text = d.get(f"{FIELD} {field.name}")
+        return _pasted(d, field.default if text in (None, PUBLISHED) else float(text))
+
+    return pasted
+
+
+def _result(d: Mapping[str, str]) -> str:
+    """What an image's infotext says was seen when it was made."""
+    parts = []
+    for part in ("", "hires "):
+        if verdict := d.get(f"{FIELD} {part}verdict"):
+            words = [f"{part}{verdict}"]
+            words += [f"{name} {d[key]}" for name in ("score", "trigger step") if (key := f"{FIELD} {part}{name}") in d]
+            parts.append(", ".join(words))
+    return "; ".join(parts)

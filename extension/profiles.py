@@ -1,0 +1,133 @@
+"""Stability profiles as files of the host: in ``models/stability_profiles``, by name."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+from modules import paths, processing, shared
+
+from ..memorization_guard import CalibrationError, StabilityProfile, Trace
+from ..memorization_guard.calibration import ReferenceRuns
+from ..memorization_guard.fingerprint import content_hash
+from ..memorization_guard.profile import EXTENSION, ProfileError, name_problem
+from ..memorization_guard.prompts import reference_prompts, typed_prompts
+from . import sampling
+
+FOLDER = Path(paths.models_path) / "stability_profiles"
+NONE = "None"
+
+
+def names() -> list[str]:
+    """What the list of profiles offers."""
+    return [NONE, *sorted(_files())]
+
+
+def load(name: str) -> StabilityProfile:
+    """The profile of a name from :func:`names`.
+
+    Raises:
+        ProfileError: if there is none of this name, or its file cannot be used.
+    """
+    if (path := _files().get(name)) is None:
+        raise ProfileError(f"there is no stability profile {name!r} in {FOLDER}: refresh the list, and choose another")
+    return StabilityProfile.load(path)
+
+
+def _files() -> dict[str, Path]:
+    return {path.relative_to(FOLDER).with_suffix("").as_posix(): path for path in FOLDER.rglob(f"*{EXTENSION}")}
+
+
+def describe(profile: StabilityProfile) -> str:
+    """What a profile was made from, in a line."""
+    s = profile.settings
+    parts = [s.model, s.sampler, f"{s.steps} steps" if s.steps else None]
+    parts.append(f"CFG {s.guidance_scale:g}" if s.guidance_scale is not None else None)
+    if s.latent_shape is not None:
+        parts.append("latent " + " x ".join(map(str, s.latent_shape)))
+    return ", ".join(str(part) for part in parts if part) + f"; from {profile.count} reference runs"
+
+
+def calibrate(p: Any, text: str, name: str, overwrite: bool) -> tuple[str, StabilityProfile, dict[int, str], list[str]]:
+    """Samples reference prompts with the settings of ``p``, and saves the profile that they give. No image is decoded.
+
+    An interrupted calibration goes on where it stopped when it is asked for again with the same settings.
+
+    Args:
+        text: reference prompts, one a line; our own where there are none.
+        name: of the profile; made up from the settings where it is empty.
+        overwrite: whether one of the same name may be replaced.
+
+    Returns:
+        The profile's name, the profile, and which prompts were left out and why; all prompts.
+
+    Raises:
+        CalibrationError: if the settings or the prompts cannot give a profile, or the user interrupted it.
+    """
+    if not isinstance(p, processing.StableDiffusionProcessingTxt2Img):
+        raise CalibrationError("calibrate in txt2img: a profile of the full schedule holds for img2img as well")
+    prompts = typed_prompts(text) if text.strip() else reference_prompts()
+    name = name.strip().removesuffix(EXTENSION) or _name(p)
+    if problem := name_problem(name):
+        raise CalibrationError(problem)
+    path = FOLDER / f"{name}{EXTENSION}"
+    if path.exists() and not overwrite:
+        raise CalibrationError(f"there is a profile {name!r} already: give another name, or tick 'Replace'")
+    FOLDER.mkdir(parents=True, exist_ok=True)
+
+    seed = int(processing.get_fixed_seed(p.seed if p.seed not in (-1, None, "") else 0))
+    identity = [
+        *(prompts, p.negative_prompt, p.styles, seed, p.sampler_name, getattr(p, "scheduler", None), p.steps, p.cfg_scale),
+        *(p.width, p.height, p.prompt if "<" in str(p.prompt) else "", sampling.checkpoint_hash(p.sd_model)),
+    ]
+    state = FOLDER / f".calibration-{content_hash(identity)[:16]}.json"
+    runs = ReferenceRuns(state, identity)
+    networks = " ".join(_networks(str(p.prompt)))
+    done = len(runs.traces)
+    shared.state.job_count = math.ceil((len(prompts) - done) / p.batch_size)
+    for start in range(done, len(prompts), p.batch_size):
+        part = prompts[start : start + p.batch_size]
+        traces = _sample(p, [f"{prompt} {networks}".strip() for prompt in part], seed + start)
+        if shared.state.interrupted or shared.state.stopping_generation:
+            raise CalibrationError(
+                f"stopped after {start} of {len(prompts)} reference prompts: the same settings again go on from there"
+            )
+        runs.add(traces, len(part))
+    profile, left_out = runs.profile()
+    profile.save(path)
+    state.unlink(missing_ok=True)
+    return name, profile, left_out, prompts
+
+
+def _sample(p: Any, prompts: list[str], seed: int) -> list[Trace]:
+    """The traces of ``prompts``, sampled in one batch as ``p`` would."""
+    from .scripts import CALIBRATING, SESSION
+
+    one = copy.copy(p)
+    one.prompt, one.seed, one.batch_size, one.n_iter = prompts, seed, len(prompts), 1
+    one.enable_hr = one.restore_faces = False
+    one.do_not_save_samples = one.do_not_save_grid = True
+    one.extra_generation_params = {}
+    setattr(one, CALIBRATING, True)
+    processing.process_images(one)
+    session = getattr(one, SESSION)
+    if any(run.monitor.off_schedule for run in session.runs):
+        raise CalibrationError(f"{p.sampler_name} keeps to no fixed schedule, so that no profile can be made for it: choose another")
+    return [trace for run in session.runs for trace in run.traces]
+
+
+def _networks(prompt: str) -> list[str]:
+    """The extra networks that a prompt names, as it names them."""
+    from modules import extra_networks
+
+    return [match.group(0) for match in extra_networks.re_extra_net.finditer(prompt)]
+
+
+def _name(p: Any) -> str:
+    model = getattr(p, "sd_model_name", None) or p.sd_model.sd_checkpoint_info.name_for_extra
+    scheduler = getattr(p, "scheduler", None)
+    schedule = f" {scheduler}" if scheduler and scheduler != "Automatic" else ""
+    name = f"{model} {p.sampler_name}{schedule} {p.steps} cfg {p.cfg_scale:g} {p.width}x{p.height}"
+    return "".join(character if character not in '/\\:*?"<>|' else "-" for character in name)[:120]

@@ -1,0 +1,219 @@
+"""One call of the host's ``process_images``: what the user chose, what was seen of each image, and where that is written."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..memorization_guard import RunSettings, StabilityMonitor, StabilityProfile, StepEvent, Thresholds, Trace, graph
+from ..memorization_guard.files import write_whole
+from ..memorization_guard.report import summary
+from .live import LiveRuns
+
+log = logging.getLogger(__name__)
+
+MODES = ("trace", "mitigate")
+STEER, PUBLISHED = "steer by guidance", "published"
+
+#: Begins the name of every field that we write into an image's infotext.
+FIELD = "Memorization Guard"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user can choose for the runs of one call."""
+
+    mode: str = "trace"
+    profile: str | None = None
+    thresholds: Thresholds = field(default_factory=Thresholds)
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f"the mode is {self.mode!r}; known: {', '.join(MODES)}")
+
+    @classmethod
+    def of(cls, mode: str, profile: str | None, correction: str, *values: float) -> Options:
+        """From the values of the controls; ``values`` are those of the thresholds, in their order."""
+        if correction not in (STEER, PUBLISHED):
+            raise ValueError(f"the correction is {correction!r}; known: {STEER}, {PUBLISHED}")
+        thresholds = {
+            each.name: type(each.default)(value)
+            for each, value in zip(dataclasses.fields(Thresholds), values, strict=False)
+            if value is not None
+        }
+        if correction == PUBLISHED:
+            thresholds["steering_guidance"] = None
+        return cls(mode, None if profile in (None, "", "None") else profile, Thresholds(**thresholds))
+
+    def infotext(self) -> dict[str, Any]:
+        """What brings the same choice back when an image's infotext is pasted."""
+        fields: dict[str, Any] = {FIELD: self.mode}
+        if self.profile is not None:
+            fields[f"{FIELD} profile"] = self.profile
+        default = Thresholds()
+        for name, value in self.thresholds.to_dict().items():
+            if value != getattr(default, name):
+                fields[f"{FIELD} {name}"] = PUBLISHED if value is None else value
+        return fields
+
+
+@dataclass
+class Run:
+    """One run of the sampler: of which batch, and whether it is the second pass of hires fix."""
+
+    name: str
+    batch: int
+    hires: bool
+    monitor: StabilityMonitor
+    traces: list[Trace] = field(default_factory=list)
+
+
+class Session:
+    """The runs of one call of ``process_images``, and what is told of them.
+
+    Args:
+        options: what the user chose.
+        profile: the profile that they named, loaded.
+        live: where the page looks for a graph. task: the page's name for the generation, if it came from one.
+        label: what the page calls these runs, where one task has several calls.
+    """
+
+    def __init__(
+        self,
+        options: Options,
+        profile: StabilityProfile | None,
+        *,
+        live: LiveRuns,
+        task: str | None,
+        label: str = "",
+    ) -> None:
+        self.options = options
+        self.runs: list[Run] = []
+        self._profile = profile
+        self._live = live
+        self._task = task
+        self._label = label
+        self._said: set[str] = set()
+        #: The image that the host is about to save, as (batch, number in it).
+        self.saving: tuple[int, int] | None = None
+
+    def new_monitor(self, p: Any, settings: RunSettings) -> StabilityMonitor:
+        """Begins a run of ``p``'s sampler."""
+        batch, hires = int(getattr(p, "iteration", 0)), bool(getattr(p, "is_hr_pass", False))
+        name = f"{self._label or 'run'} {len(self.runs)}"
+        options = self.options
+        monitor = StabilityMonitor(
+            self._profile,
+            options.thresholds,
+            options.mode == "mitigate",
+            # Without a page nobody looks, and no step needs to be sent anywhere.
+            (lambda event: self._send_step(name, event)) if self._task is not None else None,
+            settings=settings,
+        )
+        self.runs.append(Run(name, batch, hires, monitor))
+        if monitor.check is not None and monitor.check.invalid:
+            self.say(p, f"{'hires pass: ' if hires else ''}{monitor.check}")
+        first = batch * p.batch_size + 1
+        title = " ".join(
+            word
+            for word in (
+                f"image {first}" if p.batch_size == 1 else f"images {first}-{first + p.batch_size - 1}",
+                "hires" if hires else "",
+                self._label,
+            )
+            if word
+        )
+        self._send("begin", name, title=title, **monitor.outline())
+        return monitor
+
+    def end_run(self) -> None:
+        """The run that began last has ended."""
+        run = self.runs[-1]
+        run.traces = run.monitor.traces
+        self._send("end", run.name, traces=[trace.to_dict() for trace in run.traces])
+
+    def say(self, p: Any, message: str) -> None:
+        """Tells the user below the image, and once."""
+        if message not in self._said:
+            self._said.add(message)
+            log.warning("Memorization Guard: %s", message)
+            p.comment(f"Memorization Guard: {message}")
+
+    def runs_of(self, batch: int, index: int) -> list[tuple[Run, Trace]]:
+        """The runs that made image ``index`` of a batch, first pass first."""
+        return [(run, run.traces[index]) for run in self.runs if run.batch == batch and index < len(run.traces)]
+
+    def write_infotext(self, p: Any) -> None:
+        """Has the host write what is known of each image into its infotext."""
+        fields = self.options.infotext()
+        for hires in (False, True):
+            for name in ("verdict", "score", "trigger step"):
+                key = f"{FIELD} {'hires ' if hires else ''}{name}"
+                fields[key] = lambda _name=name, _hires=hires, **scope: self._field(_name, _hires, scope)
+        p.extra_generation_params.update(fields)
+
+    def _field(self, name: str, hires: bool, scope: Mapping[str, Any]) -> str | None:
+        """Called by the host's ``create_infotext`` with its own variables."""
+        p, index = scope["p"], scope["index"]
+        if scope.get("use_main_prompt"):
+            return None  # a grid of several images
+        # While a batch is made the host counts within it, and afterwards over all.
+        inside = scope.get("all_prompts") is getattr(p, "prompts", None)
+        batch, index = (p.iteration, index) if inside else divmod(index, p.batch_size)
+        trace = next((trace for run, trace in self.runs_of(batch, index) if run.hires == hires), None)
+        if trace is None:
+            return None
+        if name == "verdict":
+            return trace.verdict
+        if name == "score":
+            return None if trace.score is None else f"{trace.score:.2f}"
+        return None if trace.trigger_step is None else str(trace.trigger_step)
+
+    def report(self, p: Any) -> list[list[dict[str, Any]]]:
+        """For every image the traces of its runs, JSON-ready."""
+        return [
+            [{"hires": run.hires, "trace": trace.to_dict()} for run, trace in self.runs_of(*divmod(number, p.batch_size))]
+            for number in range(len(p.all_prompts))
+        ]
+
+    def graphs(self, batch: int, index: int) -> list[Any]:
+        """The stability graphs of an image as pictures, one a run."""
+        return [graph.image(trace) for _, trace in self.runs_of(batch, index)]
+
+    def save_trace(self, image_file: str) -> None:
+        """Writes the traces of the image that is being saved beside it, whole or not at all."""
+        if self.saving is None:
+            return  # a mask, a grid, or an image of before
+        runs = self.runs_of(*self.saving)
+        self.saving = None
+        if not runs:
+            return
+        content = [{"hires": run.hires, "trace": trace.to_dict()} for run, trace in runs]
+        try:
+            write_whole(Path(image_file).with_suffix(".stability.json"), json.dumps(content))
+        except OSError as error:
+            log.warning("Memorization Guard could not save the trace of %s: %s", image_file, error)
+
+    def tell_verdicts(self, p: Any) -> None:
+        """Says below the image which of them are suspicious."""
+        for number in range(len(p.all_prompts)):
+            for run, trace in self.runs_of(*divmod(number, p.batch_size)):
+                if trace.trigger_step is not None:
+                    image = f"image {number + 1}{' (hires pass)' if run.hires else ''}"
+                    self.say(p, summary(trace).replace("Image 1", image).split("\n")[0])
+
+    def _send_step(self, name: str, event: StepEvent) -> None:
+        self._send("step", name, **event.to_dict())
+
+    def _send(self, kind: str, name: str, **data: Any) -> None:
+        if self._task is None:
+            return
+        try:
+            self._live.send(self._task, {"kind": kind, "run": name, **data})
+        except Exception:
+            log.warning("Memorization Guard could not show the graph of this run.", exc_info=True)

@@ -1,0 +1,52 @@
+"""Axes for the host's X/Y/Z plot."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import modules.scripts
+
+from ..memorization_guard import Thresholds
+from . import profiles
+from .session import FIELD, MODES, Options
+
+_AXES = "memorization_guard_axes"
+_OFF = "off"
+
+
+def add_axes() -> None:
+    """Adds ours to the axes of the plot, once."""
+    plot = next((data.module for data in modules.scripts.scripts_data if data.script_class.__module__ == "xyz_grid.py"), None)
+    if plot is None or any(axis.label.startswith(f"[{FIELD}]") for axis in plot.axis_options):
+        return
+    plot.axis_options += [
+        plot.AxisOption(f"[{FIELD}] Mode", str, _set("mode"), choices=lambda: [_OFF, *MODES]),
+        plot.AxisOption(f"[{FIELD}] Profile", str, _set("profile"), choices=profiles.names),
+        *(
+            plot.AxisOption(f"[{FIELD}] {field.name}", int if isinstance(field.default, int) else float, _set(field.name))
+            for field in dataclasses.fields(Thresholds)
+        ),
+    ]
+
+
+def _set(name: str) -> Any:
+    def apply(p: Any, value: Any, values: Any) -> None:
+        setattr(p, _AXES, {**getattr(p, _AXES, {}), name: value})
+
+    return apply
+
+
+def applied(p: Any, options: Options | None) -> Options | None:
+    """``options`` with what a plot's cell changes; the mode alone switches the guard on or off."""
+    axes = dict(getattr(p, _AXES, {}))
+    mode = axes.pop("mode", None)
+    if mode == _OFF:
+        return None
+    if mode is not None:
+        options = dataclasses.replace(options or Options(), mode=mode)
+    if options is None:
+        return None
+    if (profile := axes.pop("profile", None)) is not None:
+        options = dataclasses.replace(options, profile=None if profile == profiles.NONE else profile)
+    return dataclasses.replace(options, thresholds=dataclasses.replace(options.thresholds, **axes))
