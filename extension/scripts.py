@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 from typing import Any
 
 import modules.scripts
@@ -16,6 +17,8 @@ from . import profiles, sampling, xyz
 from .controls import CALIBRATE, COMPARE, HOST_INPUTS, TITLE, Controls, add_settings, setting
 from .live import LiveRuns, add_route
 from .session import Options, Session
+
+log = logging.getLogger(__name__)
 
 LIVE = LiveRuns()
 
@@ -84,6 +87,7 @@ class MemorizationGuardAccordion(_WithControls):
                 session = Session(options, profile, live=LIVE, task=page, label=getattr(p, LABEL, ""))
         except (ValueError, OSError) as error:
             # The image is made all the same.
+            log.warning("%s: not watched: %s", TITLE, error)
             p.comment(f"{TITLE}: not watched: {error}")
         setattr(p, SESSION, session)
 

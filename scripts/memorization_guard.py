@@ -14,9 +14,9 @@ for name in [name for name in sys.modules if name.partition(".")[0] == NAME]:
 spec = importlib.util.spec_from_file_location(NAME, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
 sys.modules[NAME] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(sys.modules[NAME])
-extension = importlib.import_module(f"{NAME}.extension")
+found = importlib.import_module(f"{NAME}.extension.scripts")
 
 # In this order: over the API, where both have one title, the first is taken for a script that is always on.
-MemorizationGuardAccordion = extension.MemorizationGuardAccordion
-MemorizationGuardScript = extension.MemorizationGuardScript
-extension.register()
+MemorizationGuardAccordion = found.MemorizationGuardAccordion
+MemorizationGuardScript = found.MemorizationGuardScript
+found.register()

@@ -1,0 +1,3 @@
+"""A module as any extension may have it."""
+
+DECOY = True

@@ -1,0 +1,15 @@
+"""Another extension, which imports its own modules by names that are not only its own."""
+
+import controls
+import core
+import extension
+import hosts
+import js
+import live
+import nodes
+import profiles
+import sampling
+import session
+
+ALL = controls, core, extension, hosts, js, live, nodes, profiles, sampling, session
+print("decoy:", all(getattr(module, "DECOY", False) for module in ALL))

@@ -1,0 +1,409 @@
+"""Generations in the real hosts: what the guard sees and does, and that it leaves nothing behind."""
+
+import json
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from memorization_guard import StabilityProfile, Thresholds, lab
+
+TITLE = "Memorization Guard"
+#: Thresholds that every image leaves.
+EVERYTHING = Thresholds(tau_mild=0.1, tau_strong=0.1, tau_steer=0.1)
+REFERENCES = lab.prompts("reference")[:12]
+EXACT = lab.prompts("exact", "tuning")[0]
+ORDINARY = lab.prompts("ordinary", "tuning")[0]
+NO_SCHEDULE = "The sampler keeps to no fixed schedule"
+TRACE = ("trace",)
+
+
+@pytest.fixture
+def profile(host):
+    """A profile of the usual settings."""
+    name = "usual"
+    if not (host.data / "models/stability_profiles" / f"{name}.safetensors").exists():
+        host.calibrate(name, REFERENCES)
+    return name
+
+
+def same_as_unguarded(host, *guard, path="txt2img", **settings):
+    """Makes an image without the guard, with it, and without it again; gives the guarded answer."""
+    if path == "img2img":
+        host.make(path=path, **settings)  # to encode an image the host draws from a generator that the run before it has seeded
+    before = host.make(path=path, **settings)
+    guarded = host.make(*(guard or TRACE), path=path, **settings)
+    after = host.make(path=path, **settings)
+    assert guarded.pixels == before.pixels == after.pixels
+    return guarded
+
+
+def init_images(host):
+    answer = host.ask("/sdapi/v1/txt2img", {**host.usual, "seed": 5})
+    return answer["images"]
+
+
+# ---------------------------------------------------------------------------------------------------------------- samplers
+
+
+@pytest.mark.parametrize("path", ["txt2img", "img2img"])
+def test_every_sampler_is_traced_and_paints_the_same(host, path):
+    settings = {"init_images": init_images(host), "denoising_strength": 0.6} if path == "img2img" else {}
+    host.make(path=path, **settings)  # as in same_as_unguarded
+    wrong = {}
+    for sampler in [each["name"] for each in host.ask("/sdapi/v1/samplers")]:
+        plain = host.make(path=path, sampler_name=sampler, **settings)
+        traced = host.make(*TRACE, path=path, sampler_name=sampler, **settings)
+        trace = traced.trace
+        adaptive = sampler in ("DPM fast", "DPM adaptive")
+        well = (
+            traced.pixels == plain.pixels
+            and trace.steps == (trace.settings.steps if not adaptive else trace.steps)
+            and trace.steps > 0
+            and np.isfinite(trace.update_norm).all()
+            and (trace.sigma[:-1] >= trace.sigma[1:]).all()
+            and adaptive == (trace.note or "").startswith(NO_SCHEDULE)
+            and np.isfinite(trace.guidance_norm).any()
+        )
+        if not well:
+            wrong[sampler] = (trace.note, trace.steps, trace.settings.steps, trace.sigma.tolist())
+    assert not wrong
+
+
+def test_every_sampler_with_a_schedule_is_calibrated_and_corrected(host):
+    wrong = {}
+    for sampler in [each["name"] for each in host.ask("/sdapi/v1/samplers")]:
+        if sampler in ("DPM fast", "DPM adaptive"):
+            continue
+        host.calibrate("of-sampler", REFERENCES, sampler_name=sampler)
+        plain = host.make(sampler_name=sampler)
+        corrected = host.make("mitigate", "of-sampler", *host.constants(EVERYTHING), sampler_name=sampler)
+        trace = corrected.trace
+        if trace.verdict == "unscored" or not trace.mitigated.any() or corrected.pixels == plain.pixels:
+            wrong[sampler] = (trace.verdict, trace.note, trace.mitigated.tolist())
+    assert not wrong
+
+
+def test_restart_of_many_steps_leaves_its_schedule_and_says_so(host):
+    trace = same_as_unguarded(host, sampler_name="Restart", steps=20).trace
+    assert trace.note.startswith(NO_SCHEDULE)
+    assert trace.verdict == "unscored"
+
+
+@pytest.mark.parametrize("scheduler", ["Karras", "Exponential", "SGM Uniform", "Align Your Steps", "Simple", "Beta"])
+def test_schedules(host, scheduler):
+    trace = same_as_unguarded(host, scheduler=scheduler).trace
+    assert trace.note is None
+    assert trace.steps == trace.settings.steps
+    assert np.allclose(trace.sigma, trace.settings.sigmas, rtol=2e-3)
+
+
+def test_an_option_of_the_sampler_is_part_of_its_name(host):
+    assert host.make(*TRACE, sampler_name="Euler a").trace.settings.sampler == "euler_ancestral"
+    assert host.make(*TRACE, sampler_name="Euler a", eta=0.5).trace.settings.sampler == "euler_ancestral(eta=0.5)"
+    assert host.make(*TRACE, sampler_name="DPM++ 2M SDE Heun").trace.settings.sampler == "dpmpp_2m_sde(solver_type=heun)"
+
+
+# ------------------------------------------------------------------------------------------------------ ways to generate
+
+
+def test_batches_have_a_trace_for_each_image(host, profile):
+    settings = {"batch_size": 2, "n_iter": 2}
+    answer = same_as_unguarded(host, "trace", profile, **settings)
+    traces = [runs[0] for runs in answer.traces]
+    assert [len(runs) for runs in answer.traces] == [1, 1, 1, 1]
+    assert len({tuple(trace.update_norm) for trace in traces}) == 4
+    for number, trace in enumerate(traces):
+        alone = host.make("trace", profile, seed=host.usual["seed"] + number).trace
+        assert np.allclose(alone.update_norm, trace.update_norm, rtol=1e-3)
+    assert all(f"{TITLE} verdict" in text for text in answer.info["infotexts"])
+
+
+def test_a_grid_of_images_has_no_verdict_of_its_own(host, profile):
+    with host.options(return_grid=True, samples_save=False):
+        answer = host.make("trace", profile, batch_size=2, save_images=True)
+    assert [f"{TITLE} verdict" in text for text in answer.info["infotexts"]] == [False, True, True]
+
+
+def test_hires_fix_has_two_runs(host, profile):
+    settings = {"enable_hr": True, "hr_scale": 2, "hr_upscaler": "Latent", "denoising_strength": 0.6, "hr_second_pass_steps": 8}
+    answer = same_as_unguarded(host, "trace", profile, **settings)
+    ((first, second),) = answer.traces
+    assert first.verdict == "stable" or first.trigger_step is not None
+    assert second.verdict == "unscored"
+    assert second.settings.latent_shape[1] == 2 * first.settings.latent_shape[1]
+    text = answer.info["infotexts"][0]
+    assert f"{TITLE} verdict: {first.verdict}" in text
+    assert f"{TITLE} hires verdict: unscored" in text
+
+
+def test_inpainting(host, profile):
+    images = init_images(host)
+    mask = np.zeros((64, 64), np.uint8)
+    mask[16:48, 16:48] = 255
+    settings = {"init_images": images, "mask": png(mask), "denoising_strength": 0.8, "inpainting_fill": 1}
+    for sampler in ("Euler", "DDIM", "UniPC"):
+        trace = same_as_unguarded(host, path="img2img", sampler_name=sampler, **settings).trace
+        assert np.isfinite(trace.update_norm).all()
+    corrected = host.make("mitigate", profile, *host.constants(EVERYTHING), path="img2img", **settings)
+    assert corrected.trace.mitigated.any()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"prompt": "a red disc AND a blue cross :0.5"},
+        {"prompt": "[a red disc:a blue cross:0.5] on sand"},
+        {"prompt": "a fox", "negative_prompt": "a blue cross, " * 20},
+        {"cfg_scale": 1},
+        {"s_churn": 5.0},
+        {"subseed": 7, "subseed_strength": 0.3},
+        {"tiling": True},
+    ],
+    ids=lambda settings: " ".join(settings),
+)
+@pytest.mark.parametrize("sampler", ["Euler", "DDIM"])
+def test_prompts_and_settings(host, settings, sampler):
+    trace = same_as_unguarded(host, sampler_name=sampler, **settings).trace
+    assert np.isfinite(trace.update_norm).all()
+    # Forge does not evaluate the unconditional prediction where it would not count.
+    assert np.isfinite(trace.guidance_norm).all() == (host.kind == "webui" or "cfg_scale" not in settings)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"skip_early_cond": 0.3},
+        {"s_min_uncond": 3.0, "s_min_uncond_all": True},
+        {"pad_cond_uncond": True},
+        {"batch_cond_uncond": False},
+        {"always_discard_next_to_last_sigma": True},
+        {"sgm_noise_multiplier": True},
+        {"eta_noise_seed_delta": 31337},
+        {"live_previews_enable": False},
+    ],
+    ids=lambda options: " ".join(options),
+)
+@pytest.mark.parametrize("sampler", ["Euler", "DDIM"])
+def test_options_of_the_host(host, options, sampler):
+    with host.options(**options):
+        trace = same_as_unguarded(host, sampler_name=sampler, prompt="word " * 90).trace
+    assert np.isfinite(trace.update_norm).all()
+    guided = np.isfinite(trace.guidance_norm)
+    if "skip_early_cond" in options:
+        assert not guided[0]
+        assert guided[-1]
+    elif "s_min_uncond" in options and sampler == "Euler":
+        assert guided[0]
+        assert not guided[-1]
+    elif "s_min_uncond" not in options:
+        assert guided.all()
+
+
+def test_joined_prompts_are_steered_at_their_weights(webui):
+    webui.calibrate("and", REFERENCES)
+    settings = {"prompt": f"{EXACT} AND {ORDINARY} :0.5"}
+    assert webui.make("mitigate", "and", *webui.constants(EVERYTHING), **settings).trace.mitigated.any()
+
+
+def test_the_refiner_switches_under_the_guard(host):
+    name = host.ask("/sdapi/v1/sd-models")[0]["title"]
+    trace = same_as_unguarded(host, refiner_checkpoint=name, refiner_switch_at=0.5).trace
+    plain = host.make(*TRACE).trace
+    assert trace.settings.model_hash != plain.settings.model_hash
+
+
+@pytest.mark.parametrize("how", ["interrupt", "skip"])
+def test_an_ended_run_is_told_and_the_next_is_whole(host, how):
+    before = host.make()
+    ended = {}
+
+    def generate():
+        ended["answer"] = host.make(*TRACE, steps=150, width=256, height=256)
+
+    thread = threading.Thread(target=generate)
+    thread.start()
+    deadline = time.monotonic() + 60
+    while host.ask("/sdapi/v1/progress?skip_current_image=true")["state"]["sampling_step"] < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    host.ask(f"/sdapi/v1/{how}", {})
+    thread.join()
+    trace = ended["answer"].trace
+    assert 0 < trace.steps < 150
+    assert trace.verdict == "unscored"
+    assert "interrupted" in trace.note
+    assert host.make().pixels == before.pixels
+
+
+def test_an_error_of_the_host_leaves_nothing_behind(host):
+    before = host.make()
+    with pytest.raises(RuntimeError, match="500"):
+        host.make(*TRACE, enable_hr=True, hr_upscaler="no such upscaler")
+    assert host.make().pixels == before.pixels
+    assert host.make(*TRACE).pixels == before.pixels
+
+
+# ------------------------------------------------------------------------------------------------------ what it says
+
+
+def test_infotext_and_info_carry_the_verdict(host, profile):
+    answer = host.make("trace", profile)
+    text, trace = answer.info["infotexts"][0], answer.trace
+    assert f"{TITLE}: trace" in text
+    assert f"{TITLE} profile: {profile}" in text
+    assert f"{TITLE} verdict: {trace.verdict}" in text
+    assert f"{TITLE} score: {trace.score:.2f}" in text
+    assert "traces" not in text
+
+
+def test_without_the_guard_nothing_is_said(host):
+    answer = host.make()
+    assert TITLE not in json.dumps(answer.info)
+
+
+def test_a_profile_that_does_not_fit_is_traced_and_said(host, profile):
+    answer = host.make("trace", profile, steps=host.usual["steps"] + 3)
+    assert answer.trace.verdict == "unscored"
+    assert "steps" in answer.trace.note
+    assert "steps" in host.said()
+
+
+@pytest.mark.parametrize(
+    ("guard", "why"),
+    [
+        (("trace", "no such profile"), "there is no stability profile 'no such profile'"),
+        (("guess",), "the mode is 'guess'"),
+        (("trace", "None", "steer by guidance", -3), "tau_mild is -3"),
+    ],
+)
+def test_bad_input_to_the_accordion_loses_no_image(host, guard, why):
+    arguments = [*guard, *["None", *host.constants(Thresholds())][len(guard) - 1 :]]
+    answer = host.make(*arguments)
+    assert answer.pixels == host.make().pixels
+    assert TITLE not in answer.info["infotexts"][0]
+    assert f"not watched: {why}" in host.said()
+
+
+def test_the_script_refuses_bad_input_before_it_samples(host):
+    for mode, profile, why in (
+        ("trace", "no such profile", "there is no stability profile 'no such profile'"),
+        ("mitigate", "None", "mitigate needs a stability profile"),
+        ("guess", "None", "the mode is 'guess'"),
+    ):
+        with pytest.raises(RuntimeError, match="500"):
+            host.script(mode, profile)
+        assert why in host.said()
+
+
+def test_traces_and_graphs_beside_the_image(host, profile):
+    folder = host.data / "saved"
+    options = {"samples_save": True, "outdir_txt2img_samples": str(folder), "save_to_dirs": False}
+    with host.options(memorization_guard_save_trace=True, memorization_guard_gallery_graph=True, **options):
+        answer = host.make("trace", profile, save_images=True, batch_size=2)
+    files = sorted(folder.rglob("*.stability.json"))
+    assert len(files) == 2
+    saved = [json.loads(file.read_text(encoding="utf-8"))[0]["trace"] for file in files]
+    told = [runs[0].to_dict() for runs in answer.traces]
+    assert sorted(map(json.dumps, saved)) == sorted(map(json.dumps, told))
+    assert all(file.with_name(file.name.replace(".stability.json", ".png")).exists() for file in files)
+    assert [image.size for image in answer.images[-2:]] == [(640, 300)] * 2
+
+
+# ------------------------------------------------------------------------------------------------- the dropdown's script
+
+
+def test_the_script_does_what_the_accordion_does(host, profile):
+    by_accordion, by_script = host.make("trace", profile), host.script("trace", profile)
+    assert by_script.pixels == by_accordion.pixels
+    assert by_script.trace.to_dict() == by_accordion.trace.to_dict()
+    assert f"Script: {TITLE}" in by_script.info["infotexts"][0]
+
+
+def test_compare_gives_pairs_and_their_graphs(host, profile):
+    plain = host.make(seed=1, batch_size=2).pixels
+    answer = host.script("compare", profile, thresholds=EVERYTHING, batch_size=2, seed=1)
+    assert len(answer.images) == 8
+    for number in range(2):
+        without, mitigated, *graphs = answer.images[4 * number : 4 * number + 4]
+        assert without.tobytes() == plain[number]
+        assert mitigated.tobytes() != without.tobytes()
+        assert [graph.size for graph in graphs] == [(640, 300)] * 2
+    assert len(answer.info["infotexts"]) == 8
+
+
+def test_calibration_makes_a_profile_of_the_settings(host, profile):
+    made = StabilityProfile.load(host.data / "models/stability_profiles" / f"{profile}.safetensors")
+    assert made.count >= 8
+    trace = host.make("trace", profile).trace
+    assert trace.settings.model_hash == made.settings.model_hash is not None
+    assert made.settings.sampler == "euler"
+    assert made.settings.steps == host.usual["steps"]
+    assert trace.note is None
+    for name, replace, why in ((profile, False, "tick 'Replace'"), ("../escape", True, "'../escape' cannot name a profile")):
+        with pytest.raises(RuntimeError, match="500"):
+            host.script("calibrate", "None", "\n".join(REFERENCES), name, replace)
+        assert why in host.said()
+    assert not (host.data / "models/escape.safetensors").exists()
+
+
+def test_calibration_is_refused_where_there_is_no_schedule(host):
+    with pytest.raises(RuntimeError, match="500"):
+        host.calibrate("adaptive", REFERENCES, sampler_name="DPM adaptive")
+    assert "DPM adaptive keeps to no fixed schedule" in host.said()
+
+
+def test_the_lab_model_is_found_out_and_steered(webui):
+    webui.calibrate("lab", lab.prompts("reference")[:24], steps=20)
+    copied, mitigated, touched = 0, 0, 0
+    for seed, prompt in enumerate(lab.prompts("exact", "tuning")[:3]):
+        plain = webui.make("trace", "lab", steps=20, prompt=prompt, seed=seed)
+        assert plain.trace.trigger_step is not None
+        steered = webui.make("mitigate", "lab", steps=20, prompt=prompt, seed=seed)
+        copied += lab.copy_score(plain.images[0].reduce(2), prompt) > lab.COPY_THRESHOLD
+        mitigated += lab.copy_score(steered.images[0].reduce(2), prompt) > lab.COPY_THRESHOLD
+    for seed, prompt in enumerate(lab.prompts("ordinary", "tuning")[:3]):
+        touched += webui.make("mitigate", "lab", steps=20, prompt=prompt, seed=seed).trace.mitigated.any()
+    assert (copied, mitigated, touched) == (3, 0, 0)
+
+
+# -------------------------------------------------------------------------------------------------------- beside others
+
+
+def test_loading_beside_extensions_of_the_same_names(host):
+    assert host.said().count("decoy: True") == 2
+    assert "Error loading script" not in host.said()
+
+
+def test_the_plot_has_axes_for_mode_and_thresholds(host, profile):
+    axes = host.ask("/sdapi/v1/script-info")
+    plot = next(each for each in axes if each["name"] == "x/y/z plot" and not each["is_img2img"])
+    kind = next(arg for arg in plot["args"] if arg["label"] == "X type")
+    names = kind["choices"]
+    assert f"[{TITLE}] Mode" in names
+    assert f"[{TITLE}] tau_mild" in names
+    arguments = []
+    for arg in plot["args"]:
+        value, label = arg.get("value"), arg["label"]
+        if label.endswith(" type"):
+            value = names.index({"X type": f"[{TITLE}] Mode", "Y type": f"[{TITLE}] tau_mild"}.get(label, "Nothing"))
+        elif label.endswith(" values"):
+            value = {"X values": "off, trace, mitigate", "Y values": "0.1, 3"}.get(label, "") if value is None or value == "" else []
+        arguments.append(True if label in ("Use text inputs instead of dropdowns", "Include Sub Images") else value)
+    settings = {"script_name": "x/y/z plot", "script_args": arguments}
+    answer = host.make("trace", profile, "steer by guidance", 3, 0.1, 3, 10, 4.5, -1, **settings)
+    texts = answer.info["infotexts"]
+    assert sum(f"{TITLE}: mitigate" in text for text in texts) == 2
+    assert sum(f"{TITLE}: trace" in text for text in texts) >= 2
+    assert sum(f"{TITLE} tau_mild: 0.1" in text for text in texts) >= 2
+
+
+def png(pixels):
+    import base64
+    import io
+
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
