@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import html
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import gradio as gr
@@ -15,7 +15,7 @@ from modules.ui_components import FormRow, InputAccordion
 
 from ..memorization_guard import ProfileError, RunSettings, Thresholds
 from . import profiles, sampling
-from .session import FIELD, MODES, PUBLISHED, STEER
+from .session import FIELD, MODES, PUBLISHED, STEER, Options, pasted_result
 
 TITLE = "Memorization Guard"
 COMPARE, CALIBRATE = "compare", "calibrate"
@@ -45,24 +45,30 @@ class Controls:
         if accordion:
             with InputAccordion(False, label=TITLE, elem_id=elem_id("enabled")) as enabled:
                 self.inputs = [enabled, *self._common(MODES, host_inputs)]
-            self.infotext_fields = [PasteField(enabled, lambda d: FIELD in d and d.get("Script") != TITLE)]
+            # What the dropdown's script made comes back there.
+            self.infotext_fields = [PasteField(enabled, lambda fields: FIELD in fields and fields.get("Script") != TITLE)]
         else:
             self.inputs = self._common((*MODES, COMPARE, CALIBRATE), host_inputs)
-            self.inputs += self._calibration()
             self.infotext_fields = []
-        mode, profile, correction, *values = self.inputs[1 if accordion else 0 :][: 3 + len(dataclasses.fields(Thresholds))]
+        constants = dataclasses.fields(Thresholds)
+        mode, profile, correction, *values = self.inputs[-3 - len(constants) :]
+        if not accordion:
+            self.inputs += self._calibration()
         self.infotext_fields += [
-            PasteField(mode, FIELD),
-            PasteField(profile, lambda d: _pasted_profile(d)),
-            PasteField(correction, lambda d: _pasted(d, PUBLISHED if _is_published(d) else STEER)),
-            PasteField(self._pasted_result, lambda d: gr.update(value=_result(d), visible=bool(_result(d)))),
+            PasteField(mode, _pasted(lambda options: options.mode)),
+            PasteField(profile, _pasted(_pasted_profile)),
+            PasteField(correction, _pasted(lambda o: PUBLISHED if o.thresholds.steering_guidance is None else STEER)),
+            *(PasteField(value, _pasted(_pasted_constant(field))) for field, value in zip(constants, values, strict=True)),
+            PasteField(self._pasted_result, lambda fields: gr.update(value=(r := pasted_result(fields)), visible=bool(r))),
         ]
-        for field, value in zip(dataclasses.fields(Thresholds), values, strict=True):
-            self.infotext_fields.append(PasteField(value, _pasted_threshold(field)))
 
     def _common(self, modes: tuple[str, ...], host_inputs: Mapping[str, Any]) -> list[Any]:
         mode = gr.Radio(
-            list(modes), value=modes[0], label="Mode", elem_id=self._elem_id("mode"), info="; ".join(_ABOUT[m] for m in modes) + "."
+            list(modes),
+            value=modes[0],
+            label="Mode",
+            elem_id=self._elem_id("mode"),
+            info="; ".join(_ABOUT[m] for m in modes) + ".",
         )
         with FormRow():
             profile = gr.Dropdown(
@@ -88,8 +94,8 @@ class Controls:
                 value=STEER,
                 label="Correction",
                 elem_id=self._elem_id("correction"),
-                info="published: the two-stage norm correction of Huang et al. (KDD 2026) alone. steer by guidance: ours, where "
-                "CFG is above 1; the published one elsewhere.",
+                info="published: the two-stage norm correction of Huang et al. (KDD 2026) alone. steer by guidance: ours, "
+                "where CFG is above 1; the published one elsewhere.",
             )
             values = [self._threshold(field) for field in dataclasses.fields(Thresholds)]
         return [mode, profile, correction, *values]
@@ -97,23 +103,28 @@ class Controls:
     def _threshold(self, field: dataclasses.Field[Any]) -> Any:
         low, high, step = field.metadata["bounds"]
         return gr.Slider(
-            low, high, value=field.default, step=step, label=field.name, elem_id=self._elem_id(field.name), info=field.metadata["about"]
+            low,
+            high,
+            value=field.default,
+            step=step,
+            label=field.name,
+            elem_id=self._elem_id(field.name),
+            info=field.metadata["about"],
         )
 
     def _calibration(self) -> list[Any]:
         with gr.Accordion("Calibrate", open=False):
             gr.HTML(
-                "<p>For the mode 'calibrate'. The profile holds for the model with its LoRAs, sampler, schedule, steps, CFG and "
-                "size that are set now; the negative prompt and the styles are used, and networks named in the prompt. No image "
-                "is decoded or saved.</p>"
+                "<p>For the mode 'calibrate'. The profile holds for what is set now: model, sampler, schedule, steps, CFG and "
+                "size, negative prompt and styles, and the LoRAs that the prompt names. No image is decoded or saved.</p>"
             )
             prompts = gr.Textbox(
                 label="Reference prompts",
                 lines=3,
                 placeholder="64 built-in prompts",
                 elem_id=self._elem_id("reference_prompts"),
-                info="One a line, at least 8, better 50: as you use them, about things that the model was not trained on again "
-                "and again. Empty: 64 built-in ones.",
+                info="One a line, at least 8, better 50: as you use them, about things that the model was not trained on "
+                "again and again. Empty: 64 built-in ones.",
             )
             with FormRow():
                 name = gr.Textbox(
@@ -165,36 +176,24 @@ def _describe_fit(
     return f"<p>{html.escape(profiles.describe(profile))}.</p>{verdict}"
 
 
-def _pasted(d: Mapping[str, str], value: Any) -> Any:
-    """``value`` where an image of ours is pasted, otherwise nothing."""
-    return value if FIELD in d else None
+def _pasted(get: Callable[[Options], Any]) -> Callable[[Mapping[str, str]], Any]:
+    """Sets an input to what ``get`` finds in the choice of a pasted image; leaves it alone where it is no image of ours."""
+
+    def paste(fields: Mapping[str, str]) -> Any:
+        options = Options.from_infotext(fields)
+        return None if options is None else get(options)
+
+    return paste
 
 
-def _pasted_profile(d: Mapping[str, str]) -> Any:
-    name = d.get(f"{FIELD} profile", profiles.NONE)
-    if name not in (offered := profiles.names()):
-        return None  # another computer's
-    return _pasted(d, gr.update(value=name, choices=offered))
+def _pasted_profile(options: Options) -> Any:
+    name, offered = options.profile or profiles.NONE, profiles.names()
+    return gr.update(value=name, choices=offered) if name in offered else None  # it may be another computer's
 
 
-def _is_published(d: Mapping[str, str]) -> bool:
-    return d.get(f"{FIELD} steering_guidance") == PUBLISHED
+def _pasted_constant(field: dataclasses.Field[Any]) -> Callable[[Options], Any]:
+    def constant(options: Options) -> Any:
+        value = getattr(options.thresholds, field.name)
+        return field.default if value is None else value
 
-
-def _pasted_threshold(field: dataclasses.Field[Any]) -> Any:
-    def pasted(d: Mapping[str, str]) -> Any:
-        text = d.get(f"{FIELD} {field.name}")
-        return _pasted(d, field.default if text in (None, PUBLISHED) else float(text))
-
-    return pasted
-
-
-def _result(d: Mapping[str, str]) -> str:
-    """What an image's infotext says was seen when it was made."""
-    parts = []
-    for part in ("", "hires "):
-        if verdict := d.get(f"{FIELD} {part}verdict"):
-            words = [f"{part}{verdict}"]
-            words += [f"{name} {d[key]}" for name in ("score", "trigger step") if (key := f"{FIELD} {part}{name}") in d]
-            parts.append(", ".join(words))
-    return "; ".join(parts)
+    return constant

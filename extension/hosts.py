@@ -75,7 +75,9 @@ def _seen_in_denoiser(denoiser: Any, watch: SamplerWatch) -> Iterator[None]:
     combine = denoiser.combine_denoised
     tell: Callable[..., None] = watch.saw_noise if isinstance(watch, TimestepWatch) else watch.saw_guidance
 
-    def combine_denoised(x_out: torch.Tensor, conds_list: Any, uncond: Any, cond_scale: float, *args: Any, **kwargs: Any) -> Any:
+    def combine_denoised(
+        x_out: torch.Tensor, conds_list: Any, uncond: Any, cond_scale: float, *args: Any, **kwargs: Any
+    ) -> Any:
         wanted = denoiser.sampler.sampler_extra_args["cond_scale"] * denoiser.cond_scale_miltiplier
         if cond_scale == wanted:  # otherwise "skip early CFG" or the like left the unconditional prediction out
             without = x_out[-len(conds_list) :]
@@ -112,7 +114,7 @@ def _seen_through_patcher(sd_model: Any, watch: SamplerWatch) -> Iterator[None]:
         return model, cond, uncond, *rest
 
     def after(args: dict[str, Any]) -> torch.Tensor:
-        # Without an unconditional prediction (CFG 1, "skip early CFG") there are zeros in its place in Forge, nothing in reForge.
+        # Without an unconditional prediction (CFG 1, "skip early CFG") Forge has zeros in its place, reForge nothing.
         if evaluated and args["uncond"] is not None and args["uncond_denoised"] is not None:
             # In timestep samplers the model is called on another scale than the sampler's.
             x = None if isinstance(watch, TimestepWatch) else args["input"]

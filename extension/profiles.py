@@ -114,7 +114,9 @@ def _sample(p: Any, prompts: list[str], seed: int) -> list[Trace]:
     processing.process_images(one)
     session = getattr(one, SESSION)
     if any(run.monitor.off_schedule for run in session.runs):
-        raise CalibrationError(f"{p.sampler_name} keeps to no fixed schedule, so that no profile can be made for it: choose another")
+        raise CalibrationError(
+            f"{p.sampler_name} keeps to no fixed schedule, so that no profile can be made for it: choose another"
+        )
     return [trace for run in session.runs for trace in run.traces]
 
 

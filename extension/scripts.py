@@ -10,7 +10,6 @@ from typing import Any
 import modules.scripts
 import torch
 from modules import processing, progress, script_callbacks, shared
-from PIL import Image
 
 from ..memorization_guard import StabilityProfile
 from . import profiles, sampling, xyz
@@ -80,6 +79,9 @@ class MemorizationGuardAccordion(_WithControls):
     def before_process(self, p: Any, enabled: bool = False, *args: Any) -> None:
         setattr(p, SESSION, None)
         session = None
+        # What was written for another cell of a plot, which may share the mapping.
+        fields = p.extra_generation_params.items()
+        p.extra_generation_params = {name: value for name, value in fields if not name.startswith(TITLE)}
         try:
             options, profile = self._choice(p, enabled, args)
             if options is not None:
@@ -129,7 +131,9 @@ class MemorizationGuardAccordion(_WithControls):
             for number in range(len(p.all_prompts)):
                 for drawn in session.graphs(*divmod(number, p.batch_size)):
                     processed.images.append(drawn)
-                    processed.infotexts.append(processed.infotexts[min(processed.index_of_first_image + number, len(processed.infotexts) - 1)])
+                    processed.infotexts.append(
+                        processed.infotexts[min(processed.index_of_first_image + number, len(processed.infotexts) - 1)]
+                    )
 
 
 class MemorizationGuardScript(_WithControls):
@@ -177,7 +181,12 @@ class MemorizationGuardScript(_WithControls):
         report.append("Refresh the list of profiles to choose it.")
         report += [f"Left out: {texts[number]!r}: {reason}." for number, reason in left_out.items()]
         text = "\n".join(report)
-        p.all_prompts, p.all_negative_prompts, p.all_seeds, p.all_subseeds = [p.prompt], [p.negative_prompt], [p.seed], [p.subseed]
+        p.all_prompts, p.all_negative_prompts, p.all_seeds, p.all_subseeds = (
+            [p.prompt],
+            [p.negative_prompt],
+            [p.seed],
+            [p.subseed],
+        )
         p.sd_model_name, p.sd_model_hash = p.sd_model.sd_checkpoint_info.name_for_extra, p.sd_model.sd_model_hash
         return processing.Processed(p, [], seed=p.seed, info=text, comments=text)
 

@@ -8,12 +8,14 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..memorization_guard import RunSettings, StabilityMonitor, StabilityProfile, StepEvent, Thresholds, Trace, graph
 from ..memorization_guard.files import write_whole
 from ..memorization_guard.report import summary
-from .live import LiveRuns
+
+if TYPE_CHECKING:
+    from .live import LiveRuns
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +52,20 @@ class Options:
             thresholds["steering_guidance"] = None
         return cls(mode, None if profile in (None, "", "None") else profile, Thresholds(**thresholds))
 
+    @classmethod
+    def from_infotext(cls, fields: Mapping[str, str]) -> Options | None:
+        """The choice that :meth:`infotext` wrote, from the fields of a pasted image; ``None`` where it is no image of ours."""
+        if FIELD not in fields:
+            return None
+        constants: dict[str, Any] = {}
+        try:
+            for each in dataclasses.fields(Thresholds):
+                if (text := fields.get(f"{FIELD} {each.name}")) is not None:
+                    constants[each.name] = None if text == PUBLISHED else type(each.default)(text)
+            return cls(fields[FIELD], fields.get(f"{FIELD} profile"), Thresholds(**constants))
+        except ValueError:
+            return None  # written by hand, or by another version
+
     def infotext(self) -> dict[str, Any]:
         """What brings the same choice back when an image's infotext is pasted."""
         fields: dict[str, Any] = {FIELD: self.mode}
@@ -60,6 +76,19 @@ class Options:
             if value != getattr(default, name):
                 fields[f"{FIELD} {name}"] = PUBLISHED if value is None else value
         return fields
+
+
+def pasted_result(fields: Mapping[str, str]) -> str:
+    """What a pasted image's infotext says was seen when it was made."""
+    passes = []
+    for part in ("", "hires "):
+        if (verdict := fields.get(f"{FIELD} {part}verdict")) is not None:
+            words = [f"{part}{verdict}"]
+            words += [
+                f"{name} {fields[key]}" for name in ("score", "trigger step") if (key := f"{FIELD} {part}{name}") in fields
+            ]
+            passes.append(", ".join(words))
+    return "; ".join(passes)
 
 
 @dataclass

@@ -274,13 +274,11 @@ class SamplerWatch:
         return all(map(_same, named, self._schedule))
 
 
-def watched(
-    sampler_function: Callable[..., Tensor], new_watch: Callable[..., SamplerWatch | None]
-) -> Callable[..., Tensor]:
+def watched(sampler_function: Callable[..., Tensor], new_watch: Callable[..., SamplerWatch | None]) -> Callable[..., Tensor]:
     """``sampler_function`` with its model and callback watched; what it returns is bit-identical unless it is corrected.
 
     Args:
-        sampler_function: ``(model, x, sigmas, *, extra_args, callback, ...) -> x``; whatever follows ``x`` may have other names.
+        sampler_function: ``(model, x, sigmas, *, extra_args, callback, ...) -> x``; what follows ``x`` may have other names.
         new_watch: gives, from ``x`` and all that follows it, who watches the run, or ``None`` for nobody.
     """
 

@@ -1,7 +1,7 @@
 """Watching samplers in CompVis' form, as the WebUI has them (DDIM, PLMS, UniPC).
 
-``sampler_function(model, x, timesteps, extra_args=..., callback=..., ...) -> x`` holds ``x`` on the VP scale, calls ``model(x, t,
-**extra_args)``, which gives the guided noise prediction, and calls back once a solver step, after the update. Seen through
+``sampler_function(model, x, timesteps, extra_args=..., callback=..., ...) -> x`` holds ``x`` on the VP scale, calls ``model(x,
+t, **extra_args)``, which gives the guided noise prediction, and calls back once a solver step, after the update. Seen through
 :class:`TimestepWatch` it is a sampler in k-diffusion's form, whose noise levels are timesteps.
 """
 
@@ -114,5 +114,5 @@ class TimestepWatch(SamplerWatch):
 
 
 class _TimestepModel(ModelProxy):
-    def __call__(self, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return self._watch.predict_noise(x, t, lambda x, t: self._model(x, t, *args, **kwargs))
+    def __call__(self, x: Tensor, sigma: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self._watch.predict_noise(x, sigma, lambda x, t: self._model(x, t, *args, **kwargs))

@@ -321,7 +321,9 @@ def test_the_model_can_be_reached_through_the_proxy():
         model.mark = 5
         return x
 
-    watched(sampler, lambda x, sigmas, **_: SamplerWatch(StabilityMonitor(), sigmas, NoiseLevel.from_sigma))(model, noise(), SIGMAS)
+    watched(sampler, lambda x, sigmas, **_: SamplerWatch(StabilityMonitor(), sigmas, NoiseLevel.from_sigma))(
+        model, noise(), SIGMAS
+    )
     assert model.mark == 5
 
 

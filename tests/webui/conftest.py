@@ -3,8 +3,8 @@
     A1111_PATH=/path/to/stable-diffusion-webui A1111_PYTHON=/path/to/its/python \\
     FORGE_PATH=/path/to/forge FORGE_PYTHON=/path/to/its/python pytest tests/webui
 
-Without the path of a host its tests are skipped. The WebUI samples the lab model, which has memorized some images; Forge, which
-tells models by their layout, one of random weights. ``docs/development.md`` says what a host needs on a machine without a GPU.
+Without the path of a host its tests are skipped. The WebUI samples the lab model, which has memorized some images; Forge,
+which tells models by their layout, one of random weights. ``docs/development.md`` says what a host needs on a machine without a GPU.
 """
 
 from __future__ import annotations
@@ -103,7 +103,9 @@ class Host:
         images = [Image.open(io.BytesIO(base64.b64decode(image))) for image in answer["images"]]
         return Answer([image.convert("RGB") for image in images], json.loads(answer["info"]))
 
-    def script(self, mode: str, profile: str = "None", *calibration: Any, thresholds: Thresholds | None = None, **settings: Any) -> Answer:
+    def script(
+        self, mode: str, profile: str = "None", *calibration: Any, thresholds: Thresholds | None = None, **settings: Any
+    ) -> Answer:
         """A generation by the dropdown's script."""
         arguments = [mode, profile, *self.constants(thresholds or Thresholds()), *(calibration or ("", "", False))]
         return self.make(script_name=TITLE, script_args=arguments, **settings)
@@ -164,7 +166,9 @@ def start(kind: str, folder: Path, *arguments: str, extensions: dict[str, Path] 
         usual = {"width": 128, "height": 128, "steps": 10, "cfg_scale": 7.5}
     else:
         file = checkpoints / "random-sd15.safetensors"
-        subprocess.run([python, str(HERE / "random_checkpoint.py"), str(file)], env=environment, check=True, capture_output=True)
+        subprocess.run(
+            [python, str(HERE / "random_checkpoint.py"), str(file)], env=environment, check=True, capture_output=True
+        )
         usual = {"width": 64, "height": 64, "steps": 6, "cfg_scale": 5, "hr_additional_modules": ["Use same choices"]}
     settings = {"auto_launch_browser": "Disable", "CLIP_stop_at_last_layers": 1, "samples_save": False, "grid_save": False}
     (folder / "config.json").write_text(json.dumps(settings | {"show_progress_type": "Approx cheap"}), encoding="utf-8")
@@ -179,7 +183,9 @@ def start(kind: str, folder: Path, *arguments: str, extensions: dict[str, Path] 
         server = subprocess.Popen(
             command, cwd=root, env=environment, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
         )
-    host = Host(kind, f"http://127.0.0.1:{port}", folder, log, {"sampler_name": "Euler", "seed": 1, "prompt": "a fox", **usual})
+    host = Host(
+        kind, f"http://127.0.0.1:{port}", folder, log, {"sampler_name": "Euler", "seed": 1, "prompt": "a fox", **usual}
+    )
     try:
         deadline = time.monotonic() + START_TIMEOUT
         while "Startup time" not in host.said():  # it answers earlier, with scripts that have no inputs yet

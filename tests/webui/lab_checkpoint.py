@@ -132,7 +132,7 @@ def unet(**_: object) -> nn.Module:
 
 
 def autoencoder(**_: object) -> nn.Module:
-    """CompVis' autoencoder in the lab's size, with its pictures of 64 x 64 doubled: the host counts on one that compresses by 8."""
+    """CompVis' autoencoder in the lab's size, its pictures of 64 x 64 doubled: the host counts on a compression by 8."""
     from ldm.models.autoencoder import AutoencoderKL
     from ldm.modules.diffusionmodules import model as parts
 

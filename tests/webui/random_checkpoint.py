@@ -2,8 +2,8 @@
 
     FORGE_PATH=/path/to/Forge /path/to/its/python random_checkpoint.py FILE [SEED]
 
-It is built from Forge's own classes, with a UNet of one block and two levels. Part of the UNet hands its normalised input through,
-so that the norms of a latent stay as those of a trained model's; what it paints is noise that depends on the prompt.
+It is built from Forge's own classes, with a UNet of one block and two levels. Part of the UNet hands its normalised input
+through, so that the norms of a latent are like those of a trained model; what it paints is noise that depends on the prompt.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def main(path: str, seed: int = 0) -> None:
     unet = IntegratedUNet2DConditionModel.from_config({
         "in_channels": 4, "out_channels": 4, "model_channels": 320, "num_res_blocks": [1, 1], "channel_mult": [1, 1],
         "transformer_depth": [1, 0], "transformer_depth_output": [1, 1, 0, 0], "transformer_depth_middle": -1,
-        "use_linear_in_transformer": False, "context_dim": 768, "num_heads": 8, "num_head_channels": -1, "adm_in_channels": None,
-        "num_classes": None, "use_checkpoint": False, "use_spatial_transformer": True, "legacy": False, "image_size": 32,
+        "use_linear_in_transformer": False, "context_dim": 768, "num_heads": 8, "num_head_channels": -1,
+        "adm_in_channels": None, "num_classes": None, "use_checkpoint": False, "use_spatial_transformer": True, "legacy": False, "image_size": 32,
         "dropout": 0,
     })  # fmt: skip
     with torch.no_grad():
@@ -59,7 +59,7 @@ def hand_through(weights: dict[str, torch.Tensor]) -> None:
     channels = 4 * GROUP
     signs = torch.tensor([1.0] * (GROUP // 2) + [-1.0] * (GROUP // 2))
     first, out = weights["input_blocks.0.0.weight"], weights["out.2.weight"]
-    last = "output_blocks.%d." % max(int(name.split(".")[1]) for name in weights if name.startswith("output_blocks."))
+    last = f"output_blocks.{max(int(name.split('.')[1]) for name in weights if name.startswith('output_blocks.'))}."
     skip = weights[f"{last}0.skip_connection.weight"]
     for name in ("0.out_layers.3", "1.proj_out"):
         weights[f"{last}{name}.weight"][:channels] = 0

@@ -17,7 +17,7 @@ SWITCHES = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", 
 LIVE = "/memorization-guard/live"
 PANEL = "#{}_gallery_container + div section"
 STEPS = 100  # so that there is something to see in between
-LONG = {"steps": 150, "width": 384, "height": 384}
+LONG = {"webui": {"steps": 150, "width": 384, "height": 384}, "forge": {"steps": 150}}
 
 
 @pytest.fixture(scope="module")
@@ -41,13 +41,14 @@ def context(browser):
 class Page:
     """A page of the host, and what it asks for the graph."""
 
-    def __init__(self, context, url):
+    def __init__(self, context, host, url=None):
+        self.usual = {name: host.usual[name] for name in ("width", "height")}
         self.page = context.new_page()
         self.asked = []
         self.complaints = []
         self.page.on("request", lambda request: self.asked.append(request.url) if LIVE in request.url else None)
         self.page.on("console", lambda message: self.complaints.append(message.text))
-        self.page.goto(url)
+        self.page.goto(url or host.url)
 
     def ready(self):
         self.page.wait_for_selector("#txt2img_generate")
@@ -56,7 +57,7 @@ class Page:
 
     def choose(self, tab="txt2img", guard=True, steps=STEPS, prompt="", **numbers):
         """Small images with many steps; ``numbers`` are the host's inputs by their element ids."""
-        for name, value in {"steps": steps, "width": 128, "height": 128, **numbers}.items():
+        for name, value in {"steps": steps, **self.usual, **numbers}.items():
             self.page.evaluate(
                 """([id, value]) => {
                   const input = document.querySelector(`#${id} input[type=number]`);
@@ -107,7 +108,7 @@ class Page:
 
 @pytest.fixture
 def page(context, host):
-    page = Page(context, host.url).ready()
+    page = Page(context, host).ready()
     yield page
     assert [text for text in page.complaints if "emorization" in text] == []
 
@@ -156,8 +157,8 @@ def test_batches_have_a_button_each(page):
     assert [button.get_attribute("aria-pressed") for button in buttons.all()] == ["false", "true"]
 
 
-def test_a_page_that_is_loaded_again_in_the_middle_goes_on(page):
-    page.choose(**LONG).generate()
+def test_a_page_that_is_loaded_again_in_the_middle_goes_on(page, host):
+    page.choose(**LONG[host.kind]).generate()
     before = page.see(10)
     page.page.reload()
     page.ready()
@@ -169,8 +170,8 @@ def test_a_page_that_is_loaded_again_in_the_middle_goes_on(page):
 
 
 def test_two_pages_of_a_browser_draw_each_its_own(page, context, host):
-    other = Page(context, host.url).ready()
-    page.choose(**LONG).generate()
+    other = Page(context, host).ready()
+    page.choose(**LONG[host.kind]).generate()
     page.see(2)
     other.choose(steps=40).generate()
     other.page.wait_for_timeout(1000)
@@ -199,8 +200,8 @@ def test_img2img_has_a_graph_of_its_own(page, tmp_path):
     assert page.points() == 10
 
 
-def test_a_task_that_is_broken_off_ends(page):
-    page.choose(**LONG).generate()
+def test_a_task_that_is_broken_off_ends(page, host):
+    page.choose(**LONG[host.kind]).generate()
     page.see(5)
     page.page.click("#txt2img_interrupt")
     page.see_end()
@@ -265,7 +266,7 @@ def test_with_a_login_and_below_a_path(context, guarded):
         urllib.request.urlopen(f"{guarded.url}{LIVE}?task=t")
     assert refused.value.code == 401
     with proxy(guarded.url, "/below/") as url:
-        page = Page(context, url)
+        page = Page(context, guarded, url)
         assert page.page.evaluate(f"fetch('.{LIVE}?task=t').then(answer => answer.status)") == 401
         page.page.get_by_label("username").fill("user")
         page.page.get_by_label("password").fill("word")

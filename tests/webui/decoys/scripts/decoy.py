@@ -2,14 +2,15 @@
 
 import controls
 import core
-import extension
 import hosts
-import js
 import live
-import nodes
 import profiles
 import sampling
 import session
+
+import extension
+import js
+import nodes
 
 ALL = controls, core, extension, hosts, js, live, nodes, profiles, sampling, session
 print("decoy:", all(getattr(module, "DECOY", False) for module in ALL))

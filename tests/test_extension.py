@@ -1,0 +1,257 @@
+"""The WebUI half without a host: how it is loaded beside others, and what an image's infotext brings back."""
+
+import importlib
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from memorization_guard import RunSettings, Thresholds
+
+ROOT = Path(__file__).parents[1]
+
+#: A host of mock modules, and other extensions' modules in the places where theirs would be.
+LOAD = """
+import importlib.abc, importlib.util, json, runpy, sys, types
+from unittest.mock import MagicMock
+
+class Host(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("modules", "gradio"):
+            return importlib.util.spec_from_loader(name, self, is_package=True)
+    def create_module(self, spec):
+        module = MagicMock(name=spec.name)
+        if spec.name == "modules.scripts":
+            module.Script = type("Script", (), {})
+        if spec.name == "modules.paths":
+            module.models_path = "."
+        if spec.name == "modules.ui_components":
+            module.InputAccordion = object
+        return module
+    def exec_module(self, module):
+        pass
+
+sys.meta_path.insert(0, Host())
+names = "nodes", "extension", "js", "core", "live", "session", "memorization_guard"
+others = {name: types.ModuleType(name) for name in names}
+sys.modules.update(others)
+path, before = list(sys.path), set(sys.modules)
+file = ROOT + "/scripts/memorization_guard.py"
+first = runpy.run_path(file, run_name="memorization_guard.py")
+pack = sys.modules["memorization_guard_pack"]
+second = runpy.run_path(file, run_name="memorization_guard.py")
+import modules.scripts
+ours = [n for n in sys.modules if n not in before and str(getattr(sys.modules[n], "__file__", "")).startswith(ROOT)]
+print(json.dumps({
+    "scripts": [n for n, v in first.items() if isinstance(v, type) and issubclass(v, modules.scripts.Script)],
+    "path": path == sys.path,
+    "others": all(sys.modules[name] is module for name, module in others.items()),
+    "names": sorted({name.split(".")[0] for name in ours}),
+    "parts": sorted({".".join(name.split(".")[1:2]) for name in ours}),
+    "fresh": sys.modules["memorization_guard_pack"] is not pack,
+    "comfy": [name for name in sys.modules if name.split(".")[0] in ("comfy", "comfy_api", "server", "folder_paths")],
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def session():
+    """``extension/session.py``, loaded as the script loads it; it needs no host."""
+    name = "memorization_guard_pack_of_tests"
+    spec = importlib.util.spec_from_file_location(name, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
+    return importlib.import_module(f"{name}.extension.session")
+
+
+def test_the_script_loads_under_a_name_of_its_own_beside_others():
+    run = subprocess.run(
+        [sys.executable, "-c", f"ROOT = {str(ROOT)!r}\n{LOAD}"], capture_output=True, text=True, cwd=ROOT.parent, check=False
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    found = json.loads(run.stdout.splitlines()[-1])
+    # Over the API the accordion has to be found before the script of the same title.
+    assert found["scripts"] == ["MemorizationGuardAccordion", "MemorizationGuardScript"]
+    assert found["path"]
+    assert found["others"]
+    assert found["names"] == ["memorization_guard_pack"]
+    assert "nodes" not in found["parts"]
+    assert found["fresh"]
+    assert not found["comfy"]
+
+
+def test_each_folder_that_the_host_reads_holds_one_thin_file():
+    for folder in ("scripts", "javascript"):
+        (file,) = [file for file in (ROOT / folder).iterdir() if file.is_file()]
+        assert file.stem == "memorization_guard"
+    assert len((ROOT / "scripts/memorization_guard.py").read_text(encoding="utf-8").splitlines()) < 30
+    # The host would run an installer at every start.
+    assert not (ROOT / "install.py").exists()
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        ("trace", "None", "steer by guidance"),
+        ("mitigate", "folder/model euler 20, cfg 7.5", "steer by guidance", 2.5, 20, 2.0, 5, 3.5, 0.5),
+        ("mitigate", "a: b", "published", 3, 14, 3, 10, 4.5, -1),
+    ],
+)
+def test_an_infotext_brings_the_choice_back(session, chosen):
+    options = session.Options.of(*chosen)
+    # As the host writes and reads it: every value is text.
+    fields = {name: str(value) for name, value in options.infotext().items()}
+    assert session.Options.from_infotext(fields) == options
+
+
+def test_only_what_differs_is_written(session):
+    assert session.Options().infotext() == {"Memorization Guard": "trace"}
+    options = session.Options(thresholds=Thresholds(tau_mild=2.5))
+    assert options.infotext() == {"Memorization Guard": "trace", "Memorization Guard tau_mild": 2.5}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"Steps": "20", "Memorization Guard verdict": "mild"},
+        {"Memorization Guard": "guess"},
+        {"Memorization Guard": "trace", "Memorization Guard tau_mild": "a lot"},
+        {"Memorization Guard": "trace", "Memorization Guard tau_mild": "-1"},
+    ],
+)
+def test_an_infotext_of_others_or_written_by_hand_brings_nothing(session, fields):
+    assert session.Options.from_infotext(fields) is None
+
+
+def test_the_result_of_a_pasted_image_is_told(session):
+    fields = {"Memorization Guard": "trace", "Memorization Guard verdict": "mild", "Memorization Guard score": "5.21"}
+    fields |= {"Memorization Guard trigger step": "3", "Memorization Guard hires verdict": "unscored"}
+    assert session.pasted_result(fields) == "mild, score 5.21, trigger step 3; hires unscored"
+    assert session.pasted_result({"Steps": "20"}) == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (("guess", "None", "published"), "the mode is 'guess'; known: trace, mitigate"),
+        (("trace", "None", "a bit"), "the correction is 'a bit'; known: steer by guidance, published"),
+        (("trace", "None", "published", 0), "tau_mild is 0"),
+        (("trace", "None", "published", 3, 2), "tau_strong"),
+    ],
+)
+def test_bad_choices_say_what_is_wrong(session, arguments, why):
+    with pytest.raises(ValueError, match=why):
+        session.Options.of(*arguments)
+
+
+class Processing:
+    """As much of the host's processing object as a session looks at."""
+
+    def __init__(self, batch_size=1, n_iter=1):
+        self.batch_size, self.n_iter, self.iteration = batch_size, n_iter, 0
+        self.all_prompts = [f"prompt {i}" for i in range(batch_size * n_iter)]
+        self.prompts = self.all_prompts[:batch_size]
+        self.extra_generation_params = {}
+        self.comments = {}
+        self.is_hr_pass = False
+
+    def comment(self, text):
+        self.comments[text] = 1
+
+
+def sample(session_, p, scale=1.0):
+    """A run of three steps of every image of a batch."""
+    import torch
+
+    monitor = session_.new_monitor(p, RunSettings(steps=3, prediction_type="epsilon"))
+    z = [torch.randn(p.batch_size, 4, 8, 8, generator=torch.Generator().manual_seed(i)) * scale for i in range(4)]
+    for i in range(3):
+        monitor.step(z[i], z[i + 1], z[i], sigma=10.0 - i, x0_coefficient=0.5)
+    session_.end_run()
+
+
+def infotext(p, **scope):
+    """What the host's ``create_infotext`` makes of our fields."""
+    values = {n: v(p=p, **scope) if callable(v) else v for n, v in p.extra_generation_params.items()}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def test_every_image_of_every_batch_has_its_own_verdict(session):
+    p, sent = Processing(batch_size=2, n_iter=2), []
+
+    class Live:
+        def send(self, task, event):
+            sent.append((task, event))
+
+    one = session.Session(session.Options(), None, live=Live(), task="task(a)")
+    one.write_infotext(p)
+    # The host writes an infotext before anything is sampled, too.
+    assert infotext(p, index=0, all_prompts=p.all_prompts) == {"Memorization Guard": "trace"}
+    for p.iteration in range(2):
+        p.prompts = p.all_prompts[2 * p.iteration : 2 * p.iteration + 2]
+        sample(one, p)
+        assert infotext(p, index=1, all_prompts=p.prompts)["Memorization Guard verdict"] == "unscored"
+    assert infotext(p, index=3, all_prompts=p.all_prompts)["Memorization Guard verdict"] == "unscored"
+    assert "Memorization Guard verdict" not in infotext(p, index=0, all_prompts=p.prompts, use_main_prompt=True)
+    assert [len(runs) for runs in one.report(p)] == [1, 1, 1, 1]
+    kinds = [(task, event["kind"], event.get("title")) for task, event in sent if event["kind"] != "step"]
+    assert kinds == [
+        ("task(a)", "begin", "images 1-2"),
+        ("task(a)", "end", None),
+        ("task(a)", "begin", "images 3-4"),
+        ("task(a)", "end", None),
+    ]
+    assert sum(event["kind"] == "step" for _, event in sent) == 6
+    assert len({event["run"] for _, event in sent}) == 2
+
+
+def test_a_hires_pass_is_told_apart(session):
+    p = Processing()
+    one = session.Session(session.Options(), None, live=None, task=None)
+    one.write_infotext(p)
+    sample(one, p)
+    p.is_hr_pass = True
+    sample(one, p)
+    fields = infotext(p, index=0, all_prompts=p.all_prompts)
+    assert fields["Memorization Guard verdict"] == fields["Memorization Guard hires verdict"] == "unscored"
+    assert [run["hires"] for run in one.report(p)[0]] == [False, True]
+
+
+def test_a_trace_is_saved_beside_the_image_that_is_being_saved(session, tmp_path):
+    p = Processing()
+    one = session.Session(session.Options(), None, live=None, task=None)
+    sample(one, p)
+    one.save_trace(str(tmp_path / "grid.png"))
+    assert not list(tmp_path.iterdir())
+    one.saving = 0, 0
+    one.save_trace(str(tmp_path / "00001-1.png"))
+    (file,) = tmp_path.iterdir()
+    assert file.name == "00001-1.stability.json"
+    assert json.loads(file.read_text(encoding="utf-8"))[0]["trace"]["verdict"] == "unscored"
+    one.save_trace(str(tmp_path / "00001-1-mask.png"))
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_trace_that_cannot_be_saved_is_said_and_loses_nothing(session, tmp_path, caplog):
+    p = Processing()
+    one = session.Session(session.Options(), None, live=None, task=None)
+    sample(one, p)
+    one.saving = 0, 0
+    one.save_trace(str(tmp_path / "missing" / "image.png"))
+    assert "could not save the trace" in caplog.text
+
+
+def test_a_page_that_cannot_be_told_loses_nothing(session, caplog):
+    class Live:
+        def send(self, task, event):
+            raise RuntimeError("no page")
+
+    p = Processing()
+    one = session.Session(session.Options(), None, live=Live(), task="task(a)")
+    sample(one, p)
+    assert one.report(p)[0][0]["trace"]["steps"]["sigma"] == [10.0, 9.0, 8.0]
+    assert "could not show the graph" in caplog.text
