@@ -4,8 +4,8 @@ import importlib.util
 import sys
 from pathlib import Path
 
-# The folder's packages have names that others use too (extension, nodes): they are loaded as parts of one package, under a name
-# that is nobody else's. What was loaded before a "Reload UI" may be of an older version.
+# The folder's packages have names that others use too (extension, nodes): they are loaded as parts of one package, under a
+# name that is nobody else's. What was loaded before a "Reload UI" may be of an older version.
 NAME = "memorization_guard_pack"
 ROOT = Path(__file__).resolve().parents[1]
 

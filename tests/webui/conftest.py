@@ -4,7 +4,7 @@
     FORGE_PATH=/path/to/forge FORGE_PYTHON=/path/to/its/python pytest tests/webui
 
 Without the path of a host its tests are skipped. The WebUI samples the lab model, which has memorized some images; Forge,
-which tells models by their layout, one of random weights. ``docs/development.md`` says what a host needs on a machine without a GPU.
+which tells models by their layout, one of random weights. ``docs/development.md`` says what a host needs without a GPU.
 """
 
 from __future__ import annotations

@@ -34,7 +34,8 @@ def main(path: str, seed: int = 0) -> None:
         "in_channels": 4, "out_channels": 4, "model_channels": 320, "num_res_blocks": [1, 1], "channel_mult": [1, 1],
         "transformer_depth": [1, 0], "transformer_depth_output": [1, 1, 0, 0], "transformer_depth_middle": -1,
         "use_linear_in_transformer": False, "context_dim": 768, "num_heads": 8, "num_head_channels": -1,
-        "adm_in_channels": None, "num_classes": None, "use_checkpoint": False, "use_spatial_transformer": True, "legacy": False, "image_size": 32,
+        "adm_in_channels": None, "num_classes": None, "use_checkpoint": False, "use_spatial_transformer": True,
+        "legacy": False, "image_size": 32,
         "dropout": 0,
     })  # fmt: skip
     with torch.no_grad():
