@@ -2,9 +2,9 @@
 
     python benchmarks/webui_samplers.py http://127.0.0.1:7860 [--write webui]
 
-The server needs --api and this repository among its extensions. With the lab model loaded (tests/webui/lab_checkpoint.py)
-copies are counted, before and after mitigation, on prompts of the tuning split; with any other model it is only said whether
-a correction reaches the image, with thresholds that everything leaves. Takes about a quarter of an hour on one core.
+The server needs --api and this repository among its extensions. With the lab model chosen, which the script's page adds,
+copies are counted, before and after mitigation, on prompts of the tuning split. With any other model it is only said whether a
+correction reaches the image, with thresholds that everything leaves. Takes about a quarter of an hour on one core.
 """
 
 from __future__ import annotations

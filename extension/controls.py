@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import html
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -14,7 +15,8 @@ from modules.ui_common import create_refresh_button
 from modules.ui_components import FormRow, InputAccordion
 
 from ..memorization_guard import ProfileError, RunSettings, Thresholds
-from . import profiles, sampling
+from ..memorization_guard.lab import prompts
+from . import hosts, lab, profiles, sampling
 from .session import FIELD, MODES, PUBLISHED, STEER, Options, pasted_result
 
 TITLE = "Memorization Guard"
@@ -54,6 +56,8 @@ class Controls:
         mode, profile, correction, *values = self.inputs[-3 - len(constants) :]
         if not accordion:
             self.inputs += self._calibration()
+            if not hosts.HAS_UNET_PATCHER:
+                self._lab_model()
         self.infotext_fields += [
             PasteField(mode, _pasted(lambda options: options.mode)),
             PasteField(profile, _pasted(_pasted_profile)),
@@ -135,6 +139,12 @@ class Controls:
                 replace = gr.Checkbox(False, label="Replace one of the same name", elem_id=self._elem_id("replace"))
         return [prompts, name, replace]
 
+    def _lab_model(self) -> None:
+        with gr.Accordion("Try it on a small model that memorizes", open=False):
+            add = gr.Button("Add the lab model to the checkpoints", elem_id=self._elem_id("add_lab_model"))
+            said = gr.HTML()
+        add.click(fn=_add_lab_model, inputs=[], outputs=[said])
+
 
 def add_settings() -> None:
     """The host's settings page."""
@@ -147,6 +157,22 @@ def add_settings() -> None:
 
 def setting(name: str) -> bool:
     return bool(getattr(shared.opts, f"memorization_guard_{name}", False))
+
+
+def _add_lab_model() -> str:
+    """Puts the bundled model and its profile where the host looks for such files, and says how to use them."""
+    try:
+        lab.write(Path(shared.cmd_opts.ckpt_dir or sd_models.model_path))
+        profile = profiles.add(lab.PROFILE, f"{lab.NAME} euler 30 cfg 7.5")
+    except OSError as error:
+        return f"<p class='error'>The lab model could not be written: {html.escape(str(error))}</p>"
+    sd_models.list_models()
+    return (
+        f"<p>Added, with its profile. Refresh the list of checkpoints and choose <b>{lab.NAME}</b>; set Euler, 30 steps, CFG "
+        f"7.5, 128 x 128; refresh the list of profiles and choose <b>{html.escape(profile)}</b>. This prompt is memorized: "
+        f"<b>{html.escape(prompts('exact', 'tuning')[0])}</b>; this one is not: "
+        f"<b>{html.escape(prompts('ordinary', 'tuning')[0])}</b>.</p>"
+    )
 
 
 def _describe_fit(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,10 +12,8 @@ import torch
 from ..memorization_guard.kdiffusion import SamplerWatch
 from ..memorization_guard.timesteps import TimestepWatch
 
-
-def has_unet_patcher(sd_model: Any) -> bool:
-    """Whether this is Forge or reForge, which sample through a patcher of the UNet as ComfyUI does."""
-    return hasattr(sd_model, "forge_objects")
+#: Whether this is Forge or reForge, which sample through a patcher of the UNet as ComfyUI does.
+HAS_UNET_PATCHER = importlib.util.find_spec("modules_forge") is not None
 
 
 def _is_forge(unet: Any) -> bool:
@@ -23,7 +22,7 @@ def _is_forge(unet: Any) -> bool:
 
 def prediction_type(sd_model: Any) -> str:
     """What the model predicts, by the core's name."""
-    if not has_unet_patcher(sd_model):
+    if not HAS_UNET_PATCHER:
         if getattr(sd_model, "is_sd3", False):
             return "flow_prediction"
         kind = getattr(sd_model, "parameterization", "eps")
@@ -42,7 +41,7 @@ def weights(sd_model: Any) -> dict[str, torch.Tensor]:
 
     Names are those that ComfyUI has, so that a profile fits in either.
     """
-    if not has_unet_patcher(sd_model):
+    if not HAS_UNET_PATCHER:
         unet = sd_model.model.diffusion_model
         found = unet.state_dict()
         for name, module in unet.named_modules():
@@ -65,7 +64,7 @@ def guidance_seen(denoiser: Any, sd_model: Any, watch: SamplerWatch) -> Iterator
     Args:
         denoiser: the host's ``CFGDenoiser``. sd_model: the model that is sampled.
     """
-    seen = _seen_through_patcher(sd_model, watch) if has_unet_patcher(sd_model) else _seen_in_denoiser(denoiser, watch)
+    seen = _seen_through_patcher(sd_model, watch) if HAS_UNET_PATCHER else _seen_in_denoiser(denoiser, watch)
     with seen:
         yield
 

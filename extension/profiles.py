@@ -11,6 +11,7 @@ from modules import paths, processing, shared
 
 from ..memorization_guard import CalibrationError, StabilityProfile, Trace
 from ..memorization_guard.calibration import ReferenceRuns
+from ..memorization_guard.files import write_whole
 from ..memorization_guard.fingerprint import content_hash
 from ..memorization_guard.profile import EXTENSION, ProfileError, name_problem
 from ..memorization_guard.prompts import reference_prompts, typed_prompts
@@ -34,6 +35,13 @@ def load(name: str) -> StabilityProfile:
     if (path := _files().get(name)) is None:
         raise ProfileError(f"there is no stability profile {name!r} in {FOLDER}: refresh the list, and choose another")
     return StabilityProfile.load(path)
+
+
+def add(file: Path, name: str) -> str:
+    """Adds a copy of a profile that is known to be one, and gives its name."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    write_whole(FOLDER / f"{name}{EXTENSION}", file.read_bytes())
+    return name
 
 
 def _files() -> dict[str, Path]:

@@ -167,6 +167,7 @@ class MemorizationGuardScript(_WithControls):
         made = []
         for label, mode in (("without mitigation", "trace"), ("with mitigation", "mitigate")):
             one = copy.copy(p)
+            one.comments = {}
             one.extra_generation_params = dict(p.extra_generation_params)
             setattr(one, CHOSEN, dataclasses.replace(options, mode=mode))
             setattr(one, LABEL, label)
@@ -188,7 +189,7 @@ class MemorizationGuardScript(_WithControls):
             [p.subseed],
         )
         p.sd_model_name, p.sd_model_hash = p.sd_model.sd_checkpoint_info.name_for_extra, p.sd_model.sd_model_hash
-        return processing.Processed(p, [], seed=p.seed, info=text, comments=text)
+        return processing.Processed(p, [], seed=p.seed, info=text)
 
 
 def _side_by_side(made: list[tuple[Any, Session | None]], batch_size: int) -> Any:

@@ -148,16 +148,8 @@ class Session:
         if monitor.check is not None and monitor.check.invalid:
             self.say(p, f"{'hires pass: ' if hires else ''}{monitor.check}")
         first = batch * p.batch_size + 1
-        title = " ".join(
-            word
-            for word in (
-                f"image {first}" if p.batch_size == 1 else f"images {first}-{first + p.batch_size - 1}",
-                "hires" if hires else "",
-                self._label,
-            )
-            if word
-        )
-        self._send("begin", name, title=title, **monitor.outline())
+        images = f"image {first}" if p.batch_size == 1 else f"images {first}-{first + p.batch_size - 1}"
+        self._send("begin", name, title=self._title(images, hires), **monitor.outline())
         return monitor
 
     def end_run(self) -> None:
@@ -170,8 +162,8 @@ class Session:
         """Tells the user below the image, and once."""
         if message not in self._said:
             self._said.add(message)
-            log.warning("Memorization Guard: %s", message)
-            p.comment(f"Memorization Guard: {message}")
+            log.warning("%s: %s", FIELD, message)
+            p.comment(f"{FIELD}: {message}")
 
     def runs_of(self, batch: int, index: int) -> list[tuple[Run, Trace]]:
         """The runs that made image ``index`` of a batch, first pass first."""
@@ -229,12 +221,15 @@ class Session:
             log.warning("Memorization Guard could not save the trace of %s: %s", image_file, error)
 
     def tell_verdicts(self, p: Any) -> None:
-        """Says below the image which of them are suspicious."""
+        """Says below the images which of them are suspicious."""
         for number in range(len(p.all_prompts)):
             for run, trace in self.runs_of(*divmod(number, p.batch_size)):
                 if trace.trigger_step is not None:
-                    image = f"image {number + 1}{' (hires pass)' if run.hires else ''}"
-                    self.say(p, summary(trace).replace("Image 1", image).split("\n")[0])
+                    verdict = summary(trace).partition("\n")[0].removeprefix("Image 1")
+                    p.comment(f"{FIELD}: {self._title(f'image {number + 1}', run.hires)}{verdict}")
+
+    def _title(self, images: str, hires: bool) -> str:
+        return " ".join(filter(None, (images, "hires" if hires else "", self._label)))
 
     def _send_step(self, name: str, event: StepEvent) -> None:
         self._send("step", name, **event.to_dict())

@@ -1,7 +1,8 @@
-"""The bundled lab model as a checkpoint that the WebUI loads: a model that really memorizes, for tests in the real host.
+"""The bundled lab model as a checkpoint that the WebUI loads: a model that really memorizes, to try the guard on.
 
 :func:`write` puts the weights, under the names of an SD 1 checkpoint, and a ``.yaml`` beside them into a folder. That
-configuration names the classes below, which are the host's own with the lab's sizes: this file must be on its ``PYTHONPATH``.
+configuration names the functions below, which make the host's own classes in the lab's sizes. Forge and reForge tell a model
+by its layout, and know none of this size.
 """
 
 from __future__ import annotations
@@ -11,15 +12,23 @@ import re
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 
-MODEL = Path(__file__).parents[2] / "memorization_guard" / "lab" / "model"
+from ..memorization_guard.files import write_whole
+from ..memorization_guard.lab import MODEL
+
 NAME = "memorization-guard-lab"
+#: Statistics of the lab model under Euler, 30 steps, CFG 7.5, 128 x 128; the same that ComfyUI's half has.
+PROFILE = MODEL / "profile-comfyui.safetensors"
 
 
 def write(folder: Path) -> Path:
-    """Writes ``memorization-guard-lab.safetensors`` and its ``.yaml`` into ``folder``."""
+    """Writes ``memorization-guard-lab.safetensors`` and its ``.yaml`` into ``folder``, each whole or not at all.
+
+    Raises:
+        OSError: if they cannot be written.
+    """
     weights = {}
     for part, prefix, rename in (
         ("unet/diffusion_pytorch_model", "model.diffusion_model.", _unet_name),
@@ -29,9 +38,8 @@ def write(folder: Path) -> Path:
         for name, weight in load_file(MODEL / f"{part}.safetensors").items():
             weights[prefix + rename(name)] = weight
     path = folder / f"{NAME}.safetensors"
-    save_file(weights, path)
-    path.with_suffix(".yaml").write_text(_CONFIG.format(scale=_config("vae")["scaling_factor"]), encoding="utf-8")
-    return path
+    write_whole(path.with_suffix(".yaml"), _CONFIG.format(here=__name__, scale=_config("vae")["scaling_factor"]))
+    return write_whole(path, save(weights))
 
 
 def _config(part: str) -> dict:
@@ -97,9 +105,9 @@ model:
     conditioning_key: crossattn
     scale_factor: {scale}
     use_ema: false
-    unet_config: {{target: lab_checkpoint.unet, params: {{}}}}
-    first_stage_config: {{target: lab_checkpoint.autoencoder, params: {{ddconfig: {{}}}}}}
-    cond_stage_config: {{target: lab_checkpoint.TextEncoder, params: {{}}}}
+    unet_config: {{target: {here}.unet, params: {{}}}}
+    first_stage_config: {{target: {here}.autoencoder, params: {{ddconfig: {{}}}}}}
+    cond_stage_config: {{target: {here}.TextEncoder, params: {{}}}}
 """
 
 
@@ -184,6 +192,13 @@ class TextEncoder(nn.Module):
         return self.model(tokens.input_ids.to(self.model.device)).last_hidden_state
 
     encode = forward
+
+    def process_texts(self, texts: list[str]) -> tuple[None, int]:
+        """For the page's counter of tokens."""
+        return None, max(len(self.tokenizer(text).input_ids) - 2 for text in texts)
+
+    def get_target_prompt_token_count(self, count: int) -> int:
+        return self.model.config.max_position_embeddings - 2
 
     def encode_embedding_init_text(self, text: str, count: int) -> torch.Tensor:
         return torch.zeros(count, self.model.config.hidden_size)
