@@ -132,7 +132,8 @@ class Host:
         try:
             yield
         finally:
-            self.ask("/sdapi/v1/options", {name: before[name] for name in values})
+            # What nobody has set yet is not among them, and off or empty.
+            self.ask("/sdapi/v1/options", {name: before.get(name, type(value)()) for name, value in values.items()})
 
     def said(self) -> str:
         return self.log.read_text(encoding="utf-8", errors="replace")
