@@ -399,7 +399,7 @@ def test_the_plot_has_axes_for_mode_and_thresholds(host, profile):
             )
         arguments.append(True if label in ("Use text inputs instead of dropdowns", "Include Sub Images") else value)
     settings = {"script_name": "x/y/z plot", "script_args": arguments}
-    answer = host.make("trace", profile, "steer by guidance", 3, 0.1, 3, 10, 4.5, -1, **settings)
+    answer = host.make("trace", profile, **settings)
     texts = answer.info["infotexts"]
     assert sum(f"{TITLE}: mitigate" in text for text in texts) == 2
     assert sum(f"{TITLE}: trace" in text for text in texts) == 2
