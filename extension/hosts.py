@@ -16,6 +16,15 @@ from ..memorization_guard.timesteps import TimestepWatch
 HAS_UNET_PATCHER = importlib.util.find_spec("modules_forge") is not None
 
 
+def load_model(p: Any) -> Any:
+    """The model that ``p`` samples; Forge loads it, and tells ``p``, only when it begins to."""
+    from modules import sd_models
+
+    if hasattr(sd_models, "forge_model_reload"):
+        p.sd_model, _ = sd_models.forge_model_reload()
+    return p.sd_model
+
+
 def _is_forge(unet: Any) -> bool:
     return hasattr(unet, "lora_loader")
 

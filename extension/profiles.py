@@ -15,7 +15,7 @@ from ..memorization_guard.files import write_whole
 from ..memorization_guard.fingerprint import content_hash
 from ..memorization_guard.profile import EXTENSION, ProfileError, name_problem
 from ..memorization_guard.prompts import reference_prompts, typed_prompts
-from . import sampling
+from . import hosts, sampling
 
 FOLDER = Path(paths.models_path) / "stability_profiles"
 NONE = "None"
@@ -76,6 +76,7 @@ def calibrate(p: Any, text: str, name: str, overwrite: bool) -> tuple[str, Stabi
     """
     if not isinstance(p, processing.StableDiffusionProcessingTxt2Img):
         raise CalibrationError("calibrate in txt2img: a profile of the full schedule holds for img2img as well")
+    model = hosts.load_model(p)
     prompts = typed_prompts(text) if text.strip() else reference_prompts()
     name = name.strip().removesuffix(EXTENSION) or _name(p)
     if problem := name_problem(name):
@@ -88,7 +89,7 @@ def calibrate(p: Any, text: str, name: str, overwrite: bool) -> tuple[str, Stabi
     seed = int(processing.get_fixed_seed(p.seed if p.seed not in (-1, None, "") else 0))
     identity = [
         *(prompts, p.negative_prompt, p.styles, seed, p.sampler_name, getattr(p, "scheduler", None), p.steps, p.cfg_scale),
-        *(p.width, p.height, p.prompt if "<" in str(p.prompt) else "", sampling.checkpoint_hash(p.sd_model)),
+        *(p.width, p.height, p.prompt if "<" in str(p.prompt) else "", sampling.checkpoint_hash(model), p.override_settings),
     ]
     state = FOLDER / f".calibration-{content_hash(identity)[:16]}.json"
     runs = ReferenceRuns(state, identity)
