@@ -222,6 +222,28 @@ def test_the_refiner_switches_under_the_guard(host):
     assert trace.settings.model_hash != plain.settings.model_hash
 
 
+def test_a_lora_is_part_of_the_models_identity_while_it_is_there(webui):
+    import torch
+    from safetensors.torch import save_file
+
+    folder = webui.data / "models/Lora"
+    folder.mkdir(exist_ok=True)
+    layer = "diffusion_model_input_blocks_3_1_transformer_blocks_0_attn2_to_v"
+    down, up = torch.ones(4, 128), torch.ones(64, 4)
+    save_file({f"{layer}.lora_down.weight": down, f"{layer}.lora_up.weight": up}, folder / "guard-test.safetensors")
+    webui.ask("/sdapi/v1/refresh-loras", {})
+    plain = webui.make(*TRACE)
+    merged = same_as_unguarded(webui, prompt="a fox <lora:guard-test:0.1>")
+    assert merged.pixels != plain.pixels
+    other = webui.make(*TRACE, prompt="a fox <lora:guard-test:0.2>")
+    after = webui.make(*TRACE)
+    hashes = [answer.trace.settings.model_hash for answer in (plain, merged, other, after)]
+    assert hashes[0] == hashes[3]
+    assert len(set(hashes)) == 3
+    assert after.pixels == plain.pixels
+    assert "Networks not found" not in webui.said()
+
+
 @pytest.mark.parametrize("how", ["interrupt", "skip"])
 def test_an_ended_run_is_told_and_the_next_is_whole(host, how):
     before = host.make()
