@@ -73,6 +73,7 @@ class Page:
 
     def generate(self, tab="txt2img"):
         self.page.click(f"#{tab}_generate")
+        self.page.wait_for_selector(".progressDiv", state="attached")
 
     def points(self, tab="txt2img"):
         """Points of the graph's first curve; 0 where there is no graph."""
