@@ -21,7 +21,15 @@ def typed_prompts(text: str) -> list[str]:
     Raises:
         CalibrationError: if there are fewer than a profile needs.
     """
-    prompts = [line.strip() for line in text.splitlines() if line.strip()]
+    return enough([line.strip() for line in text.splitlines() if line.strip()])
+
+
+def enough(prompts: list[str]) -> list[str]:
+    """``prompts`` themselves.
+
+    Raises:
+        CalibrationError: if they are fewer than a profile needs.
+    """
     if len(prompts) < MIN_RUNS:
         raise CalibrationError(f"{len(prompts)} reference prompts: give at least {MIN_RUNS}, better 50, one a line")
     return prompts

@@ -18,7 +18,7 @@ from ..memorization_guard import CalibrationError, StabilityProfile
 from ..memorization_guard.calibration import MIN_RUNS, ReferenceRuns
 from ..memorization_guard.fingerprint import content_hash
 from ..memorization_guard.profile import EXTENSION, name_problem
-from ..memorization_guard.prompts import read_prompts, reference_prompts, typed_prompts
+from ..memorization_guard.prompts import enough, read_prompts, reference_prompts, typed_prompts
 from .guard import CATEGORY, StabilityProfileType
 from .sampling import guard, is_guarded, model_hash
 
@@ -227,8 +227,7 @@ def _prompts(source: str, text: str) -> list[str]:
         return reference_prompts()
     if source == TEXT:
         return typed_prompts(text)
-    texts = read_prompts(Path(folder_paths.get_input_directory()) / Path(source).name)
-    return typed_prompts("\n".join(texts))
+    return enough(read_prompts(Path(folder_paths.get_input_directory()) / Path(source).name))
 
 
 def _batches(clip: Any, texts: list[str], done: int, size: int) -> Iterator[tuple[int, list[str], Any]]:
