@@ -26,7 +26,6 @@ from memorization_guard import Thresholds, Trace, lab
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "webui.md"
 
 STEPS, CFG, SIZE = 20, 7.5, 128
-#: The scale of CFG++ is another one: the sampler divides it by 12.5.
 REFERENCES, IMAGES = 24, 8
 PROFILE = "benchmark"
 TITLE = "Memorization Guard"

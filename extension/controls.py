@@ -17,9 +17,8 @@ from modules.ui_components import FormRow, InputAccordion
 from ..memorization_guard import ProfileError, RunSettings, Thresholds
 from ..memorization_guard.lab import prompts
 from . import hosts, lab, profiles, sampling
-from .session import FIELD, MODES, PUBLISHED, STEER, Options, pasted_result
+from .session import MODES, PUBLISHED, STEER, TITLE, Options, pasted_result
 
-TITLE = "Memorization Guard"
 COMPARE, CALIBRATE = "compare", "calibrate"
 SECTION = ("memorization_guard", TITLE)
 
@@ -48,7 +47,7 @@ class Controls:
             with InputAccordion(False, label=TITLE, elem_id=elem_id("enabled")) as enabled:
                 self.inputs = [enabled, *self._common(MODES, host_inputs)]
             # What the dropdown's script made comes back there.
-            self.infotext_fields = [PasteField(enabled, lambda fields: FIELD in fields and fields.get("Script") != TITLE)]
+            self.infotext_fields = [PasteField(enabled, lambda fields: TITLE in fields and fields.get("Script") != TITLE)]
         else:
             self.inputs = self._common((*MODES, COMPARE, CALIBRATE), host_inputs)
             self.infotext_fields = []

@@ -54,8 +54,8 @@ def weights(sd_model: Any) -> dict[str, torch.Tensor]:
         unet = sd_model.model.diffusion_model
         found = unet.state_dict()
         for name, module in unet.named_modules():
-            for kind in ("weight", "bias"):
-                backup = getattr(module, f"network_{'weights' if kind == 'weight' else 'bias'}_backup", None)
+            for kind, kept in (("weight", "network_weights_backup"), ("bias", "network_bias_backup")):
+                backup = getattr(module, kept, None)
                 if isinstance(backup, torch.Tensor) and f"{name}.{kind}" in found:
                     found[f"{name}.{kind}"] = backup
         return {f"diffusion_model.{name}": weight for name, weight in found.items()}
@@ -66,16 +66,13 @@ def weights(sd_model: Any) -> dict[str, torch.Tensor]:
     return found
 
 
-@contextlib.contextmanager
-def guidance_seen(denoiser: Any, sd_model: Any, watch: SamplerWatch) -> Iterator[None]:
+def guidance_seen(denoiser: Any, sd_model: Any, watch: SamplerWatch) -> contextlib.AbstractContextManager[None]:
     """While it is entered, ``watch`` is told the predictions with and without the prompt.
 
     Args:
         denoiser: the host's ``CFGDenoiser``. sd_model: the model that is sampled.
     """
-    seen = _seen_through_patcher(sd_model, watch) if HAS_UNET_PATCHER else _seen_in_denoiser(denoiser, watch)
-    with seen:
-        yield
+    return _seen_through_patcher(sd_model, watch) if HAS_UNET_PATCHER else _seen_in_denoiser(denoiser, watch)
 
 
 @contextlib.contextmanager
@@ -92,7 +89,7 @@ def _seen_in_denoiser(denoiser: Any, watch: SamplerWatch) -> Iterator[None]:
             tell(_combined(x_out, without, conds_list), without)
         return combine(x_out, conds_list, uncond, cond_scale, *args, **kwargs)
 
-    with replaced(denoiser, "combine_denoised", combine_denoised):
+    with _replaced(denoiser, "combine_denoised", combine_denoised):
         yield
 
 
@@ -142,16 +139,14 @@ def _seen_through_patcher(sd_model: Any, watch: SamplerWatch) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
     """While it is entered, ``owner`` itself, not its class, has ``value`` under ``name``; afterwards all is as it was."""
     before = vars(owner).get(name)
     setattr(owner, name, value)
     try:
         yield
     finally:
-        if vars(owner).get(name) is not value:
-            pass  # somebody has wrapped it since, and takes it back
-        elif before is None:
+        if vars(owner).get(name) is value:  # otherwise somebody has wrapped it since, and takes it back
             delattr(owner, name)
-        else:
-            setattr(owner, name, before)
+            if before is not None:
+                setattr(owner, name, before)

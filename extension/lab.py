@@ -7,6 +7,7 @@ by its layout, and know none of this size.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from pathlib import Path
@@ -42,6 +43,7 @@ def write(folder: Path) -> Path:
     return write_whole(path, save(weights))
 
 
+@functools.cache  # asked for at every weight
 def _config(part: str) -> dict:
     return json.loads((MODEL / part / "config.json").read_text(encoding="utf-8"))
 

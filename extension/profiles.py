@@ -10,12 +10,12 @@ from typing import Any
 from modules import paths, processing, shared
 
 from ..memorization_guard import CalibrationError, StabilityProfile, Trace
-from ..memorization_guard.calibration import ReferenceRuns
+from ..memorization_guard.calibration import ReferenceRuns, told_left_out, unscheduled
 from ..memorization_guard.files import write_whole
-from ..memorization_guard.fingerprint import content_hash
 from ..memorization_guard.profile import EXTENSION, ProfileError, name_problem
 from ..memorization_guard.prompts import reference_prompts, typed_prompts
 from . import hosts, sampling
+from .session import CALIBRATING, SESSION
 
 FOLDER = Path(paths.models_path) / "stability_profiles"
 NONE = "None"
@@ -58,7 +58,7 @@ def describe(profile: StabilityProfile) -> str:
     return ", ".join(str(part) for part in parts if part) + f"; from {profile.count} reference runs"
 
 
-def calibrate(p: Any, text: str, name: str, overwrite: bool) -> tuple[str, StabilityProfile, dict[int, str], list[str]]:
+def calibrate(p: Any, text: str, name: str, overwrite: bool) -> tuple[str, StabilityProfile, list[str]]:
     """Samples reference prompts with the settings of ``p``, and saves the profile that they give. No image is decoded.
 
     An interrupted calibration goes on where it stopped when it is asked for again with the same settings.
@@ -69,7 +69,7 @@ def calibrate(p: Any, text: str, name: str, overwrite: bool) -> tuple[str, Stabi
         overwrite: whether one of the same name may be replaced.
 
     Returns:
-        The profile's name, the profile, and which prompts were left out and why; all prompts.
+        The profile's name, the profile, and which prompts were left out and why, a line each.
 
     Raises:
         CalibrationError: if the settings or the prompts cannot give a profile, or the user interrupted it.
@@ -84,15 +84,13 @@ def calibrate(p: Any, text: str, name: str, overwrite: bool) -> tuple[str, Stabi
     path = FOLDER / f"{name}{EXTENSION}"
     if path.exists() and not overwrite:
         raise CalibrationError(f"there is a profile {name!r} already: give another name, or tick 'Replace'")
-    FOLDER.mkdir(parents=True, exist_ok=True)
 
     seed = int(processing.get_fixed_seed(p.seed if p.seed not in (-1, None, "") else 0))
     identity = [
         *(prompts, p.negative_prompt, p.styles, seed, p.sampler_name, getattr(p, "scheduler", None), p.steps, p.cfg_scale),
         *(p.width, p.height, p.prompt if "<" in str(p.prompt) else "", sampling.checkpoint_hash(model), p.override_settings),
     ]
-    state = FOLDER / f".calibration-{content_hash(identity)[:16]}.json"
-    runs = ReferenceRuns(state, identity)
+    runs = ReferenceRuns.within(FOLDER, identity)
     networks = " ".join(_networks(str(p.prompt)))
     done = len(runs.traces)
     shared.state.job_count = math.ceil((len(prompts) - done) / p.batch_size)
@@ -106,14 +104,12 @@ def calibrate(p: Any, text: str, name: str, overwrite: bool) -> tuple[str, Stabi
         runs.add(traces, len(part))
     profile, left_out = runs.profile()
     profile.save(path)
-    state.unlink(missing_ok=True)
-    return name, profile, left_out, prompts
+    runs.forget()
+    return name, profile, told_left_out(left_out, prompts)
 
 
 def _sample(p: Any, prompts: list[str], seed: int) -> list[Trace]:
     """The traces of ``prompts``, sampled in one batch as ``p`` would."""
-    from .scripts import CALIBRATING, SESSION
-
     one = copy.copy(p)
     one.prompt, one.seed, one.batch_size, one.n_iter = prompts, seed, len(prompts), 1
     one.enable_hr = one.restore_faces = False
@@ -123,9 +119,7 @@ def _sample(p: Any, prompts: list[str], seed: int) -> list[Trace]:
     processing.process_images(one)
     session = getattr(one, SESSION)
     if any(run.monitor.off_schedule for run in session.runs):
-        raise CalibrationError(
-            f"{p.sampler_name} keeps to no fixed schedule, so that no profile can be made for it: choose another"
-        )
+        raise unscheduled(p.sampler_name)
     return [trace for run in session.runs for trace in run.traces]
 
 

@@ -15,7 +15,7 @@ from modules import shared
 
 from ..memorization_guard import NoiseLevel, RunSettings, StabilityMonitor
 from ..memorization_guard.fingerprint import content_hash, fingerprint
-from ..memorization_guard.kdiffusion import SamplerWatch, watched
+from ..memorization_guard.kdiffusion import SamplerWatch, sampler_name, watched
 from ..memorization_guard.timesteps import TimestepScale, TimestepWatch
 from . import hosts
 
@@ -115,7 +115,7 @@ def _settings(
         model=str(p.sd_model_name),
         model_hash=model_hash(p),
         prediction_type=kind,
-        sampler=name + (f"({', '.join(f'{k}={v}' for k, v in sorted(options.items()))})" if options else ""),
+        sampler=sampler_name(name, options),
         steps=len(sigmas) if levels else steps,
         guidance_scale=float(cfg),
         latent_shape=tuple(x.shape[1:]),

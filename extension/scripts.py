@@ -13,19 +13,13 @@ from modules import processing, progress, script_callbacks, shared
 
 from ..memorization_guard import StabilityProfile
 from . import profiles, sampling, xyz
-from .controls import CALIBRATE, COMPARE, HOST_INPUTS, TITLE, Controls, add_settings, setting
+from .controls import CALIBRATE, COMPARE, HOST_INPUTS, Controls, add_settings, setting
 from .live import LiveRuns, add_route
-from .session import Options, Session
+from .session import CALIBRATING, CHOSEN, LABEL, SESSION, TITLE, Options, Session
 
 log = logging.getLogger(__name__)
 
 LIVE = LiveRuns()
-
-# Attributes of a processing object. The host copies it for each cell of a plot, so what is to differ is set on the copy.
-SESSION = "memorization_guard_session"
-CHOSEN = "memorization_guard_options"  # what the dropdown's script chose, instead of the accordion
-LABEL = "memorization_guard_label"
-CALIBRATING = "memorization_guard_calibrating"
 
 
 class _Decoded(list[torch.Tensor]):
@@ -113,14 +107,13 @@ class MemorizationGuardAccordion(_WithControls):
             ps.samples = _Decoded(torch.zeros(3, 8, 8) for _ in ps.samples)
 
     def postprocess_image_after_composite(self, p: Any, pp: Any, *args: Any) -> None:
-        if (session := getattr(p, SESSION, None)) is not None:
+        if (session := getattr(p, SESSION, None)) is not None and p.save_samples():
             session.saving = p.iteration, p.batch_index
 
     def postprocess(self, p: Any, processed: Any, *args: Any) -> None:
         session = getattr(p, SESSION, None)
         if session is None or getattr(p, CALIBRATING, False):
             return
-        session.saving = None
         said = len(p.comments)
         session.tell_verdicts(p)
         processed.comments += "".join(f"{comment}\n" for comment in list(p.comments)[said:])
@@ -177,11 +170,10 @@ class MemorizationGuardScript(_WithControls):
         return _side_by_side(made, p.batch_size)
 
     def _calibrate(self, p: Any, prompts: str, name: str, replace: bool) -> Any:
-        name, profile, left_out, texts = profiles.calibrate(p, prompts, name, replace)
+        name, profile, left_out = profiles.calibrate(p, prompts, name, replace)
         report = [f"{TITLE}: saved the stability profile {name!r} ({profiles.describe(profile)})."]
         report.append("Refresh the list of profiles to choose it.")
-        report += [f"Left out: {texts[number]!r}: {reason}." for number, reason in left_out.items()]
-        text = "\n".join(report)
+        text = "\n".join(report + left_out)
         p.all_prompts, p.all_negative_prompts, p.all_seeds, p.all_subseeds = (
             [p.prompt],
             [p.negative_prompt],
@@ -225,7 +217,5 @@ def _is_running(task: str) -> bool:
 
 def _image_saved(params: Any) -> None:
     session = getattr(params.p, SESSION, None)
-    if session is not None:
-        if setting("save_trace"):
-            session.save_trace(params.filename)
-        session.saving = None
+    if session is not None and setting("save_trace"):
+        session.save_trace(params.filename)

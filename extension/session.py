@@ -22,8 +22,14 @@ log = logging.getLogger(__name__)
 MODES = ("trace", "mitigate")
 STEER, PUBLISHED = "steer by guidance", "published"
 
-#: Begins the name of every field that we write into an image's infotext.
-FIELD = "Memorization Guard"
+#: Of the scripts; also begins the name of every field that we write into an image's infotext.
+TITLE = "Memorization Guard"
+
+# Attributes of a processing object. The host copies it for each cell of a plot, so what is to differ is set on the copy.
+SESSION = "memorization_guard_session"
+CHOSEN = "memorization_guard_options"  # what the dropdown's script chose, instead of the accordion
+LABEL = "memorization_guard_label"
+CALIBRATING = "memorization_guard_calibrating"
 
 
 @dataclass(frozen=True)
@@ -55,26 +61,26 @@ class Options:
     @classmethod
     def from_infotext(cls, fields: Mapping[str, str]) -> Options | None:
         """The choice that :meth:`infotext` wrote, from the fields of a pasted image; ``None`` where it is no image of ours."""
-        if FIELD not in fields:
+        if TITLE not in fields:
             return None
         constants: dict[str, Any] = {}
         try:
             for each in dataclasses.fields(Thresholds):
-                if (text := fields.get(f"{FIELD} {each.name}")) is not None:
+                if (text := fields.get(f"{TITLE} {each.name}")) is not None:
                     constants[each.name] = None if text == PUBLISHED else type(each.default)(text)
-            return cls(fields[FIELD], fields.get(f"{FIELD} profile"), Thresholds(**constants))
+            return cls(fields[TITLE], fields.get(f"{TITLE} profile"), Thresholds(**constants))
         except ValueError:
             return None  # written by hand, or by another version
 
     def infotext(self) -> dict[str, Any]:
         """What brings the same choice back when an image's infotext is pasted."""
-        fields: dict[str, Any] = {FIELD: self.mode}
+        fields: dict[str, Any] = {TITLE: self.mode}
         if self.profile is not None:
-            fields[f"{FIELD} profile"] = self.profile
+            fields[f"{TITLE} profile"] = self.profile
         default = Thresholds()
         for name, value in self.thresholds.to_dict().items():
             if value != getattr(default, name):
-                fields[f"{FIELD} {name}"] = PUBLISHED if value is None else value
+                fields[f"{TITLE} {name}"] = PUBLISHED if value is None else value
         return fields
 
 
@@ -82,10 +88,10 @@ def pasted_result(fields: Mapping[str, str]) -> str:
     """What a pasted image's infotext says was seen when it was made."""
     passes = []
     for part in ("", "hires "):
-        if (verdict := fields.get(f"{FIELD} {part}verdict")) is not None:
+        if (verdict := fields.get(f"{TITLE} {part}verdict")) is not None:
             words = [f"{part}{verdict}"]
             words += [
-                f"{name} {fields[key]}" for name in ("score", "trigger step") if (key := f"{FIELD} {part}{name}") in fields
+                f"{name} {fields[key]}" for name in ("score", "trigger step") if (key := f"{TITLE} {part}{name}") in fields
             ]
             passes.append(", ".join(words))
     return "; ".join(passes)
@@ -162,8 +168,8 @@ class Session:
         """Tells the user below the image, and once."""
         if message not in self._said:
             self._said.add(message)
-            log.warning("%s: %s", FIELD, message)
-            p.comment(f"{FIELD}: {message}")
+            log.warning("%s: %s", TITLE, message)
+            p.comment(f"{TITLE}: {message}")
 
     def runs_of(self, batch: int, index: int) -> list[tuple[Run, Trace]]:
         """The runs that made image ``index`` of a batch, first pass first."""
@@ -174,7 +180,7 @@ class Session:
         fields = self.options.infotext()
         for hires in (False, True):
             for name in ("verdict", "score", "trigger step"):
-                key = f"{FIELD} {'hires ' if hires else ''}{name}"
+                key = f"{TITLE} {'hires ' if hires else ''}{name}"
                 fields[key] = lambda _name=name, _hires=hires, **scope: self._field(_name, _hires, scope)
         p.extra_generation_params.update(fields)
 
@@ -197,10 +203,10 @@ class Session:
 
     def report(self, p: Any) -> list[list[dict[str, Any]]]:
         """For every image the traces of its runs, JSON-ready."""
-        return [
-            [{"hires": run.hires, "trace": trace.to_dict()} for run, trace in self.runs_of(*divmod(number, p.batch_size))]
-            for number in range(len(p.all_prompts))
-        ]
+        return [self._written(*divmod(number, p.batch_size)) for number in range(len(p.all_prompts))]
+
+    def _written(self, batch: int, index: int) -> list[dict[str, Any]]:
+        return [{"hires": run.hires, "trace": trace.to_dict()} for run, trace in self.runs_of(batch, index)]
 
     def graphs(self, batch: int, index: int) -> list[Any]:
         """The stability graphs of an image as pictures, one a run."""
@@ -210,11 +216,10 @@ class Session:
         """Writes the traces of the image that is being saved beside it, whole or not at all."""
         if self.saving is None:
             return  # a mask, a grid, or an image of before
-        runs = self.runs_of(*self.saving)
+        content = self._written(*self.saving)
         self.saving = None
-        if not runs:
+        if not content:
             return
-        content = [{"hires": run.hires, "trace": trace.to_dict()} for run, trace in runs]
         try:
             write_whole(Path(image_file).with_suffix(".stability.json"), json.dumps(content))
         except OSError as error:
@@ -226,7 +231,7 @@ class Session:
             for run, trace in self.runs_of(*divmod(number, p.batch_size)):
                 if trace.trigger_step is not None:
                     verdict = summary(trace).partition("\n")[0].removeprefix("Image 1")
-                    p.comment(f"{FIELD}: {self._title(f'image {number + 1}', run.hires)}{verdict}")
+                    p.comment(f"{TITLE}: {self._title(f'image {number + 1}', run.hires)}{verdict}")
 
     def _title(self, images: str, hires: bool) -> str:
         return " ".join(filter(None, (images, "hires" if hires else "", self._label)))

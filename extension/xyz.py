@@ -9,7 +9,7 @@ import modules.scripts
 
 from ..memorization_guard import Thresholds
 from . import profiles
-from .session import FIELD, MODES, Options
+from .session import MODES, TITLE, Options
 
 _AXES = "memorization_guard_axes"
 _OFF = "off"
@@ -18,13 +18,13 @@ _OFF = "off"
 def add_axes() -> None:
     """Adds ours to the axes of the plot, once."""
     plot = next((data.module for data in modules.scripts.scripts_data if data.script_class.__module__ == "xyz_grid.py"), None)
-    if plot is None or any(axis.label.startswith(f"[{FIELD}]") for axis in plot.axis_options):
+    if plot is None or any(axis.label.startswith(f"[{TITLE}]") for axis in plot.axis_options):
         return
     plot.axis_options += [
-        plot.AxisOption(f"[{FIELD}] Mode", str, _set("mode"), choices=lambda: [_OFF, *MODES]),
-        plot.AxisOption(f"[{FIELD}] Profile", str, _set("profile"), choices=profiles.names),
+        plot.AxisOption(f"[{TITLE}] Mode", str, _set("mode"), choices=lambda: [_OFF, *MODES]),
+        plot.AxisOption(f"[{TITLE}] Profile", str, _set("profile"), choices=profiles.names),
         *(
-            plot.AxisOption(f"[{FIELD}] {field.name}", int if isinstance(field.default, int) else float, _set(field.name))
+            plot.AxisOption(f"[{TITLE}] {field.name}", int if isinstance(field.default, int) else float, _set(field.name))
             for field in dataclasses.fields(Thresholds)
         ),
     ]

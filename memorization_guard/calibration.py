@@ -7,7 +7,7 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +178,21 @@ class ReferenceRuns:
                 f"{state} belongs to a calibration with other prompts, settings or model: delete it to begin anew"
             )
 
+    @classmethod
+    def within(cls, folder: Path, identity: Any) -> ReferenceRuns:
+        """Kept in ``folder``, which is made if need be, under a name of its own for each identity.
+
+        Raises:
+            CalibrationError: if the file is damaged.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        return cls(folder / f".calibration-{content_hash(identity)[:16]}.json", identity)
+
+    def forget(self) -> None:
+        """Deletes the file: the calibration is done."""
+        if self._state is not None:
+            self._state.unlink(missing_ok=True)
+
     def add(self, traces: Sequence[Trace], expected: int) -> None:
         """Takes in the traces of a batch of ``expected`` prompts, and keeps them.
 
@@ -214,6 +229,18 @@ class ReferenceRuns:
         for number, reason in left_out.items():
             log.warning("Reference prompt %d was left out: %s", number + 1, reason)
         return calibrator.profile(), left_out
+
+
+def unscheduled(sampler: str) -> CalibrationError:
+    """What is said of a sampler that takes noise levels of its own."""
+    return CalibrationError(
+        f"{sampler} keeps to no fixed schedule, so that no profile can be made for it: choose another sampler"
+    )
+
+
+def told_left_out(left_out: Mapping[int, str], prompts: Sequence[str]) -> list[str]:
+    """Which reference prompts were left out and why, a line each."""
+    return [f"Left out: {prompts[number]!r}: {reason}." for number, reason in left_out.items()]
 
 
 def _outliers(traces: Sequence[Trace]) -> dict[int, float]:

@@ -299,6 +299,12 @@ def watched(sampler_function: Callable[..., Tensor], new_watch: Callable[..., Sa
     return run
 
 
+def sampler_name(function: str, options: Mapping[str, Any]) -> str:
+    """A sampler as run settings name it: ``euler_ancestral(eta=0.5)``, with those ``options`` that are plain values."""
+    plain = [f"{name}={value}" for name, value in sorted(options.items()) if isinstance(value, (bool, int, float, str))]
+    return function.removeprefix("sample_") + (f"({', '.join(plain)})" if plain else "")
+
+
 class ModelProxy:
     """The model as a sampler sees it: called through a watch, and itself in everything else."""
 

@@ -14,9 +14,8 @@ import folder_paths
 import torch
 from comfy_api.v0_0_2 import io, ui
 
-from ..memorization_guard import CalibrationError, StabilityProfile
-from ..memorization_guard.calibration import MIN_RUNS, ReferenceRuns
-from ..memorization_guard.fingerprint import content_hash
+from ..memorization_guard import StabilityProfile
+from ..memorization_guard.calibration import MIN_RUNS, ReferenceRuns, told_left_out, unscheduled
 from ..memorization_guard.profile import EXTENSION, name_problem
 from ..memorization_guard.prompts import enough, read_prompts, reference_prompts, typed_prompts
 from .guard import CATEGORY, StabilityProfileType
@@ -182,11 +181,7 @@ class CalibrateStabilityProfile(io.ComfyNode):
         texts = _prompts(prompts, text)
         latent = comfy.sample.fix_empty_latent_channels(model, torch.zeros(1, 4, height // 8, width // 8))
         identity = [texts, negative, seed, steps, cfg, sampler_name, scheduler, list(latent.shape), model_hash(model)]
-        folder = Path(folder_paths.get_folder_paths(FOLDER)[0])
-        folder.mkdir(parents=True, exist_ok=True)
-        # Under its own name each, so that two calibrations in turn do not forget each other.
-        state = folder / f".calibration-{content_hash(identity)[:16]}.json"
-        runs = ReferenceRuns(state, identity)
+        runs = ReferenceRuns.within(Path(folder_paths.get_folder_paths(FOLDER)[0]), identity)
 
         unconditional = clip.encode_from_tokens_scheduled(clip.tokenize(negative))
         bar = comfy.utils.ProgressBar(len(texts))
@@ -210,15 +205,13 @@ class CalibrateStabilityProfile(io.ComfyNode):
             )
             taken = traces.runs()
             if any(run.monitor.off_schedule for run in taken):
-                raise CalibrationError(
-                    f"{sampler_name} keeps to no fixed schedule, so that no profile can be made for it: choose another sampler"
-                )
+                raise unscheduled(sampler_name)
             runs.add([trace for run in taken for trace in run.traces], len(part))
         bar.update_absolute(len(texts), len(texts))
         profile, left_out = runs.profile()
-        state.unlink(missing_ok=True)
+        runs.forget()
         report = [f"Profile from {profile.count} of {len(texts)} reference prompts."]
-        report += [f"Left out: {texts[number]!r}: {reason}." for number, reason in left_out.items()]
+        report += told_left_out(left_out, texts)
         return io.NodeOutput(profile, "\n".join(report), ui=ui.PreviewText("\n".join(report)))
 
 

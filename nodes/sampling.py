@@ -21,7 +21,7 @@ from server import PromptServer
 
 from ..memorization_guard import RunSettings, StabilityMonitor, StabilityProfile, StepEvent, Thresholds, Trace
 from ..memorization_guard.fingerprint import content_hash, fingerprint
-from ..memorization_guard.kdiffusion import SamplerWatch, watched
+from ..memorization_guard.kdiffusion import SamplerWatch, sampler_name, watched
 from ..memorization_guard.parameterization import NoiseLevel
 
 log = logging.getLogger(__name__)
@@ -272,9 +272,7 @@ def _prediction_type(model_sampling: Any) -> str:
 def _sampler_name(sampler: Any) -> str:
     """As the KSampler's list has it, with the options that a sampler node sets: ``euler_ancestral(eta=0.5)``."""
     name = getattr(sampler.sampler_function, "__name__", type(sampler).__name__)
-    name = name.removeprefix("sample_").removesuffix("_function")
-    options = {k: v for k, v in sorted(sampler.extra_options.items()) if isinstance(v, (bool, int, float, str))}
-    return name + (f"({', '.join(f'{k}={v}' for k, v in options.items())})" if options else "")
+    return sampler_name(name.removesuffix("_function"), sampler.extra_options)
 
 
 _hashes: weakref.WeakKeyDictionary[Any, dict[Any, str | None]] = weakref.WeakKeyDictionary()

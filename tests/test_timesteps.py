@@ -192,13 +192,17 @@ def test_the_trace_has_the_clean_latent_and_the_guidance_of_each_step(name):
     assert np.isfinite(trace.alignment).all()
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_a_correction_reaches_the_result(name):
-    profile = profile_of(name)
-    monitor = new_monitor(profile=profile, mitigate=True, thresholds=Thresholds(tau_mild=0.5, tau_steer=0.5, gamma=0.5))
+def with_one_far_off(name, **thresholds):
+    """Results without and with mitigation of two samples, the first of them far off, and the traces of both."""
+    monitor = new_monitor(profile=profile_of(name), mitigate=True, thresholds=Thresholds(**thresholds))
     x = torch.cat([noise()[:1] * 1.6, noise()[1:]])
     plain, corrected = sample(name, x=x.clone()), sample(name, Denoiser(), monitor, x=x.clone())
-    far, ordinary = monitor.traces
+    return plain, corrected, *monitor.traces
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_correction_reaches_the_result(name):
+    plain, corrected, far, ordinary = with_one_far_off(name, tau_mild=0.5, tau_steer=0.5, gamma=0.5)
     assert far.mitigated.any()
     assert not torch.equal(plain[0], corrected[0])
     assert far.note is None
@@ -208,11 +212,7 @@ def test_a_correction_reaches_the_result(name):
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_samples_that_are_not_corrected_are_bit_identical(name):
-    profile = profile_of(name)
-    monitor = new_monitor(profile=profile, mitigate=True, thresholds=Thresholds(tau_mild=8.0, tau_steer=8.0, tau_strong=14.0))
-    x = torch.cat([noise()[:1] * 1.6, noise()[1:]])
-    plain, corrected = sample(name, x=x.clone()), sample(name, Denoiser(), monitor, x=x.clone())
-    far, ordinary = monitor.traces
+    plain, corrected, far, ordinary = with_one_far_off(name, tau_mild=8.0, tau_steer=8.0, tau_strong=14.0)
     assert far.mitigated.any()
     assert not ordinary.mitigated.any()
     assert torch.equal(plain[1], corrected[1])
