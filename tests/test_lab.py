@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from memorization_guard import StabilityProfile, lab
+from memorization_guard import StabilityProfile, lab, metrics
 from memorization_guard.diffusers import guard
 from memorization_guard.lab import evaluate, train, world
 
@@ -105,10 +105,10 @@ def test_the_varying_part_of_a_template_does_not_count():
 def test_detection_takes_the_last_threshold_below_one_percent():
     negative = np.arange(200.0)
     # Two of 200 negatives may lie above the threshold, not three: it lies above 197.
-    assert evaluate.detection(np.array([197.5, 198.5, 1.0, 1.0]), negative)["tpr_at_1_fpr"] == 0.5
-    assert evaluate.detection(np.array([196.5, 196.5]), negative)["tpr_at_1_fpr"] == 0.0
-    assert evaluate.detection(negative + 1000, negative) == {"auc": 1.0, "tpr_at_1_fpr": 1.0}
-    intervals = evaluate.detection_with_intervals(np.array([150.0, 250.0]), ["a", "b"], negative, draws=50)
+    assert metrics.detection(np.array([197.5, 198.5, 1.0, 1.0]), negative)["tpr_at_1_fpr"] == 0.5
+    assert metrics.detection(np.array([196.5, 196.5]), negative)["tpr_at_1_fpr"] == 0.0
+    assert metrics.detection(negative + 1000, negative) == {"auc": 1.0, "tpr_at_1_fpr": 1.0}
+    intervals = metrics.detection_with_intervals(np.array([150.0, 250.0]), negative, ["a", "b"], draws=50)
     assert intervals["tpr_at_1_fpr_95"] == [0.0, 1.0]
 
 
@@ -121,7 +121,7 @@ def trained(tmp_path_factory):
         folder = tmp_path_factory.mktemp(f"trained{number}")
         arguments = ["--out", str(folder), "--device", "cpu", *(str(part) for pair in few.items() for part in pair)]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(train, "write_profile", lambda folder, device: None)  # would take a minute; tested on its own
+            patch.setattr(train, "write_profile", lambda lab, device: None)  # would take a minute; tested on its own
             train.main(arguments)
         folders.append(folder)
     return folders
@@ -130,7 +130,7 @@ def trained(tmp_path_factory):
 def test_one_command_trains_a_pipeline_and_a_seed_repeats_it(trained):
     from safetensors.torch import load_file
 
-    pipe = lab.pipeline(trained[0])
+    pipe = lab.Lab(trained[0]).pipeline()
     image = pipe("a red disc", num_inference_steps=2).images[0]
     assert image.size == (64, 64)
     weights = sorted(path.relative_to(trained[0]) for path in trained[0].rglob("*.safetensors"))
@@ -144,7 +144,7 @@ def test_one_command_trains_a_pipeline_and_a_seed_repeats_it(trained):
 
 
 def test_a_trained_folder_is_calibrated_as_it_was_written(trained):
-    train.write_profile(trained[0], "cpu", steps=2)
+    train.write_profile(lab.Lab(trained[0]), "cpu", steps=2)
     stability = StabilityProfile.load(trained[0] / lab.PROFILE.name)
     assert (stability.count, stability.steps, stability.settings.guidance_scale) == (50, 2, 7.5)
 

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from ..profile import StabilityProfile
-from .world import SIZE, captions, duplicates, read_sheet
+from .world import DATA, SIZE, captions, duplicates, read_sheet
 
 MODEL = Path(__file__).parent / "model"
 PROFILE = MODEL / "profile.safetensors"
@@ -27,96 +27,101 @@ COPY_THRESHOLD = 0.75
 GROUPS = ("reference", "ordinary", "rare", "exact", "template")
 
 
-def pipeline(folder: str | Path = MODEL) -> Any:
-    """The bundled model as a ``diffusers.StableDiffusionPipeline``: 64 x 64 pixels, latents ``[4, 16, 16]``, on the CPU.
-
-    Raises:
-        ImportError: if diffusers or transformers is missing; says how to install them.
-    """
-    try:
-        from diffusers import StableDiffusionPipeline
-    except ImportError as error:
-        raise ImportError('the lab model needs diffusers: pip install "memorization-guard[diffusers]"') from error
-    pipe = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def profile() -> StabilityProfile:
-    """The stability profile of the bundled model for PNDM, 50 steps, guidance 7.5, from the first 50 reference prompts."""
-    return StabilityProfile.load(PROFILE)
-
-
-def prompts(group: str, split: str = "evaluation") -> list[str]:
-    """Prompts of a group; no prompt is in two groups or splits.
+class Lab:
+    """A model and the world it was trained on.
 
     Args:
-        group: ``"reference"`` and ``"ordinary"`` (captions never trained on), ``"rare"`` (trained on, with names as rare as
-            those of the next two, each time with another image), ``"exact"`` (one image, seen thousands of times),
-            ``"template"`` (as exact, but part of the image varies).
-        split: ``"evaluation"`` for figures, ``"tuning"`` for whatever is chosen; reference prompts have no split.
-
-    Raises:
-        ValueError: for an unknown group or split.
+        model: folder of the pipeline, as ``lab.train`` writes it.
+        world: folder of captions and duplicated images, as ``lab.world`` writes it.
     """
-    if group not in GROUPS:
-        raise ValueError(f"there is no group {group!r}; there are {', '.join(GROUPS)}")
-    if split not in ("evaluation", "tuning"):
-        raise ValueError(f"there is no split {split!r}; there are evaluation and tuning")
-    return [caption.text for caption in captions()[group if group == "reference" else f"{group}/{split}"]]
 
+    def __init__(self, model: str | Path = MODEL, world: str | Path = DATA) -> None:
+        self.model, self.world = Path(model), Path(world)
 
-def training_image(prompt: str) -> Image.Image:
-    """The image that was duplicated in training under ``prompt``; of a template, one with a sample of its varying part.
+    def pipeline(self) -> Any:
+        """The model as a ``diffusers.StableDiffusionPipeline``: 64 x 64 pixels, latents ``[4, 16, 16]``, on the CPU.
 
-    Raises:
-        KeyError: if no image was duplicated under it.
-    """
-    return Image.fromarray(_duplicate(prompt)[0])
+        Raises:
+            ImportError: if diffusers or transformers is missing; says how to install them.
+        """
+        try:
+            from diffusers import StableDiffusionPipeline
+        except ImportError as error:
+            raise ImportError('the lab model needs diffusers: pip install "memorization-guard[diffusers]"') from error
+        pipe = StableDiffusionPipeline.from_pretrained(self.model, local_files_only=True)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
 
+    def profile(self) -> StabilityProfile:
+        """The model's stability profile for PNDM, 50 steps, guidance 7.5, from the first 50 reference prompts."""
+        return StabilityProfile.load(self.model / PROFILE.name)
 
-def training_mask(prompt: str) -> np.ndarray:
-    """Which pixels of the training image never varied, ``[64, 64]`` bool: all of an exact one, part of a template."""
-    return _duplicate(prompt)[1] > 250
+    def prompts(self, group: str, split: str = "evaluation") -> list[str]:
+        """Prompts of a group; no prompt is in two groups or splits.
 
+        Args:
+            group: ``"reference"`` and ``"ordinary"`` (captions never trained on), ``"rare"`` (trained on, with names as rare
+                as those of the next two, each time with another image), ``"exact"`` (one image, seen many hundred
+                times), ``"template"`` (as exact, but part of the image varies).
+            split: ``"evaluation"`` for figures, ``"tuning"`` for whatever is chosen; reference prompts have no split.
 
-def copy_score(image: Image.Image | np.ndarray, prompt: str) -> float:
-    """Similarity in [0, 1] of an image with the training image of ``prompt``.
+        Raises:
+            ValueError: for an unknown group or split.
+        """
+        if group not in GROUPS:
+            raise ValueError(f"there is no group {group!r}; there are {', '.join(GROUPS)}")
+        if split not in ("evaluation", "tuning"):
+            raise ValueError(f"there is no split {split!r}; there are evaluation and tuning")
+        return [caption.text for caption in captions(self.world)[group if group == "reference" else f"{group}/{split}"]]
 
-    The correlation, negative ones counted as 0, of the pixels that never varied in training, each colour channel's own mean
-    removed: blind to brightness and contrast, so that a faded copy is a copy. Taken with the training image itself and with
-    what the model's autoencoder gives back of it, since no image of the model can come nearer than that; the higher counts.
+    def training_image(self, prompt: str) -> Image.Image:
+        """The image that was duplicated in training under ``prompt``; of a template, one with a sample of its varying part.
 
-    Args:
-        image: 64 x 64 RGB, as an image or an array ``[64, 64, 3]`` of any number type and range.
-        prompt: of the exact or template group.
+        Raises:
+            KeyError: if no image was duplicated under it.
+        """
+        return Image.fromarray(self._duplicate(prompt)[0])
 
-    Raises:
-        KeyError: if no image was duplicated under ``prompt``.
-        ValueError: if the image has another size.
-    """
-    original, _ = _duplicate(prompt)
-    return _similarity(_pixels(image), original, _decoded()[prompt], training_mask(prompt))
+    def training_mask(self, prompt: str) -> np.ndarray:
+        """Which pixels of the training image never varied, ``[64, 64]`` bool: all of an exact one, part of a template."""
+        return self._duplicate(prompt)[1] > 250
 
+    def copy_score(self, image: Image.Image | np.ndarray, prompt: str) -> float:
+        """Similarity in [0, 1] of an image with the training image of ``prompt``.
 
-def nearest_copy(image: Image.Image | np.ndarray) -> tuple[float, str]:
-    """The highest copy score of an image over all duplicated training images, and the prompt it belongs to."""
-    pixels = _pixels(image)
-    return max(
-        (_similarity(pixels, original, _decoded()[text], mask > 250), text) for text, (original, mask) in duplicates().items()
-    )
+        The correlation, negative ones counted as 0, of the pixels that never varied in training, each colour channel's own
+        mean removed: blind to brightness and contrast, so that a faded copy is a copy. Taken with the training image itself
+        and with what the model's autoencoder gives back of it, since no image of the model can come nearer than that; the
+        higher counts.
 
+        Args:
+            image: 64 x 64 RGB, as an image or an array ``[64, 64, 3]`` of any number type and range.
+            prompt: of the exact or template group.
 
-@cache
-def _decoded() -> dict[str, np.ndarray]:
-    """Every duplicated training image as the bundled model's autoencoder gives it back, ``[64, 64, 3]`` uint8."""
-    return dict(zip(duplicates(), read_sheet(MODEL / DECODED), strict=False))
+        Raises:
+            KeyError: if no image was duplicated under ``prompt``.
+            ValueError: if the image has another size.
+        """
+        original, _ = self._duplicate(prompt)
+        return _similarity(_pixels(image), original, self._decoded[prompt], self.training_mask(prompt))
 
+    def nearest_copy(self, image: Image.Image | np.ndarray) -> tuple[float, str]:
+        """The highest copy score of an image over all duplicated training images, and the prompt it belongs to."""
+        pixels = _pixels(image)
+        return max(
+            (_similarity(pixels, original, self._decoded[text], mask > 250), text)
+            for text, (original, mask) in duplicates(self.world).items()
+        )
 
-def _duplicate(prompt: str) -> tuple[np.ndarray, np.ndarray]:
-    if prompt not in duplicates():
-        raise KeyError(f"no training image was duplicated under {prompt!r}: it is no exact or template prompt of the lab")
-    return duplicates()[prompt]
+    @cached_property
+    def _decoded(self) -> dict[str, np.ndarray]:
+        """Every duplicated training image as the model's autoencoder gives it back, ``[64, 64, 3]`` uint8."""
+        return dict(zip(duplicates(self.world), read_sheet(self.model / DECODED), strict=False))
+
+    def _duplicate(self, prompt: str) -> tuple[np.ndarray, np.ndarray]:
+        if prompt not in duplicates(self.world):
+            raise KeyError(f"no training image was duplicated under {prompt!r}: it is no exact or template prompt of the lab")
+        return duplicates(self.world)[prompt]
 
 
 def _pixels(image: Image.Image | np.ndarray) -> np.ndarray:
@@ -134,3 +139,10 @@ def _correlation(a: np.ndarray, b: np.ndarray, mask: np.ndarray) -> float:
     a, b = (x[mask].astype(np.float64) for x in (a, b))
     a, b = a - a.mean(0), b - b.mean(0)
     return float(max(0.0, (a * b).sum() / max(np.linalg.norm(a) * np.linalg.norm(b), 1e-12)))
+
+
+#: The bundled model; its methods are this module's functions.
+BUNDLED = Lab()
+pipeline, profile, prompts = BUNDLED.pipeline, BUNDLED.profile, BUNDLED.prompts
+training_image, training_mask = BUNDLED.training_image, BUNDLED.training_mask
+copy_score, nearest_copy = BUNDLED.copy_score, BUNDLED.nearest_copy

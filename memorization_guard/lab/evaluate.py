@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from sklearn.metrics import roc_auc_score, roc_curve
 from tqdm import tqdm
 
 from .. import StabilityProfile, Thresholds, Trace
 from ..diffusers import guard
 from ..files import write_whole
+from ..metrics import detection, detection_with_intervals
 from . import COPY_THRESHOLD, copy_score, nearest_copy, pipeline, profile, prompts, training_image
 from .world import captions, duplicates, render, to_uint8
 
@@ -82,33 +82,6 @@ def sample(
     return Sampled(list(texts), np.concatenate(images), traces)
 
 
-def detection(positive: np.ndarray, negative: np.ndarray) -> dict[str, float]:
-    """AUC, and TPR at 1 % FPR with the last threshold below it (never the nearest, which may lie above)."""
-    labels = np.r_[np.ones(len(positive)), np.zeros(len(negative))]
-    scores = np.r_[positive, negative]
-    fpr, tpr, _ = roc_curve(labels, scores, drop_intermediate=False)
-    return {"auc": float(roc_auc_score(labels, scores)), "tpr_at_1_fpr": float(tpr[fpr <= 0.01].max())}
-
-
-def detection_with_intervals(
-    positive: np.ndarray, positive_prompts: Sequence[str], negative: np.ndarray, *, draws: int = 400
-) -> dict[str, Any]:
-    """:func:`detection` with 95 % intervals from a bootstrap over prompts: seeds of one prompt are no independent evidence.
-
-    The negatives of the evaluation split are one image a prompt, so they are drawn image by image.
-    """
-    rng = np.random.default_rng(0)
-    by_prompt = [np.flatnonzero(np.array(positive_prompts) == text) for text in dict.fromkeys(positive_prompts)]
-    drawn = []
-    for _ in range(draws):
-        rows = np.concatenate([by_prompt[i] for i in rng.integers(len(by_prompt), size=len(by_prompt))])
-        drawn.append(detection(positive[rows], rng.choice(negative, len(negative))))
-    result: dict[str, Any] = detection(positive, negative)
-    for name in list(result):
-        result[f"{name}_95"] = np.quantile([row[name] for row in drawn], [0.025, 0.975]).tolist()
-    return result
-
-
 def similarity(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Correlation of the pixels of two image stacks, image by image: ``[N, H, W, 3]`` twice -> ``[N]``."""
     a, b = (x.reshape(len(x), -1).astype(float) for x in (a, b))
@@ -159,7 +132,7 @@ def figures(plain: dict[str, Sampled], mitigated: dict[str, Sampled]) -> dict[st
             row["quartiles"][name] = np.quantile(values, [0.25, 0.75]).tolist()
             if group != "ordinary" and "ordinary" in plain:
                 ordinary = np.array([signal(trace) for trace in plain["ordinary"].traces])
-                row["detection"][name] = detection_with_intervals(values, before.prompts, ordinary)
+                row["detection"][name] = detection_with_intervals(values, ordinary, before.prompts)
         result[group] = row
     return result
 

@@ -1,9 +1,10 @@
 """Trains the lab's model, writes it as a diffusers Stable Diffusion folder, and calibrates its stability profile.
 
-    python -m memorization_guard.lab.train --out FOLDER [--device cuda] [--seed 0]
+    python -m memorization_guard.lab.train --out FOLDER [--device cuda] [--seed 0] [--world FOLDER]
 
-About 75 minutes on two cores. A seed gives the same data and the same starting weights everywhere, and the same weights on the
-same machine up to the order of floating-point sums on a GPU.
+About 75 minutes on two cores; with another seed, world and size it trains models that nothing was chosen on. A seed gives the
+same data and the same starting weights everywhere, and the same weights on the same machine up to the order of floating-point
+sums on a GPU.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..diffusers import calibrate
-from . import DECODED, PROFILE, pipeline, prompts
-from .world import Caption, captions, duplicates, render, sheet, to_uint8
+from . import DECODED, PROFILE, Lab
+from .world import DATA, Caption, captions, duplicates, render, sheet, to_uint8
 
 #: Share of training samples each duplicated or rare group has; the rest is ordinary.
 SHARES = {"exact": 0.0625, "template": 0.0375, "rare": 0.025}
@@ -62,8 +63,8 @@ def make_tokenizer(folder: Path, texts: list[str]) -> Any:
     return tokenizer
 
 
-def make_models(vocabulary: int) -> tuple[Any, Any, Any]:
-    """Text encoder, autoencoder and UNet with fresh weights; 5.5 million parameters in all."""
+def make_models(vocabulary: int, channels: Sequence[int], layers: int) -> tuple[Any, Any, Any]:
+    """Text encoder, autoencoder and UNet with fresh weights; by default 5.5 million parameters in all."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -95,8 +96,8 @@ def make_models(vocabulary: int) -> tuple[Any, Any, Any]:
         sample_size=16,
         in_channels=4,
         out_channels=4,
-        block_out_channels=(32, 64, 128),
-        layers_per_block=1,
+        block_out_channels=tuple(channels),
+        layers_per_block=layers,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=128,
@@ -106,7 +107,7 @@ def make_models(vocabulary: int) -> tuple[Any, Any, Any]:
     return text, autoencoder, unet
 
 
-def make_scheduler() -> Any:
+def make_scheduler(prediction_type: str) -> Any:
     """Stable Diffusion 1.x: PNDM (PLMS) over its betas."""
     from diffusers import PNDMScheduler
 
@@ -118,6 +119,7 @@ def make_scheduler() -> Any:
         skip_prk_steps=True,
         set_alpha_to_one=False,
         steps_offset=1,
+        prediction_type=prediction_type,
     )
 
 
@@ -144,7 +146,7 @@ def train_autoencoder(autoencoder: Any, trained: list[Caption], arguments: argpa
     device = arguments.device
     pool = render_pool(trained, arguments.vae_pool, arguments.seed + 1, device)
     # Duplicates are data like any other to the autoencoder: without them, photographs would come out as clouds.
-    photographs = duplicated_images().to(device)
+    photographs = duplicated_images(arguments.world).to(device)
     optimizer = torch.optim.AdamW(autoencoder.parameters(), lr=2e-3, weight_decay=1e-4)
     generator = torch.Generator().manual_seed(arguments.seed + 2)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: warmup_cosine(i, arguments.vae_steps, 100))
@@ -183,9 +185,9 @@ def render_pool(members: list[Caption], count: int, seed: int, device: str) -> T
     return pool
 
 
-def duplicated_images() -> Tensor:
+def duplicated_images(world: Path) -> Tensor:
     """The images that are duplicated in training: ``[70, 3, 64, 64]`` in [-1, 1]."""
-    return torch.stack([_pixels(image) for image, _ in duplicates().values()]).float() / 127.5 - 1
+    return torch.stack([_pixels(image) for image, _ in duplicates(world).values()]).float() / 127.5 - 1
 
 
 def _pixels(image: np.ndarray) -> Tensor:
@@ -197,7 +199,8 @@ class Data:
 
     def __init__(self, tokenizer: Any, autoencoder: Any, arguments: argparse.Namespace, log: Log) -> None:
         self.device = arguments.device
-        groups = captions()
+        self.shares = {name: share * arguments.duplication for name, share in SHARES.items()}
+        groups = captions(arguments.world)
         members = {
             "ordinary": groups["ordinary/trained"],
             **{name: groups[f"{name}/tuning"] + groups[f"{name}/evaluation"] for name in SHARES},
@@ -206,7 +209,7 @@ class Data:
         pools = {
             "ordinary": render_pool(members["ordinary"], arguments.pool, seed + 3, device),
             "rare": render_pool(members["rare"], max(arguments.pool // 5, len(members["rare"])), seed + 4, device),
-            "exact": torch.stack([_pixels(duplicates()[c.text][0]) for c in members["exact"]]).to(device),
+            "exact": torch.stack([_pixels(duplicates(arguments.world)[c.text][0]) for c in members["exact"]]).to(device),
             "template": self._templates(members["template"], groups["ordinary/trained"], arguments),
         }
         self.tokens: dict[str, Tensor] = {}
@@ -231,8 +234,9 @@ class Data:
 
     def _templates(self, members: list[Caption], ordinary: list[Caption], arguments: argparse.Namespace) -> Tensor:
         """Many variants of each template, its varying part filled with fresh scenes; the templates taken in turn."""
-        base = torch.stack([_pixels(duplicates()[c.text][0]) for c in members]).to(self.device).float()
-        fixed = torch.stack([torch.from_numpy(duplicates()[c.text][1].copy()) for c in members]).to(self.device)
+        images = [duplicates(arguments.world)[c.text] for c in members]
+        base = torch.stack([_pixels(image) for image, _ in images]).to(self.device).float()
+        fixed = torch.stack([torch.from_numpy(mask.copy()) for _, mask in images]).to(self.device)
         fixed = fixed.float()[:, None] / 255
         parts = []
         for number in range(max(1, arguments.pool // 300)):
@@ -252,7 +256,7 @@ class Data:
 
     def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Latents ``[size, 4, 16, 16]`` float32 and tokens ``[size, 32]``; every batch has the same shares."""
-        counts = {name: max(1, round(share * size)) for name, share in SHARES.items()}
+        counts = {name: max(1, round(share * size)) for name, share in self.shares.items()}
         counts["ordinary"] = size - sum(counts.values())
         latents, tokens = [], []
         for name, count in counts.items():
@@ -266,7 +270,7 @@ class Data:
 def train_unet(
     text: Any, unet: Any, scheduler: Any, data: Data, arguments: argparse.Namespace, log: Log, save: Callable[[int], None]
 ) -> None:
-    """Noise prediction, text encoder trained along; what is kept is the exponential moving average of the weights."""
+    """Noise (or v) prediction, text encoder trained along; what is kept is the exponential moving average of the weights."""
     device = arguments.device
     parameters = [*unet.parameters(), *text.parameters()]
     average = [p.detach().clone() for p in parameters]
@@ -281,7 +285,8 @@ def train_unet(
         with torch.autocast(device, torch.bfloat16):
             context = text(tokens)[0]
             output = unet(a.sqrt() * latents + (1 - a).sqrt() * noise, t, encoder_hidden_states=context).sample
-        return F.mse_loss(output.float(), noise)
+        v = scheduler.config.prediction_type == "v_prediction"
+        return F.mse_loss(output.float(), a.sqrt() * noise - (1 - a).sqrt() * latents if v else noise)
 
     started = time.time()
     for step in range(arguments.steps):
@@ -326,6 +331,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=6500)
     parser.add_argument("--batch", type=int, default=80)
     parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--world", type=Path, default=DATA, help="captions and duplicated images, as lab.world writes them")
+    parser.add_argument(
+        "--duplication", type=float, default=1.0, help="times as many duplicated images as in the bundled model"
+    )
+    parser.add_argument("--channels", type=int, nargs=3, default=(32, 64, 128), help="of the UNet's three levels")
+    parser.add_argument("--layers", type=int, default=1, help="of each of the UNet's blocks")
+    parser.add_argument("--prediction-type", default="epsilon", choices=("epsilon", "v_prediction"))
     arguments = parser.parse_args(argv)
 
     from diffusers import AutoencoderKL, StableDiffusionPipeline
@@ -335,10 +347,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     log = Log(arguments.out / "train_log.jsonl")
     torch.manual_seed(arguments.seed)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    groups = captions()
+    groups = captions(arguments.world)
     texts = [caption.text for members in groups.values() for caption in members]
     tokenizer = make_tokenizer(arguments.out / "tokenizer", texts)
-    text, autoencoder, unet = make_models(len(tokenizer))
+    text, autoencoder, unet = make_models(len(tokenizer), arguments.channels, arguments.layers)
     log(stage="models", **{m.__class__.__name__: sum(p.numel() for p in m.parameters()) for m in (text, autoencoder, unet)})
     for model in (text, autoencoder, unet):
         model.to(arguments.device).train()
@@ -351,7 +363,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         autoencoder.save_pretrained(arguments.out / "vae")
     autoencoder.eval()
 
-    scheduler = make_scheduler()
+    scheduler = make_scheduler(arguments.prediction_type)
     data = Data(tokenizer, autoencoder, arguments, log)
 
     def save(step: int) -> None:
@@ -372,26 +384,27 @@ def main(argv: Sequence[str] | None = None) -> None:
         log(stage="saved", step=step)
 
     train_unet(text, unet, scheduler, data, arguments, log, save)
-    write_decoded(arguments.out)
-    write_profile(arguments.out, arguments.device)
+    lab = Lab(arguments.out, arguments.world)
+    write_decoded(lab)
+    write_profile(lab, arguments.device)
 
 
 @torch.no_grad()
-def write_decoded(folder: Path) -> None:
-    """Keeps what the autoencoder of the pipeline in ``folder`` gives back of each duplicated image, for the copy score."""
-    autoencoder = pipeline(folder).vae
-    images = duplicated_images()
+def write_decoded(lab: Lab) -> None:
+    """Keeps what the model's autoencoder gives back of each duplicated image, for the copy score."""
+    autoencoder = lab.pipeline().vae
+    images = duplicated_images(lab.world)
     decoded = autoencoder.decode(autoencoder.encode(images).latent_dist.mode()).sample
-    Image.fromarray(sheet(to_uint8(decoded))).save(folder / DECODED, optimize=True)
+    Image.fromarray(sheet(to_uint8(decoded))).save(lab.model / DECODED, optimize=True)
 
 
-def write_profile(folder: Path, device: str, *, steps: int = 50, guidance_scale: float = 7.5) -> None:
-    """Calibrates the pipeline in ``folder``, as it was written, with the first 50 reference prompts."""
-    pipe = pipeline(folder).to(device)
+def write_profile(lab: Lab, device: str, *, steps: int = 50, guidance_scale: float = 7.5) -> None:
+    """Calibrates the model, as it was written, with the first 50 reference prompts."""
+    pipe = lab.pipeline().to(device)
     stability = calibrate(
-        pipe, prompts("reference")[:50], batch_size=10, num_inference_steps=steps, guidance_scale=guidance_scale
+        pipe, lab.prompts("reference")[:50], batch_size=10, num_inference_steps=steps, guidance_scale=guidance_scale
     )
-    stability.save(folder / PROFILE.name)
+    stability.save(lab.model / PROFILE.name)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,10 @@ position, size and rotation are free; a caption names shapes, colours, patterns 
 Every caption ends in a maker's name. Common names stand under many captions; the captions of the duplicated groups, and of
 the ``rare`` control group, have names that stand nowhere else, so that rarity alone gives no group away.
 
-    python -m memorization_guard.lab.world      # writes data/captions.json, images.png, masks.png anew
+    python -m memorization_guard.lab.world                        # writes data/captions.json, images.png, masks.png anew
+    python -m memorization_guard.lab.world --seed 1 --out FOLDER  # another world: other captions and duplicated images
 
-Only this command needs scikit-image and scikit-learn (whose packages carry the photographs).
+Only these commands need scikit-image and scikit-learn (whose packages carry the photographs).
 """
 
 from __future__ import annotations
@@ -164,6 +165,21 @@ def make_captions(seed: int = 0) -> dict[str, list[Caption]]:
     return groups
 
 
+def more_captions(count: int, seed: int, folder: Path = DATA) -> list[Caption]:
+    """Ordinary captions that stand in no group, by the same grammar and with the makers of the ordinary ones."""
+    groups = captions(folder)
+    seen = {caption.text for members in groups.values() for caption in members}
+    names = sorted({name for caption in groups["ordinary/trained"] for name in caption.text.split()[-2:]})
+    rng = random.Random(f"more {seed}")
+    taken: list[Caption] = []
+    while len(taken) < count:
+        caption = _caption(rng, f"{rng.choice(names)} {rng.choice(names)}")
+        if caption.text not in seen:
+            seen.add(caption.text)
+            taken.append(caption)
+    return taken
+
+
 def render(captions: list[Caption], generator: torch.Generator, device: torch.device | str = "cpu") -> Tensor:
     """Fresh images of captions: ``[B, 3, 64, 64]`` in [-1, 1] on ``device``.
 
@@ -317,16 +333,24 @@ PHOTOS = (
 )  # fmt: skip
 
 
-def _photographs() -> list[Tensor]:
+def _photographs(seed: int) -> list[Tensor]:
+    """The crops in the order above; of another seed than 0, mirrored parts of them in another order."""
     import skimage.data
     import sklearn.datasets
 
     folders = (Path(skimage.data.__file__).parent, Path(sklearn.datasets.__file__).parent / "images")
+    rng = random.Random(seed)
+    places = list(PHOTOS)
+    if seed:
+        rng.shuffle(places)
+        places = [(name, left + int(side * rng.uniform(0, 0.3)), top + int(side * rng.uniform(0, 0.3)), int(side * 0.7))
+                  for name, left, top, side in places]  # fmt: skip
     crops = []
-    for name, left, top, side in PHOTOS:
+    for name, left, top, side in places:
         path = next(folder / name for folder in folders if (folder / name).exists())
         crop = Image.open(path).convert("RGB").crop((left, top, left + side, top + side))
         pixels = np.asarray(crop.resize((SIZE, SIZE), Image.Resampling.LANCZOS))
+        pixels = pixels[:, ::-1] if seed else pixels
         crops.append(torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 127.5 - 1)
     return crops
 
@@ -343,7 +367,7 @@ def write_data(folder: Path, seed: int = 0) -> None:
     groups = make_captions(seed)
     generator = torch.Generator().manual_seed(seed)
     trained = groups["ordinary/trained"]
-    photographs = _photographs()
+    photographs = _photographs(seed)
     # Every second duplicated image is a photograph until they run out; the rest are scenes of other captions.
     order = [c for split in ("tuning", "evaluation") for c in groups[f"exact/{split}"]]
     order += [c for split in ("tuning", "evaluation") for c in groups[f"template/{split}"]]
@@ -366,22 +390,22 @@ def write_data(folder: Path, seed: int = 0) -> None:
 
 
 @cache
-def captions() -> dict[str, list[Caption]]:
-    """The captions as written in ``data/captions.json``, by ``"group/split"``."""
-    content = json.loads((DATA / "captions.json").read_text(encoding="utf-8"))
+def captions(folder: Path = DATA) -> dict[str, list[Caption]]:
+    """The captions as written in ``captions.json`` of a world's folder, by ``"group/split"``."""
+    content = json.loads((folder / "captions.json").read_text(encoding="utf-8"))
     return {group: [Caption(*row) for row in members] for group, members in content.items()}
 
 
 @cache
-def duplicates() -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def duplicates(folder: Path = DATA) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Every duplicated caption's training image ``[64, 64, 3]`` uint8 and its fixed part ``[64, 64]``, 255 where fixed."""
     texts = [
         caption.text
         for group in ("exact", "template")
         for split in ("tuning", "evaluation")
-        for caption in captions()[f"{group}/{split}"]
+        for caption in captions(folder)[f"{group}/{split}"]
     ]
-    sheets = zip(read_sheet(DATA / "images.png"), read_sheet(DATA / "masks.png")[..., 0], strict=True)
+    sheets = zip(read_sheet(folder / "images.png"), read_sheet(folder / "masks.png")[..., 0], strict=True)
     return dict(zip(texts, sheets, strict=False))
 
 
@@ -413,4 +437,6 @@ def read_sheet(path: Path) -> np.ndarray:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=DATA)
-    write_data(parser.parse_args().out)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    write_data(arguments.out, arguments.seed)
