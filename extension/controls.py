@@ -28,6 +28,7 @@ HOST_INPUTS = ("sampling", "steps", "cfg_scale", "width", "height")
 _ABOUT = {
     "trace": "trace: watch and judge; the image is bit-identical to one without the guard",
     "mitigate": "mitigate: also steer away where the run leaves its region; needs a profile that fits",
+    "stop": "stop: end a run as soon as every image of its batch counts as memorized; needs a profile too",
     COMPARE: "compare: every image twice from the same seed, without and with mitigation, side by side",
     CALIBRATE: "calibrate: make a stability profile for the current model, sampler, steps, CFG and size",
 }

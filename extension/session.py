@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MODES = ("trace", "mitigate")
+MODES = ("trace", "mitigate", "stop")
 STEER, PUBLISHED = "steer by guidance", "published"
 
 #: Of the scripts; also begins the name of every field that we write into an image's infotext.
@@ -149,6 +149,7 @@ class Session:
             # Without a page nobody looks, and no step needs to be sent anywhere.
             (lambda event: self._send_step(name, event)) if self._task is not None else None,
             settings=settings,
+            stop=options.mode == "stop",
         )
         self.runs.append(Run(name, batch, hires, monitor))
         if monitor.check is not None and monitor.check.invalid:

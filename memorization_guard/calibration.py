@@ -15,7 +15,9 @@ import numpy as np
 
 from .files import write_whole
 from .fingerprint import content_hash
+from .parameterization import NoiseLevel
 from .profile import NORMS, RunSettings, StabilityProfile
+from .reference import COLUMNS, Reference
 from .trace import Trace
 
 log = logging.getLogger(__name__)
@@ -50,6 +52,8 @@ class Calibrator:
         self.left_out: Counter[str] = Counter()
         self._mean = np.zeros((0, len(NORMS)))
         self._sum_of_squares = np.zeros((0, len(NORMS)))
+        self._runs: list[np.ndarray] = []  # [steps, 8] of every run that came as a trace, as in Reference
+        self._patches: list[np.ndarray] = []  # [steps, 2] of the same
 
     def add(self, run: Trace | np.ndarray) -> None:
         """Takes in one reference run: its trace, or its norms as ``[steps, 3]`` (columns as in ``profile.NORMS``).
@@ -86,6 +90,11 @@ class Calibrator:
         delta = norms - self._mean
         self._mean += delta / self.count
         self._sum_of_squares += delta * (norms - self._mean)
+        if isinstance(run, Trace) and np.isfinite(run.velocity_norm).all() and len(run.velocity_norm) == len(norms):
+            # Every column is a field of a trace, a cosine by its own name.
+            columns = [name if name.endswith("alignment") else f"{name}_norm" for name in COLUMNS]
+            self._runs.append(np.stack([getattr(run, name) for name in columns], axis=1))
+            self._patches.append(np.stack([run.patch_mean, run.patch_std], axis=1))
 
     def merge(self, other: Calibrator) -> None:
         """Takes in all runs of ``other``, as if they had been added here.
@@ -103,6 +112,8 @@ class Calibrator:
         self.left_out.update(other.left_out)
         if not other.count:
             return
+        self._runs += other._runs
+        self._patches += other._patches
         if not self.count:
             self.settings = _fill(self.settings, other.settings)
             self._mean, self._sum_of_squares = other._mean.copy(), other._sum_of_squares.copy()
@@ -131,6 +142,22 @@ class Calibrator:
             count=self.count,
             settings=dataclasses.replace(self.settings, steps=len(self._mean)),
             left_out=dict(self.left_out),
+            reference=self._reference(),
+        )
+
+    def _reference(self) -> Reference | None:
+        settings = self.settings
+        if len(self._runs) != self.count or settings.sigmas is None or settings.end_sigma is None:
+            return None
+        kind = settings.prediction_type
+        mean, std = np.moveaxis(np.stack(self._patches), 2, 0)
+        pooled = mean.mean(axis=0)
+        spread = np.sqrt((std**2 + mean**2).mean(axis=0) - pooled**2)
+        return Reference(
+            runs=np.stack(self._runs),
+            angles=np.array([NoiseLevel.from_model(s, kind).angle for s in (*settings.sigmas, settings.end_sigma)]),
+            guidance_scale=settings.guidance_scale,
+            patches=np.stack([pooled, spread], axis=1),
         )
 
     def _begin(self, shape: tuple[int, ...], trace: Trace | None) -> None:

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from .calibration import MIN_RUNS, CalibrationError, ReferenceRuns
 from .detection import Thresholds
 from .fingerprint import fingerprint
-from .monitor import StabilityMonitor, StepEvent
+from .monitor import STOPPED, StabilityMonitor, StepEvent
 from .parameterization import NoiseLevel, widened
 from .profile import RunSettings, StabilityProfile
 from .prompts import read_prompts
@@ -222,7 +222,8 @@ class GuardedRun:
         denoised = level.denoised(widened(begin.sample), widened(begin.prediction), kind)
         if scheduler.config.get("clip_sample"):
             denoised = denoised.clamp(-scheduler.config.clip_sample_range, scheduler.config.clip_sample_range)
-        z = self._monitor.step(
+        monitor = self._monitor
+        z = monitor.step(
             level.to_vp(start_sample),
             z_next,
             denoised,
@@ -231,6 +232,8 @@ class GuardedRun:
             eps_cond=None if begin.cond is None else epsilon(begin.cond),
             eps_uncond=None if begin.uncond is None else epsilon(begin.uncond),
         )
+        if monitor.should_stop:
+            return self._stop(result, denoised)
         if z is z_next:
             return result
         # There and back again rounds: a sample that was not corrected is taken as it came.
@@ -245,6 +248,18 @@ class GuardedRun:
         if isinstance(result, tuple):
             return (corrected, *result[1:])
         result.prev_sample = corrected
+        return result
+
+    def _stop(self, result: Any, denoised: Tensor) -> Any:
+        """Ends the pipeline's loop by its own switch, with the image as predicted so far."""
+        if not hasattr(type(self._pipe), "interrupt"):
+            raise ValueError(f"{type(self._pipe).__name__} has no way to be interrupted: watch it without stop")
+        assert self._monitor is not None
+        self._monitor.end(STOPPED)
+        self._pipe._interrupt = True
+        if isinstance(result, tuple):
+            return (denoised.to(result[0].dtype), *result[1:])
+        result.prev_sample = denoised.to(result.prev_sample.dtype)
         return result
 
     def _planned(self, scheduler: Any, first: int) -> list[_Call]:
@@ -345,6 +360,8 @@ def guard(
     mitigate: bool = False,
     thresholds: Thresholds | None = None,
     on_step: Callable[[StepEvent], None] | None = None,
+    *,
+    stop: bool = False,
 ) -> Iterator[GuardedRun]:
     """Watches everything ``pipe`` samples inside the block, and corrects it if asked to.
 
@@ -355,6 +372,8 @@ def guard(
     Args:
         pipe: a diffusers pipeline with a ``unet`` or ``transformer`` and a supported scheduler.
         profile, mitigate, thresholds, on_step: as for :class:`memorization_guard.StabilityMonitor`.
+        stop: whether to end a pipeline call by the pipeline's own ``interrupt`` as soon as every image of its batch has
+            triggered; its images are then those predicted so far, and no more network calls are made.
 
     Yields:
         The run; read its ``traces`` once sampling is done.
@@ -370,7 +389,7 @@ def guard(
     denoiser = _denoiser(pipe)
 
     def new_monitor(settings: RunSettings) -> StabilityMonitor:
-        return StabilityMonitor(profile, thresholds, mitigate, on_step, settings=settings)
+        return StabilityMonitor(profile, thresholds, mitigate, on_step, settings=settings, stop=stop)
 
     run = GuardedRun(pipe, new_monitor)
     original_step, original_set_timesteps = scheduler.step, scheduler.set_timesteps

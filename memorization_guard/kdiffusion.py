@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .monitor import StabilityMonitor
+from .monitor import STOPPED, StabilityMonitor
 from .parameterization import NoiseLevel, widened
 
 #: Relative distance up to which a noise level that the sampler names is the one its schedule has: some samplers move their
@@ -48,6 +48,14 @@ class _Start:
     call: _Call
     z: Tensor  # the latent on the VP scale
     level: NoiseLevel
+
+
+class Stopped(Exception):  # noqa: N818 (nothing went wrong)
+    """Leaves a sampler function in the middle; ``denoised`` is the clean latent as predicted so far."""
+
+    def __init__(self, denoised: Tensor) -> None:
+        super().__init__(STOPPED)
+        self.denoised = denoised
 
 
 class SamplerWatch:
@@ -128,8 +136,15 @@ class SamplerWatch:
             self._last.guidance = (cond, uncond, self._last.x if x is None else x)
 
     def stepped(self, info: Mapping[str, Any]) -> None:
-        """Stands before the sampler's own callback."""
+        """Stands before the sampler's own callback.
+
+        Raises:
+            Stopped: where the monitor says that the run is to stop, for :func:`watched` to end it.
+        """
         self._guarded(self._after_callback, info)
+        if self.monitor.should_stop and self._start is not None and self._start.call.denoised is not None:
+            self.monitor.end(STOPPED)
+            raise Stopped(self._start.call.denoised)
 
     def finished(self, result: Tensor) -> Tensor:
         """Takes in what the sampler function returned, and gives what it is to return."""
@@ -277,6 +292,8 @@ class SamplerWatch:
 def watched(sampler_function: Callable[..., Tensor], new_watch: Callable[..., SamplerWatch | None]) -> Callable[..., Tensor]:
     """``sampler_function`` with its model and callback watched; what it returns is bit-identical unless it is corrected.
 
+    A run that the monitor stops returns the clean latent as it was predicted when every image had triggered.
+
     Args:
         sampler_function: ``(model, x, sigmas, *, extra_args, callback, ...) -> x``; what follows ``x`` may have other names.
         new_watch: gives, from ``x`` and all that follows it, who watches the run, or ``None`` for nobody.
@@ -291,6 +308,8 @@ def watched(sampler_function: Callable[..., Tensor], new_watch: Callable[..., Sa
             return sampler_function(model, x, *args, callback=callback, **kwargs)
         try:
             result = sampler_function(watch.model(model), x, *args, callback=watch.callback(callback), **kwargs)
+        except Stopped as stopped:
+            return stopped.denoised.to(x.dtype)
         except BaseException as error:
             watch.aborted(error)
             raise

@@ -4,25 +4,35 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .detection import Detector, Judgement, Thresholds, Verdict
+from .detection import Detector, Judgement, Measures, Thresholds, Verdict, planned_angles
 from .mitigation import correct, rescale, response, steer
 from .parameterization import NoiseLevel, sample_norm, widened
-from .profile import NORMS, RunSettings, StabilityProfile
+from .profile import NORMS, ProfileCheck, RunSettings, StabilityProfile
+from .reference import LOCAL_SHARE, STATISTICS
 from .trace import Trace, band_numbers, numbers
 
 log = logging.getLogger(__name__)
 
-# Rows of a step's measurements: the three norms, then what alignment is made of.
-_MEASURES = (*NORMS, "guidance", "guidance_dot_uncond", "uncond")
+# Rows of a step's measurements: the norms, then what guidance adds. Rows of the latent's patches follow.
+_MEASURES = (*NORMS, "velocity", "guidance", "guidance_dot_uncond", "uncond", "guidance_dot_denoised")
+_GUIDANCE = _MEASURES.index("guidance")
+
+#: Why a run ended that was stopped.
+STOPPED = "stopped, since every image of the batch had triggered"
+
+#: The latent is looked at in at most this many patches a side.
+PATCHES = 16
 
 
 @dataclass(frozen=True)
@@ -41,6 +51,7 @@ class StepEvent:
     guidance_norm: list[float]
     update_score: list[float] | None
     denoised_score: list[float] | None
+    tail: list[float] | None
     state: list[Verdict]
     mitigated: list[bool]
     corrected_latent_norm: list[float]
@@ -50,7 +61,7 @@ class StepEvent:
         """A JSON-ready mapping, some hundred bytes; ``null`` for what is no number."""
         data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         for name, value in data.items():
-            if name.endswith(("_norm", "_score")) and value is not None:
+            if name.endswith(("_norm", "_score", "tail")) and value is not None:
                 data[name] = numbers(value)
         return data
 
@@ -58,7 +69,9 @@ class StepEvent:
 @dataclass
 class _Step:
     sigma: float
-    measures: tuple[Tensor, ...]  # six times, without guidance three times, [B] float32 on the latent's device
+    end_angle: float
+    measures: tuple[Tensor, ...]  # eight times, without guidance four times, [B] float32 on the latent's device
+    patches: Tensor | None  # [B, height, width], mean square of x0 in each patch
     host: Tensor | None = None  # the same in host memory; on CUDA it is there once `arrived` has passed
     arrived: torch.cuda.Event | None = None
 
@@ -75,6 +88,7 @@ class StabilityMonitor:
             with the signals that need none, and left unscored and uncorrected.
         thresholds: constants of detection and mitigation.
         mitigate: whether to correct.
+        stop: whether :attr:`should_stop` is to be known at every step, for a host that gives up runs that have triggered.
         on_step: called with a :class:`StepEvent` for every step, in order; on a GPU up to a few steps late.
         settings: what the run is made with, to be held against the profile and written into the traces.
     """
@@ -87,10 +101,12 @@ class StabilityMonitor:
         on_step: Callable[[StepEvent], None] | None = None,
         *,
         settings: RunSettings | None = None,
+        stop: bool = False,
     ) -> None:
         self.profile = profile
         self.thresholds = thresholds or Thresholds()
         self.mitigate = mitigate
+        self.stop = stop
         self.settings = settings or RunSettings()
         #: How the profile fits the settings, or ``None`` without a profile.
         self.check = profile.check(self.settings) if profile is not None else None
@@ -100,7 +116,7 @@ class StabilityMonitor:
         self._detector: Detector | None = None
         self._steps: list[_Step] = []
         self._pending: deque[_Step] = deque()  # steps not yet judged, oldest first
-        self._norms: list[np.ndarray] = []  # [6, B] of every judged step
+        self._norms: list[np.ndarray] = []  # [8 + patches, B] of every judged step
         self._judgements: list[Judgement | None] = []
         self._corrected: dict[int, np.ndarray] = {}  # step -> [2, B] latent and update norm, NaN where not corrected
         self._before: Detector | None = None  # the detector as it was before the last step, for retract()
@@ -157,14 +173,15 @@ class StabilityMonitor:
         eps_uncond: Tensor | None,
         editable: bool,
     ) -> Tensor:
+        level = NoiseLevel.from_model(sigma, self.settings.prediction_type)
         replaced, given = self._replaced_before = self._replaced, self._given
         self._replaced = self._given = None
         proposed = z_next
         if given is not None:
             # What the step would have been with the network's own prediction, to first order.
-            level = NoiseLevel.from_model(sigma, self.settings.prediction_type)
             proposed = widened(z_next) + response(level, x0_coefficient) * (widened(x0) - given)
-        step = _Step(sigma, _measure(z_prev, proposed, x0, eps_cond, eps_uncond))
+        end_angle = math.acos(min(1.0, max(0.0, x0_coefficient)))
+        step = _Step(sigma, end_angle, _measure(level, z_prev, proposed, x0, eps_cond, eps_uncond), _patches(x0))
         if self._steps and len(self._steps[0].measures[0]) != len(step.measures[0]):
             raise ValueError(
                 f"the batch went from {len(self._steps[0].measures[0])} to {len(step.measures[0])} samples within a "
@@ -173,7 +190,10 @@ class StabilityMonitor:
         self._steps.append(step)
         self._pending.append(step)
         if not self.corrects:
-            if self._on_step is not None:
+            if self.stop and self._scores:
+                self._judge_all()
+                self._emit(len(self._steps) - 1)
+            elif self._on_step is not None:
                 _send_to_host(step)
                 self._judge_arrived()
             return z_next
@@ -257,8 +277,19 @@ class StabilityMonitor:
         return self.mitigate and self._scores
 
     @property
+    def should_stop(self) -> bool:
+        """Whether every image of the batch has triggered, so that the rest of the run will not change what is known."""
+        if not self.stop or self.error is not None or self._detector is None:
+            return False
+        return bool((self._detector.trigger_step >= 0).all())
+
+    @property
     def _scores(self) -> bool:
-        return self.check is not None and self.check.valid and not self.off_schedule
+        if self.check is None or not self.check.valid:
+            return False
+        assert self.profile is not None
+        by_reference = self.profile.reference is not None and not self.thresholds.published
+        return by_reference or (self.check.exact and not self.off_schedule)
 
     @property
     def steps(self) -> int:
@@ -268,21 +299,33 @@ class StabilityMonitor:
     def outline(self) -> dict[str, Any]:
         """What is known before the first step, JSON-ready, for a live graph: planned ``steps`` and ``bands`` (as in a trace,
         of all steps to come), ``thresholds``, ``mitigation``, ``note`` and ``reference_count``."""
-        rows: list[int] = []
-        if self._scores and self.profile is not None and self.settings.sigmas is not None:
+        bands = self._planned_bands()
+        return {
+            "steps": self.settings.steps,
+            "bands": band_numbers(_named(bands)) if bands else {},
+            "thresholds": self.thresholds.to_dict(),
+            "mitigation": self.mitigate,
+            "note": self._note(),
+            "reference_count": self.profile.count if self.profile is not None and bands else None,
+        }
+
+    def _planned_bands(self) -> list[np.ndarray]:
+        """Mean and standard deviation ``[2, 3]`` of every planned step, as far as they are known."""
+        if not self._scores or self.settings.sigmas is None:
+            return []
+        assert self.profile is not None
+        assert self.check is not None
+        bands: list[np.ndarray] = []
+        if self.check.exact:
             row = None
             for step, sigma in enumerate(self.settings.sigmas):
                 if (row := self.profile.next_row(row, sigma, step)) is None:
                     break
-                rows.append(row)
-        return {
-            "steps": self.settings.steps,
-            "bands": band_numbers(self.profile.bands(rows)) if self.profile is not None and rows else {},
-            "thresholds": self.thresholds.to_dict(),
-            "mitigation": self.mitigate,
-            "note": self._note(),
-            "reference_count": self.profile.count if self.profile is not None and rows else None,
-        }
+                bands.append(np.stack([self.profile.mean[row], self.profile.std[row]]))
+        elif self.profile.reference is not None and (angles := planned_angles(self.settings)) is not None:
+            region = self.profile.reference.region(angles, self.settings.guidance_scale)
+            bands = [np.stack(region.bands(*pair)) for pair in pairwise(angles)]
+        return bands
 
     def _corrected_latent(
         self,
@@ -323,8 +366,8 @@ class StabilityMonitor:
             z_next[index],
             x0[index],
             x0_coefficient=x0_coefficient,
-            x0_norm=float(self.profile.mean[judgement.row, NORMS.index("denoised")]),
-            bounds=self.profile.band(judgement.row, self.thresholds.gamma),
+            x0_norm=float(judgement.bands[0, NORMS.index("denoised")]),
+            bounds=judgement.bounds(self.thresholds.gamma),
             strong=torch.as_tensor(judgement.strong[chosen], device=z_next.device),
             steered=steered,
         )
@@ -360,12 +403,19 @@ class StabilityMonitor:
     def _judge(self, step: _Step, measures: np.ndarray) -> None:
         if self._scores and self._detector is None:
             assert self.profile is not None
-            self._detector = Detector(self.profile, self.thresholds, measures.shape[1])
+            assert self.check is not None
+            exact = self.check.exact and not self.off_schedule
+            self._detector = Detector(self.profile, self.thresholds, measures.shape[1], self.settings, exact=exact)
         if self._detector is not None and self.corrects:
             self._before = self._detector.copy()
         self._norms.append(measures)
-        steering = len(step.measures) > len(NORMS) and self.thresholds.steering_guidance is not None
-        judgement = self._detector.judge(step.sigma, measures[: len(NORMS)], steering=steering) if self._detector else None
+        steering = len(step.measures) == len(_MEASURES) and not self.thresholds.published
+        judgement = None
+        if self._detector is not None:
+            signals = np.stack([measures[3], measures[2], measures[_GUIDANCE], _local_norm(measures)])
+            judgement = self._detector.judge(
+                step.sigma, step.end_angle, Measures(measures[: len(NORMS)], signals), steering=steering
+            )
         self._judgements.append(judgement)
 
     def _emit(self, index: int) -> None:
@@ -377,9 +427,10 @@ class StabilityMonitor:
         event = StepEvent(
             step=index,
             sigma=self._steps[index].sigma,
-            **{f"{name}_norm": norms[i].tolist() for i, name in enumerate((*NORMS, "guidance"))},
+            **{f"{name}_norm": norms[_MEASURES.index(name)].tolist() for name in (*NORMS, "guidance")},
             update_score=judgement.update_score.tolist() if judgement else None,
             denoised_score=judgement.denoised_score.tolist() if judgement else None,
+            tail=judgement.tail.tolist() if judgement else None,
             state=judgement.state if judgement else ["unscored"] * batch,
             mitigated=np.isfinite(corrected[0]).tolist(),
             corrected_latent_norm=corrected[0].tolist(),
@@ -397,10 +448,11 @@ class StabilityMonitor:
         log.warning("Memorization Guard stopped watching this run; the image is not affected: %s", error, exc_info=True)
 
     def leave_schedule(self) -> None:
-        """The sampler takes other noise levels than the settings say: no profile holds for the run, which is traced only."""
+        """The sampler takes other noise levels than the settings say: bands, which are of one schedule, do not hold."""
         self.off_schedule = True
-        self._detector = None
-        self._judgements = [None] * len(self._judgements)
+        if not self._scores:
+            self._detector = None
+            self._judgements = [None] * len(self._judgements)
 
     def end(self, reason: str) -> None:
         """Says why the run came to no regular end (interrupted, an error of the host); without a trigger it is unscored."""
@@ -423,13 +475,15 @@ class StabilityMonitor:
             self.fail(error)
         if not self._norms:
             return []
-        measures = np.stack(self._norms).astype(np.float64)  # [steps, 6, B]
+        measures = np.stack(self._norms).astype(np.float64)  # [steps, 8 + patches, B]
         return [self._trace(measures[:, :, sample], sample) for sample in range(measures.shape[2])]
 
     def _trace(self, measures: np.ndarray, sample: int) -> Trace:
-        latent, update, denoised, guidance, dot, uncond = measures.T
+        latent, update, denoised, velocity, guidance, dot, uncond, denoised_dot = measures[:, : len(_MEASURES)].T
+        patches = _patch_logs(measures)
         with np.errstate(divide="ignore", invalid="ignore"):
             alignment = np.clip(dot / (guidance * uncond), -1.0, 1.0)
+            denoised_alignment = np.clip(denoised_dot / (guidance * denoised), -1.0, 1.0)
         broken = np.flatnonzero(~np.isfinite(measures[:, : len(NORMS)]).all(axis=1))
         corrected = np.full((2, len(measures)), np.nan)
         for step, norms in self._corrected.items():
@@ -443,8 +497,18 @@ class StabilityMonitor:
             denoised_norm=denoised,
             update_score=np.full(len(measures), np.nan),
             denoised_score=np.full(len(measures), np.nan),
+            tail=np.full(len(measures), np.nan),
+            joint_deviation=np.full(len(measures), np.nan),
+            guidance_deviation=np.full(len(measures), np.nan),
+            local_deviation=np.full(len(measures), np.nan),
+            velocity_norm=velocity,
+            local_norm=_local_norm(measures.T).T,
             guidance_norm=guidance,
+            uncond_norm=uncond,
             alignment=alignment,
+            denoised_alignment=denoised_alignment,
+            patch_mean=patches.mean(axis=1) if patches.shape[1] else np.full(len(measures), np.nan),
+            patch_std=patches.std(axis=1) if patches.shape[1] else np.full(len(measures), np.nan),
             corrected_latent_norm=corrected[0],
             corrected_update_norm=corrected[1],
             settings=self.settings,
@@ -453,7 +517,16 @@ class StabilityMonitor:
         )
         if self._detector is not None:
             self._add_scores(trace, self._detector, sample)
+            self._add_map(trace, self._detector, patches)
         return trace
+
+    def _add_map(self, trace: Trace, detector: Detector, patches: np.ndarray) -> None:
+        step = self._steps[0]
+        if step.patches is None or not np.isfinite(trace.local_deviation).any():
+            return
+        worst = int(np.nanargmax(trace.local_deviation))
+        mean, std = detector.patch_region(self._steps[worst].sigma)
+        trace.local_map = ((patches[worst] - mean) / std).reshape(step.patches.shape[1:])
 
     def _add_scores(self, trace: Trace, detector: Detector, sample: int) -> None:
         profile = detector.profile
@@ -461,12 +534,16 @@ class StabilityMonitor:
             if judgement is not None:
                 trace.update_score[step] = judgement.update_score[sample]
                 trace.denoised_score[step] = judgement.denoised_score[sample]
+                trace.tail[step] = judgement.tail[sample]
+                for name, values in zip(STATISTICS, judgement.statistics, strict=True):
+                    getattr(trace, f"{name}_deviation")[step] = values[sample]
         trigger = int(detector.trigger_step[sample])
         # What was not watched to its end cannot be called stable.
         cut_short = self.error is not None or self._ended is not None
         trace.verdict = "unscored" if cut_short and trigger < 0 else detector.verdict(sample)
         trace.trigger_step = trigger if trigger >= 0 else None
-        trace.bands = profile.bands([judgement.row if judgement is not None else None for judgement in self._judgements])
+        nothing = np.full((2, len(NORMS)), np.nan)
+        trace.bands = _named([nothing if judgement is None else judgement.bands for judgement in self._judgements])
         trace.reference_count = profile.count
 
     def _note(self) -> str | None:
@@ -474,32 +551,73 @@ class StabilityMonitor:
             return f"Watching ended early: {self.error}"
         if self._ended is not None:
             return f"The run ended early: {self._ended}"
-        if self.off_schedule:
+        if self.off_schedule and not self._scores:
             return "The sampler keeps to no fixed schedule: the run is traced, and cannot be scored with any profile."
         if self._detector is not None and self._detector.off_schedule is not None:
             return f"The run is not scored: {self._detector.off_schedule}. Calibrate a profile with the run's own schedule."
-        return str(self.check) if self.check is not None and (self.check.invalid or self.check.weakened) else None
+        if self.check is None or self.check == ProfileCheck():
+            return None
+        if self.check.valid and not self._scores:
+            return f"The published method holds for one sampler and schedule ({'; '.join(map(str, self.check.carried))})."
+        return str(self.check)
+
+
+def _named(bands: Sequence[np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
+    """Bands ``[2, 3]`` of steps as a trace has them."""
+    stacked = np.stack(bands)
+    return {name: {"mean": stacked[:, 0, i], "std": stacked[:, 1, i]} for i, name in enumerate(NORMS)}
 
 
 def _measure(
-    z_prev: Tensor, z_next: Tensor, x0: Tensor, eps_cond: Tensor | None, eps_uncond: Tensor | None
+    level: NoiseLevel, z_prev: Tensor, z_next: Tensor, x0: Tensor, eps_cond: Tensor | None, eps_uncond: Tensor | None
 ) -> tuple[Tensor, ...]:
-    """The measurements of one step, each ``[B]`` float32 on the latent's device; only the three norms without guidance."""
+    """The measurements of one step, each ``[B]`` float32 on the latent's device; only the norms without guidance."""
     # widened() copies nothing for float32; half precision would round the small difference of two large numbers.
-    norms = sample_norm(z_next), sample_norm(widened(z_next) - z_prev), sample_norm(x0)
+    # v = (alpha z - x0) / beta.
+    velocity = sample_norm(torch.sub(widened(x0), z_prev, alpha=level.alpha)) / max(level.beta, 1e-6)
+    norms = sample_norm(z_next), sample_norm(widened(z_next) - z_prev), sample_norm(x0), velocity
     if eps_cond is None or eps_uncond is None:
         return norms
     direction = widened(eps_cond) - eps_uncond
     guidance = sample_norm(direction)
+    denoised_dot = (direction * x0).flatten(1).sum(1, dtype=torch.float32)
     dot = direction.mul_(eps_uncond).flatten(1).sum(1, dtype=torch.float32)  # its own memory, which vecdot would ask for anew
-    return *norms, guidance, dot, sample_norm(eps_uncond)
+    return *norms, guidance, dot, sample_norm(eps_uncond), denoised_dot
+
+
+def _patches(x0: Tensor) -> Tensor | None:
+    """Mean square of x0 in every patch, ``[B, height, width]`` float32, at most 16 a side of at least 2 x 2; over all channels
+    and frames. ``None`` for latents without places (Flux packs its into a sequence)."""
+    if x0.ndim not in (4, 5):
+        return None
+    squares = widened(x0).square().mean(dim=tuple(range(1, x0.ndim - 2)))
+    height, width = (min(PATCHES, max(1, side // 2)) for side in squares.shape[1:])
+    return torch.nn.functional.adaptive_avg_pool2d(squares[:, None], (height, width))[:, 0].float()
+
+
+def _patch_logs(measures: np.ndarray) -> np.ndarray:
+    """Logarithms of the patches' root mean squares out of measurements ``[..., 8 + patches]``."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return 0.5 * np.log(measures[..., len(_MEASURES) :])
+
+
+def _local_norm(measures: np.ndarray) -> np.ndarray:
+    """Geometric mean over the largest quarter of patches, ``[...]``, of measurements ``[8 + patches, ...]``; NaN without."""
+    logs = _patch_logs(np.moveaxis(measures, 0, -1))
+    count = logs.shape[-1]
+    if count < 1 / LOCAL_SHARE:
+        return np.full(logs.shape[:-1], np.nan)
+    first = count - round(count * LOCAL_SHARE)
+    return np.exp(np.partition(logs, first, axis=-1)[..., first:].mean(axis=-1))
 
 
 def _block(steps: Collection[_Step]) -> Tensor:
-    """The measurements of ``steps`` as one tensor, ``[N, 6, B]``, NaN where there was no guidance."""
+    """The measurements of ``steps`` as one tensor, ``[N, 8 + patches, B]``, NaN where there was no guidance."""
     missing = torch.full_like(next(iter(steps)).measures[0], torch.nan)
     rows = [row for step in steps for row in (*step.measures, *[missing] * (len(_MEASURES) - len(step.measures)))]
-    return torch.stack(rows).view(len(steps), len(_MEASURES), -1)
+    block = torch.stack(rows).view(len(steps), len(_MEASURES), -1)
+    patches = [step.patches.flatten(1).T for step in steps if step.patches is not None]
+    return torch.cat([block, torch.stack(patches)], dim=1) if patches else block
 
 
 def _send_to_host(step: _Step) -> None:

@@ -91,6 +91,11 @@ class NoiseLevel:
         return self.noise / self.scale
 
     @property
+    def angle(self) -> float:
+        """``atan(sigma)``, where on the VP circle the latent is: from 0, clean, to ``pi / 2``, pure noise."""
+        return math.atan2(self.noise, self.signal)
+
+    @property
     def sigma(self) -> float:
         """Noise-to-signal ratio, the VE sigma of the same point.
 

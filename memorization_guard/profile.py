@@ -16,17 +16,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from .files import write_whole
+from .reference import Reference
 
 #: The three norms, in the order of the last axis wherever norms stand in one array.
 NORMS = ("latent", "update", "denoised")
 
 FORMAT = "memorization-guard.profile"
 EXTENSION = ".safetensors"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 #: Relative distance up to which two noise levels, or two guidance scales, count as the same.
 SIGMA_TOLERANCE = 0.01
 GUIDANCE_TOLERANCE = 0.1
+
+#: Guidance scales that reference runs may be carried over to, as a multiple of their own; see docs/evaluation.md.
+GUIDANCE_REACH = (0.4, 1.7)
 
 
 class ProfileError(ValueError):
@@ -104,20 +108,28 @@ class Mismatch:
 
 @dataclass(frozen=True)
 class ProfileCheck:
-    """How well a profile fits a run: what makes it invalid, and what merely weakens it."""
+    """How well a profile fits a run: what makes it invalid, what it is carried over, and what merely weakens it."""
 
     invalid: tuple[Mismatch, ...] = ()
+    carried: tuple[Mismatch, ...] = ()
     weakened: tuple[Mismatch, ...] = ()
 
     @property
     def valid(self) -> bool:
-        """Whether the run may be scored with the profile."""
+        """Whether the run may be scored with the profile's reference runs."""
         return not self.invalid
+
+    @property
+    def exact(self) -> bool:
+        """Whether the published bands hold too: those of one solver, its noise levels and its guidance scale."""
+        return not self.invalid and not self.carried
 
     def __str__(self) -> str:
         if self.invalid:
             reasons = "; ".join(map(str, self.invalid))
             return f"The profile does not fit this run ({reasons}). Calibrate a profile with the run's own settings."
+        if self.carried:
+            return f"The profile is carried over to this run ({'; '.join(map(str, (*self.carried, *self.weakened)))})."
         if self.weakened:
             return f"The profile fits this run with less certainty ({'; '.join(map(str, self.weakened))})."
         return "The profile fits this run."
@@ -134,6 +146,8 @@ class StabilityProfile:
         count: number of reference runs.
         settings: what the profile holds for.
         left_out: number of reference runs that were not used, by reason.
+        reference: the reference runs, from which the profile is carried over to other samplers, step counts and guidance
+            scales; ``None`` in a profile that has only the published bands.
     """
 
     mean: np.ndarray
@@ -141,6 +155,7 @@ class StabilityProfile:
     count: int
     settings: RunSettings = field(default_factory=RunSettings)
     left_out: Mapping[str, int] = field(default_factory=dict)
+    reference: Reference | None = None
 
     def __post_init__(self) -> None:
         mean, std = np.array(self.mean, dtype=np.float64), np.array(self.std, dtype=np.float64)
@@ -174,23 +189,6 @@ class StabilityProfile:
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.abs(norms - mean) / std
 
-    def band(self, row: int, gamma: float) -> tuple[np.ndarray, np.ndarray]:
-        """Stability region of step ``row``, ``mu -+ gamma sd``, as lower and upper bounds ``[3]``; never below 0."""
-        half = gamma * self.std[row]
-        return np.maximum(self.mean[row] - half, 0.0), self.mean[row] + half
-
-    def bands(self, rows: Sequence[int | None]) -> dict[str, dict[str, np.ndarray]]:
-        """Mean and standard deviation of each norm at ``rows``, ``[len(rows)]`` each; NaN where a row is ``None``."""
-        there = [row is not None for row in rows]
-        chosen = [row for row in rows if row is not None]
-        bands: dict[str, dict[str, np.ndarray]] = {}
-        for column, name in enumerate(NORMS):
-            bands[name] = {}
-            for key, statistics in (("mean", self.mean), ("std", self.std)):
-                bands[name][key] = np.full(len(rows), np.nan)
-                bands[name][key][there] = statistics[chosen, column]
-        return bands
-
     def find(self, sigma: float) -> int | None:
         """The row whose noise level is ``sigma`` (within 1 %), or ``None``. Row 0 if the profile knows no noise levels."""
         if self.settings.sigmas is None:
@@ -215,38 +213,47 @@ class StabilityProfile:
     def check(self, settings: RunSettings) -> ProfileCheck:
         """Names every field in which a run differs from this profile; what either side does not know is no difference.
 
-        Invalid (never scored): other weights, prediction type, latent shape, sampler, a guidance scale more than 10 % away,
-        and noise levels that the profile has no statistics for. A run over part of the profile's schedule in the same steps
-        (img2img) is only weakened by it. A model name or scheduler name that differs is a warning when what the name
-        stands for (weights, noise levels) cannot be compared or agrees.
+        Invalid (never scored): other weights, prediction type or latent shape. Carried over, with the reference runs: another
+        sampler, other noise levels, and a guidance scale within :data:`GUIDANCE_REACH`; beyond it, or without reference runs,
+        they are invalid too. Guidance up to 10 % away, and a run over part of the profile's schedule in the same steps
+        (img2img), only weaken. A model name or scheduler name that differs is a warning when what the name stands for
+        (weights, noise levels) cannot be compared or agrees.
         """
         invalid: list[Mismatch] = []
         weakened: list[Mismatch] = []
+        carried: list[Mismatch] = [] if self.reference is not None else invalid
 
         def differs(name: str) -> Mismatch | None:
             ours, theirs = getattr(self.settings, name), getattr(settings, name)
             return Mismatch(name, ours, theirs) if None not in (ours, theirs) and ours != theirs else None
 
-        for name in ("model_hash", "prediction_type", "latent_shape", "sampler"):
+        for name in ("model_hash", "prediction_type", "latent_shape"):
             if found := differs(name):
                 invalid.append(found)
+        if found := differs("sampler"):
+            carried.append(found)
         same_weights = self.settings.model_hash is not None and self.settings.model_hash == settings.model_hash
         if not same_weights and (found := differs("model")):
             weakened.append(found)
         if found := differs("guidance_scale"):
-            far = not math.isclose(found.profile, found.run, rel_tol=GUIDANCE_TOLERANCE)
-            (invalid if far else weakened).append(found)
+            far = not GUIDANCE_REACH[0] <= found.run / found.profile <= GUIDANCE_REACH[1]
+            near = math.isclose(found.profile, found.run, rel_tol=GUIDANCE_TOLERANCE)
+            (invalid if far else weakened if near else carried).append(found)
 
         covered = None
         if self.settings.sigmas is not None and settings.sigmas is not None:
             covered = self._covers(settings.sigmas, settings.end_sigma)
             if not covered:
-                invalid.append(Mismatch("sigmas", self.settings.sigmas, settings.sigmas))
+                carried.append(Mismatch("sigmas", self.settings.sigmas, settings.sigmas))
         if found := differs("steps"):
-            (weakened if covered else invalid).append(found)
+            (weakened if covered else carried).append(found)
         if found := differs("scheduler"):
             weakened.append(found)
-        return ProfileCheck(tuple(invalid), tuple(weakened))
+        return (
+            ProfileCheck(tuple(invalid), tuple(carried), tuple(weakened))
+            if carried is not invalid
+            else ProfileCheck(tuple(invalid), (), tuple(weakened))
+        )
 
     def _covers(self, sigmas: Sequence[float], end_sigma: float | None) -> bool:
         row = None
@@ -273,7 +280,14 @@ class StabilityProfile:
             "settings": json.dumps(self.settings.to_dict()),
             "left_out": json.dumps(dict(self.left_out)),
         }
-        return write_whole(path, save({"mean": self.mean, "std": self.std}, metadata=metadata))
+        tensors = {"mean": self.mean, "std": self.std}
+        if self.reference is not None:
+            tensors |= {
+                "reference.runs": self.reference.runs.astype(np.float32),
+                "reference.angles": self.reference.angles,
+                "reference.patches": self.reference.patches,
+            }
+        return write_whole(path, save(tensors, metadata=metadata))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> StabilityProfile:
@@ -296,11 +310,17 @@ class StabilityProfile:
                         f"{path} has profile format {metadata.get('version')}, this version reads {FORMAT_VERSION}: "
                         "update Memorization Guard, or calibrate again"
                     )
+                settings = RunSettings.from_dict(json.loads(metadata["settings"]))
+                reference = None
+                if "reference.runs" in file.keys():  # noqa: SIM118 (no mapping)
+                    arrays = {name: file.get_tensor(f"reference.{name}") for name in ("runs", "angles", "patches")}
+                    reference = Reference(guidance_scale=settings.guidance_scale, **arrays)
                 return cls(
                     mean=file.get_tensor("mean"),
                     std=file.get_tensor("std"),
+                    reference=reference,
                     count=int(metadata["count"]),
-                    settings=RunSettings.from_dict(json.loads(metadata["settings"])),
+                    settings=settings,
                     left_out=json.loads(metadata["left_out"]),
                 )
         except ProfileError:

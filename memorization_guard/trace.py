@@ -12,14 +12,18 @@ from typing import Any, get_args
 import numpy as np
 
 from .detection import Thresholds, Verdict
+from .parameterization import MAX_SIGMA, NoiseLevel
 from .profile import NORMS, RunSettings
 
 FORMAT = "memorization-guard.trace"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 
 _WEIGHT: Mapping[Verdict, int] = {"stable": 0, "unscored": 1, "mild": 2, "strong": 3}
+
+#: Noise level above which an image is still open; an ordinary prompt has settled little of it there.
+OPEN_SIGMA = 2.0
 
 #: The fields of a trace that have one number a step.
 STEP_FIELDS = (
@@ -29,8 +33,18 @@ STEP_FIELDS = (
     "denoised_norm",
     "update_score",
     "denoised_score",
+    "tail",
+    "joint_deviation",
+    "guidance_deviation",
+    "local_deviation",
+    "velocity_norm",
+    "local_norm",
     "guidance_norm",
+    "uncond_norm",
     "alignment",
+    "denoised_alignment",
+    "patch_mean",
+    "patch_std",
     "corrected_latent_norm",
     "corrected_update_norm",
 )
@@ -54,7 +68,17 @@ class Trace:
         latent_norm, update_norm, denoised_norm: ``|z_{i+1}|``, ``|z_{i+1} - z_i|`` and ``|x0_i|`` on the VP scale, as the
             sampler proposed them, before any correction.
         update_score, denoised_score: distance of the two norms from the reference, in standard deviations.
-        guidance_norm: ``|eps_cond - eps_uncond|`` (Wen et al. 2024). alignment: ``cos(eps_cond - eps_uncond, eps_uncond)``.
+        tail: share of ordinary images that get as far in a whole run as this one did up to the step; what the verdict goes by,
+            unless the published method was asked for. NaN without reference runs.
+        joint_deviation: standard deviations by which both velocity and x0 norm are off ordinary images, in the logarithm.
+            guidance_deviation, local_deviation: by which guidance and local norm are larger.
+        velocity_norm: ``|alpha eps - beta x0|``, the update norm per angle of the VP circle, whatever the solver.
+        local_norm: root mean square of x0 in the quarter of its patches where that is largest (geometric mean). patch_mean,
+            patch_std: mean and standard deviation, over the patches, of the logarithm of the same.
+        guidance_norm: ``|eps_cond - eps_uncond|`` (Wen et al. 2024). uncond_norm: ``|eps_uncond|``. alignment:
+            ``cos(eps_cond - eps_uncond, eps_uncond)``. denoised_alignment: ``cos(eps_cond - eps_uncond, x0)``.
+        local_map: ``[height, width]``, by how many standard deviations each patch of the latent was larger than patches of
+            ordinary images are, at the step at which the latent's largest quarter was farthest off; empty if unknown.
         mitigated: ``[steps]`` bool, the steps that were corrected.
         corrected_latent_norm, corrected_update_norm: the norms after correction; NaN where nothing was corrected.
         bands: for each of ``latent``, ``update``, ``denoised`` the reference ``mean`` and ``std`` of the steps taken; empty
@@ -74,10 +98,21 @@ class Trace:
     denoised_norm: np.ndarray = field(default_factory=_empty)
     update_score: np.ndarray = field(default_factory=_empty)
     denoised_score: np.ndarray = field(default_factory=_empty)
+    tail: np.ndarray = field(default_factory=_empty)
+    joint_deviation: np.ndarray = field(default_factory=_empty)
+    guidance_deviation: np.ndarray = field(default_factory=_empty)
+    local_deviation: np.ndarray = field(default_factory=_empty)
+    velocity_norm: np.ndarray = field(default_factory=_empty)
+    local_norm: np.ndarray = field(default_factory=_empty)
     guidance_norm: np.ndarray = field(default_factory=_empty)
+    uncond_norm: np.ndarray = field(default_factory=_empty)
     alignment: np.ndarray = field(default_factory=_empty)
+    denoised_alignment: np.ndarray = field(default_factory=_empty)
+    patch_mean: np.ndarray = field(default_factory=_empty)
+    patch_std: np.ndarray = field(default_factory=_empty)
     corrected_latent_norm: np.ndarray = field(default_factory=_empty)
     corrected_update_norm: np.ndarray = field(default_factory=_empty)
+    local_map: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
     bands: Mapping[str, Mapping[str, np.ndarray]] = field(default_factory=dict)
     reference_count: int | None = None
     settings: RunSettings = field(default_factory=RunSettings)
@@ -101,20 +136,50 @@ class Trace:
 
     @property
     def joint_score(self) -> float | None:
-        """Largest value, of all steps, that update and x0 score both reach: above ``tau_mild`` the image has triggered.
-
-        Ours: in the late steps of ordinary images the update alone has heavy tails, which this leaves out.
-        """
+        """Largest value, of all steps, that update and x0 score both reach: above ``tau_mild`` the published trigger."""
         return _highest(np.minimum(self.update_score, self.denoised_score))
 
+    @property
+    def tail_probability(self) -> float | None:
+        """Share of ordinary images that get as far: 0.00005 is one in 20,000. ``None`` without reference runs.
+
+        Ours; how near the nominal share is to the observed one is in ``docs/evaluation.md``.
+        """
+        tails = self.tail[np.isfinite(self.tail)]
+        return float(tails.min()) if len(tails) else None
+
+    @property
+    def local_score(self) -> float | None:
+        """By how many standard deviations the largest quarter of the latent's patches is off at most; ``None`` if unknown."""
+        return _highest(self.local_deviation)
+
+    @property
+    def uncalibrated_score(self) -> float | None:
+        """How much of the image the prompt alone has settled while it is still noise; needs no profile, but guidance.
+
+        Root mean square of ``x0_cond - x0_uncond = -sigma (eps_cond - eps_uncond)``, in units of clean latents (of variance
+        1, as autoencoders are scaled to), as the mean over the steps at noise levels above :data:`OPEN_SIGMA`. Wen et al.
+        (2024) in other units: those of eps depend on the size of the latent and on the noise level, these do not.
+        """
+        if self.settings.latent_shape is None:
+            return None
+        sigma = np.array([NoiseLevel.from_model(s, self.settings.prediction_type).sigma for s in self.sigma])
+        chosen = (sigma > OPEN_SIGMA) & np.isfinite(self.guidance_norm) & (sigma < MAX_SIGMA)
+        if not chosen.any():
+            return None
+        return float((sigma * self.guidance_norm)[chosen].mean() / math.sqrt(math.prod(self.settings.latent_shape)))
+
     def to_dict(self) -> dict[str, Any]:
-        """The JSON form, version 1; strict JSON, with ``null`` for what is not there."""
+        """The JSON form, version 2; strict JSON, with ``null`` for what is not there."""
         return {
             "format": FORMAT,
             "version": FORMAT_VERSION,
             "verdict": self.verdict,
             "score": _number(self.score),
             "joint_score": _number(self.joint_score),
+            "tail_probability": _number(self.tail_probability),
+            "local_score": _number(self.local_score),
+            "uncalibrated_score": _number(self.uncalibrated_score),
             "trigger_step": self.trigger_step,
             "nonfinite_step": self.nonfinite_step,
             "note": self.note,
@@ -123,6 +188,7 @@ class Trace:
             "thresholds": self.thresholds.to_dict(),
             "steps": {name: numbers(getattr(self, name).tolist()) for name in STEP_FIELDS}
             | {"mitigated": self.mitigated.tolist()},
+            "local_map": [numbers(row) for row in self.local_map.tolist()],
             "bands": band_numbers(self.bands),
             "reference_count": self.reference_count,
         }
@@ -157,6 +223,7 @@ class Trace:
                 settings=RunSettings.from_dict(data["settings"]),
                 thresholds=Thresholds.from_dict(data["thresholds"]),
                 bands=bands,
+                local_map=_map(data["local_map"]),
                 reference_count=data["reference_count"],
                 **steps,
             )
@@ -178,12 +245,17 @@ class Trace:
 def worst(traces: Iterable[Trace]) -> Trace:
     """The trace that says most against an image that several runs made (a second pass, tiles).
 
-    Triggered before unscored before stable; among equals the highest joint score.
+    Triggered before unscored before stable; among equals the rarest, then the highest joint score.
 
     Raises:
         ValueError: if there is none.
     """
-    return max(traces, key=lambda trace: (_WEIGHT[trace.verdict], trace.joint_score or 0.0))
+
+    def weight(trace: Trace) -> tuple[float, ...]:
+        rarity = 1.0 if trace.tail_probability is None else trace.tail_probability
+        return _WEIGHT[trace.verdict], -rarity, trace.joint_score or 0.0
+
+    return max(traces, key=weight)
 
 
 def trace_schema() -> dict[str, Any]:
@@ -209,6 +281,12 @@ def numbers(values: Sequence[float | None]) -> list[float | None]:
 def band_numbers(bands: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, dict[str, list[float | None]]]:
     """The ``bands`` of a trace as strict JSON holds them."""
     return {name: {key: numbers(values.tolist()) for key, values in band.items()} for name, band in bands.items()}
+
+
+def _map(rows: Sequence[Sequence[float | None]]) -> np.ndarray:
+    if not isinstance(rows, list) or len({len(row) for row in rows}) > 1:
+        raise TypeError("the local map is no rectangle of numbers")
+    return np.array([_array(row) for row in rows]).reshape(len(rows), -1) if rows else np.zeros((0, 0))
 
 
 def _array(values: Sequence[float | None]) -> np.ndarray:

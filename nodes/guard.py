@@ -53,15 +53,17 @@ class MemorizationGuard(io.ComfyNode):
                     default="trace",
                     tooltip=(
                         "off: the model passes through untouched. trace: watch and judge; the image is bit-identical to one "
-                        "without this node. mitigate: also correct runs that leave the region; needs a profile that fits."
+                        "without this node. mitigate: also correct runs that leave the region; needs a profile that fits. "
+                        "stop: end a run as soon as every image of its batch counts as memorized, with the images as "
+                        "predicted so far; needs a profile too."
                     ),
                 ),
                 StabilityProfileType.Input(
                     "profile",
                     optional=True,
                     tooltip=(
-                        "Stability profile of this model, sampler, step count, cfg and size, from Load or Calibrate Stability "
-                        "Profile. Without one the run is traced, and not judged."
+                        "Stability profile of this model and size, from Load or Calibrate Stability Profile; it is carried "
+                        "over to other samplers, step counts and similar cfg. Without one the run is traced, not judged."
                     ),
                 ),
                 *map(_threshold, dataclasses.fields(Thresholds)),
@@ -89,10 +91,10 @@ class MemorizationGuard(io.ComfyNode):
 
     @classmethod
     def validate_inputs(
-        cls, tau_mild: float | None = None, tau_strong: float | None = None, tau_steer: float | None = None
+        cls, tau_mild: float | None = None, tau_strong: float | None = None, false_alarms: float | None = None
     ) -> bool | str:
         # What comes through a link is not known yet, and is checked when the node runs.
-        values = {"tau_mild": tau_mild, "tau_strong": tau_strong, "tau_steer": tau_steer}
+        values = {"tau_mild": tau_mild, "tau_strong": tau_strong, "false_alarms": false_alarms}
         try:
             Thresholds(**{name: value for name, value in values.items() if value is not None})
         except ValueError as error:

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 EVENT = "memorization_guard"
 
-MODES = ("off", "trace", "mitigate")
+MODES = ("off", "trace", "mitigate", "stop")
 
 # What these samplers hand to the model is not what they go on with; every other sampler of ComfyUI is asked (kdiffusion.py).
 _KEEP_ANOTHER_LATENT = ("lcm", "sa_solver", "sa_solver_pece")
@@ -182,7 +182,12 @@ class _Guard:
             level = _levels(guider.model_patcher.get_model_object("model_sampling"), sigmas)
             settings = _settings(guider, sampler, x, [level(sigma) for sigma in sigmas.tolist()])
             monitor = StabilityMonitor(
-                self._profile, self._thresholds, self._traces.mode == "mitigate", self._on_step(), settings=settings
+                self._profile,
+                self._thresholds,
+                self._traces.mode == "mitigate",
+                self._on_step(),
+                settings=settings,
+                stop=self._traces.mode == "stop",
             )
             editable = _sampler_name(sampler).split("(")[0] not in _KEEP_ANOTHER_LATENT
             watch = SamplerWatch(monitor, sigmas, level, editable=editable)

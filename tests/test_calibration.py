@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 
 from memorization_guard import CalibrationError, Calibrator, RunSettings, Trace
 from memorization_guard.calibration import ReferenceRuns
+from memorization_guard.profile import NORMS
+from memorization_guard.trace import STEP_FIELDS
 
 
 def runs(count, steps=5, seed=0, offset=0.0):
@@ -91,7 +93,7 @@ def test_merging_other_step_counts_and_odd_shapes_is_refused():
 
 def trace(norms, corrected=np.nan):
     steps = len(norms)
-    missing = ("update_score", "denoised_score", "guidance_norm", "alignment", "corrected_update_norm")
+    missing = set(STEP_FIELDS) - {"sigma", *(f"{name}_norm" for name in NORMS), "corrected_latent_norm"}
     return Trace(
         **{name: np.full(steps, np.nan) for name in missing},
         sigma=np.arange(steps, 0, -1.0),

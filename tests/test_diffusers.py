@@ -1,6 +1,7 @@
 """The diffusers adapter: it sees what the scheduler did, changes nothing unless asked, and leaves nothing behind."""
 
 import copy
+import dataclasses
 import inspect
 import math
 from types import SimpleNamespace
@@ -741,12 +742,35 @@ def test_calibration_is_independent_of_the_batch_size_and_fits_its_own_runs(tiny
     assert run.traces[0].note is None
 
 
-def test_a_profile_made_elsewhere_is_not_scored(tiny_pipe):
-    profile = calibrate(tiny_pipe, PROMPTS, **QUICK)
-    with guard(tiny_pipe, profile, mitigate=True) as run:
+def test_a_profile_is_carried_over_to_another_step_count_and_to_no_other_model(tiny_pipe):
+    profile = calibrate(tiny_pipe, PROMPTS, **{**QUICK, "num_inference_steps": 12})
+    with guard(tiny_pipe, profile) as run:
+        images_of(tiny_pipe, PROMPTS[0], num_inference_steps=10)
+    assert run.traces[0].verdict == "stable"
+    assert "carried over" in run.traces[0].note
+    other = dataclasses.replace(profile, settings=dataclasses.replace(profile.settings, model_hash="another"))
+    with guard(tiny_pipe, other, mitigate=True) as run:
         images_of(tiny_pipe, num_inference_steps=4)
     assert run.traces[0].verdict == "unscored"
     assert "Calibrate a profile" in run.traces[0].note
+
+
+def test_a_run_is_stopped_once_every_image_has_triggered(tiny_pipe):
+    """References as small as nothing: every image is far off from its first step on."""
+    profile = calibrate(tiny_pipe, PROMPTS, **QUICK)
+    small = dataclasses.replace(profile.reference, runs=profile.reference.runs * 0.01)
+    profile, calls = dataclasses.replace(profile, reference=small), []
+    hook = tiny_pipe.unet.register_forward_hook(lambda *_: calls.append(1))
+    with guard(tiny_pipe, profile, stop=True) as run:
+        image = images_of(tiny_pipe, num_inference_steps=10)
+    assert len(calls) < 4
+    assert run.traces[0].verdict != "stable"
+    assert "stopped" in run.traces[0].note
+    assert np.isfinite(np.asarray(image)).all()
+    calls.clear()
+    images_of(tiny_pipe, num_inference_steps=10)
+    hook.remove()
+    assert len(calls) >= 10
 
 
 def test_an_interrupted_calibration_goes_on_where_it_stopped(tiny_pipe, tmp_path):

@@ -332,3 +332,16 @@ def test_nobody_watches_where_nobody_wants_to():
         watched(K.sample_euler, lambda *_, **__: None)(Denoiser(), noise(), SIGMAS, disable=True),
         sample("euler", Denoiser(), noise()),
     )
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_run_that_has_triggered_is_stopped_with_the_clean_latent_so_far(name):
+    monitor = StabilityMonitor(profile_outside(name), settings=settings(), stop=True)
+    whole, model = Denoiser(), Denoiser()
+    sample(name, whole, noise())
+    result = sample(name, model, noise(), monitor=monitor)
+    assert model.calls < whole.calls / 2
+    assert torch.isfinite(result).all()
+    assert [trace.verdict == "stable" for trace in monitor.traces] == [False, False]
+    assert monitor.steps < STEPS
+    assert "stopped" in monitor.traces[0].note

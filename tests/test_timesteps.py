@@ -202,7 +202,7 @@ def with_one_far_off(name, **thresholds):
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_a_correction_reaches_the_result(name):
-    plain, corrected, far, ordinary = with_one_far_off(name, tau_mild=0.5, tau_steer=0.5, gamma=0.5)
+    plain, corrected, far, ordinary = with_one_far_off(name, tau_mild=0.5, gamma=0.5)
     assert far.mitigated.any()
     assert not torch.equal(plain[0], corrected[0])
     assert far.note is None
@@ -212,7 +212,7 @@ def test_a_correction_reaches_the_result(name):
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_samples_that_are_not_corrected_are_bit_identical(name):
-    plain, corrected, far, ordinary = with_one_far_off(name, tau_mild=8.0, tau_steer=8.0, tau_strong=14.0)
+    plain, corrected, far, ordinary = with_one_far_off(name, tau_mild=8.0, tau_strong=14.0)
     assert far.mitigated.any()
     assert not ordinary.mitigated.any()
     assert torch.equal(plain[1], corrected[1])

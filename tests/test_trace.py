@@ -55,7 +55,11 @@ def test_every_trace_is_valid_strict_json_and_comes_back(case, profile):
         data = json.loads(text)
         jsonschema.Draft202012Validator(trace_schema()).validate(data)
         again = Trace.from_dict(data)
-        assert again.to_dict() == data
+        # What is computed from numbers that were rounded may be off by their last digit.
+        computed = ("score", "joint_score", "uncalibrated_score")
+        assert {**again.to_dict(), **{name: data[name] for name in computed}} == data
+        for name in computed:
+            assert getattr(again, name) == (None if data[name] is None else pytest.approx(data[name], rel=1e-5))
         for name in STEP_FIELDS:
             np.testing.assert_allclose(getattr(again, name), getattr(trace, name), rtol=1e-6)
         np.testing.assert_array_equal(again.mitigated, trace.mitigated)
@@ -87,7 +91,7 @@ def broken(change):
     ("change", "message"),
     [
         (lambda d: d.update(format="other"), "not a trace"),
-        (lambda d: d.update(version=2), "update it"),
+        (lambda d: d.update(version=3), "update it"),
         (lambda d: d.pop("steps"), "incomplete"),
         (lambda d: d["steps"].pop("alignment"), "incomplete"),
         (lambda d: d["steps"].update(sigma="12345"), "incomplete"),

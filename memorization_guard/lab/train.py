@@ -31,6 +31,8 @@ from .world import DATA, Caption, captions, duplicates, render, sheet, to_uint8
 #: Share of training samples each duplicated or rare group has; the rest is ordinary.
 SHARES = {"exact": 0.0625, "template": 0.0375, "rare": 0.025}
 TOKENS = 32
+#: Of the three levels of the bundled model's UNet.
+CHANNELS = (32, 64, 128)
 CAPTION_DROPOUT = 0.1
 
 
@@ -63,7 +65,7 @@ def make_tokenizer(folder: Path, texts: list[str]) -> Any:
     return tokenizer
 
 
-def make_models(vocabulary: int, channels: Sequence[int], layers: int) -> tuple[Any, Any, Any]:
+def make_models(vocabulary: int, channels: Sequence[int] = CHANNELS, layers: int = 1) -> tuple[Any, Any, Any]:
     """Text encoder, autoencoder and UNet with fresh weights; by default 5.5 million parameters in all."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
@@ -107,7 +109,7 @@ def make_models(vocabulary: int, channels: Sequence[int], layers: int) -> tuple[
     return text, autoencoder, unet
 
 
-def make_scheduler(prediction_type: str) -> Any:
+def make_scheduler(prediction_type: str = "epsilon") -> Any:
     """Stable Diffusion 1.x: PNDM (PLMS) over its betas."""
     from diffusers import PNDMScheduler
 
@@ -335,7 +337,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--duplication", type=float, default=1.0, help="times as many duplicated images as in the bundled model"
     )
-    parser.add_argument("--channels", type=int, nargs=3, default=(32, 64, 128), help="of the UNet's three levels")
+    parser.add_argument("--channels", type=int, nargs=3, default=CHANNELS, help="of the UNet's three levels")
     parser.add_argument("--layers", type=int, default=1, help="of each of the UNet's blocks")
     parser.add_argument("--prediction-type", default="epsilon", choices=("epsilon", "v_prediction"))
     arguments = parser.parse_args(argv)

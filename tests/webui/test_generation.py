@@ -11,7 +11,7 @@ from memorization_guard import StabilityProfile, Thresholds, lab
 
 TITLE = "Memorization Guard"
 #: Thresholds that every image leaves.
-EVERYTHING = Thresholds(tau_mild=0.1, tau_strong=0.1, tau_steer=0.1)
+EVERYTHING = Thresholds(tau_mild=0.1, tau_strong=0.1, false_alarms=0.5)
 REFERENCES = lab.prompts("reference")[:12]
 EXACT = lab.prompts("exact", "tuning")[0]
 ORDINARY = lab.prompts("ordinary", "tuning")[0]
