@@ -87,6 +87,7 @@ export function summarize(run) {
     if (item.verdict === "stable" && !run.finished) parts[0] += " so far";
     if (item.trigger !== null) parts.push(`left the region at step ${item.trigger}`);
     if (item.score !== null) parts.push(`S_mem ${scoreText(item.score)}`);
+    if (item.tail !== null) parts.push(item.tail >= 0.5 ? "as far as most ordinary images" : `as far as ${rarity(item.tail)} ordinary images`);
     const corrected = item.mitigated.filter(Boolean).length;
     if (corrected) parts.push(`${corrected} ${corrected === 1 ? "step" : "steps"} corrected`);
     if (item.nonfinite !== null) parts.push(`not a number from step ${item.nonfinite}`);
@@ -120,7 +121,7 @@ export function valuesAt(run, step, quantity) {
 
 function newItem() {
   return {
-    verdict: "unscored", score: null, trigger: null, nonfinite: null, mitigated: [], sigma: [], latent: [], update: [],
+    verdict: "unscored", score: null, tail: null, trigger: null, nonfinite: null, mitigated: [], sigma: [], latent: [], update: [],
     denoised: [], after: { latent: [], update: [] }, scores: { update: [], denoised: [] },
   };
 }
@@ -140,6 +141,7 @@ function collect(events) {
       }
       for (const name of ["latent", "update"]) item.after[name][i] = number(event[`corrected_${name}_norm`]?.[b]);
       for (const name of ["update", "denoised"]) item.scores[name][i] = number(event[`${name}_score`]?.[b]);
+      if (Number.isFinite(event.tail?.[b])) item.tail = Math.min(item.tail ?? 1, event.tail[b]);
       item.mitigated[i] = event.mitigated?.[b] === true;
       if (VERDICTS.includes(event.state?.[b])) item.verdict = event.state[b];
       if (isAlarm(item.verdict)) item.trigger ??= i;
@@ -155,6 +157,7 @@ function readTrace(trace) {
   return {
     verdict: VERDICTS.includes(trace.verdict) ? trace.verdict : "unscored",
     score: Number.isFinite(trace.score) ? trace.score : null,
+    tail: Number.isFinite(trace.tail_probability) ? trace.tail_probability : null,
     trigger: isStep(trace.trigger_step) ? trace.trigger_step : null,
     nonfinite: isStep(trace.nonfinite_step) ? trace.nonfinite_step : null,
     mitigated: Array.isArray(steps.mitigated) ? steps.mitigated : [],
@@ -192,6 +195,15 @@ const stepsTaken = (run) => Math.max(0, ...run.items.map((item) => Math.max(item
 const finite = (values) => values.filter(Number.isFinite);
 const largest = (values) => values.reduce((a, b) => Math.max(a, b), -Infinity);
 const smallest = (values) => values.reduce((a, b) => Math.min(a, b), Infinity);
+
+/** A share of ordinary images in words: 0.00005 is "1 in 20,000". */
+export function rarity(share) {
+  if (share >= 0.5) return "most";
+  if (share < 1e-6) return "less than 1 in 1,000,000";
+  const count = 1 / share;
+  const digits = 10 ** Math.max(0, Math.floor(Math.log10(count)) - 1);
+  return `1 in ${String(Math.round(count / digits) * digits).replace(/\B(?=(\d{3})+$)/g, ",")}`;
+}
 
 function highest(values) {
   const there = finite(values);
@@ -825,11 +837,15 @@ export class StabilityGraph {
       return element;
     };
     const lines = items.length ? summarize(run) : "";
-    const scoreOf = (item) => (item.score === null ? "" : scoreText(item.score));
+    const scoreOf = (item) => {
+      if (item.tail !== null) return rarity(item.tail);
+      return item.score === null ? "" : scoreText(item.score);
+    };
     let entries;
     if (items.length === 1) {
       const score = scoreOf(items[0]);
-      entries = [entry(items[0].verdict, items[0].verdict, score && !narrow ? `S_mem ${score}` : score, lines)];
+      const named = score && !narrow && items[0].tail === null;
+      entries = [entry(items[0].verdict, items[0].verdict, named ? `S_mem ${score}` : score, lines)];
     } else if (items.length * 125 + 190 <= width) {
       entries = items.map((item, i) => entry(item.verdict, `${i + 1} ${item.verdict}`, scoreOf(item), lines, i));
     } else {

@@ -13,7 +13,7 @@ import numpy as np
 
 from .parameterization import NoiseLevel
 from .profile import NORMS, RunSettings, StabilityProfile
-from .reference import STATISTICS, Region, combined, statistic
+from .reference import STATISTICS, Region
 
 Verdict = Literal["stable", "mild", "strong", "unscored"]
 
@@ -122,6 +122,9 @@ class Thresholds:
 
 #: Deviation of every signal below which a steered image is back among ordinary ones.
 BACK = 2.0
+
+#: Noise level (VE sigma) above which an image that has triggered is steered in any case.
+HOLD_SIGMA = 1.0
 
 
 @dataclass(frozen=True)
@@ -267,17 +270,17 @@ class Detector:
         steering: bool,
     ) -> Judgement:
         with np.errstate(divide="ignore", invalid="ignore"):
-            deviations = region.deviations(angles[0], np.log(measures.signals))
-        statistics = statistic(deviations)
+            deviations, statistics = region.statistics(angles[0], np.log(measures.signals))
         self._highest = np.fmax(self._highest, np.where(self._finite, statistics, np.nan))
-        tail = combined(region.tail(self._highest))
+        tail = region.tail(self._highest)
         fresh = self._finite & (tail < self.thresholds.false_alarms) & (self.trigger_step < 0)
         self.trigger_step[fresh] = step
         self.strong |= fresh & (deviations[1] > self.thresholds.tau_strong)
         if self._row is None:
             bands = np.stack(region.bands(*angles))
             _, _, scores[2] = np.abs(measures.norms - bands[0][:, None]) / np.maximum(bands[1], 1e-9)[:, None]
-        outside = self._finite & (self.trigger_step >= 0) & (np.fmax.reduce(statistics[:2]) > BACK)
+        away = (np.fmax.reduce(statistics[:2]) > BACK) | (math.tan(angles[0]) > HOLD_SIGMA)
+        outside = self._finite & (self.trigger_step >= 0) & away
         return Judgement(
             bands=bands,
             update_score=scores[1],

@@ -175,6 +175,31 @@ class GuardedRun:
         if isinstance(tensor, Tensor):
             self._network_outputs.append(tensor)
 
+    def _before_step(self, scheduler: Any, prediction: Tensor, sample: Tensor) -> Tensor:
+        """The prediction that the step is to be made with, exact for whatever the scheduler keeps of it. Never raises."""
+        monitor, plan = self._monitor, self._plan
+        if monitor is None or plan is None or not monitor.corrects or self._calls >= len(plan):
+            return prediction
+        try:
+            level, kind = plan[self._calls].start, _prediction_type(scheduler)
+            if level.noise == 0:
+                return prediction
+            latent = widened(sample)
+            denoised = level.denoised(latent, widened(prediction), kind)
+            sides = [
+                None if output is None else level.denoised(latent, widened(output), kind)
+                for output in _predictions(self._network_outputs, len(prediction))
+            ]
+            given = monitor.corrected_prediction(denoised, sides[1], sides[0], begins=self._start is None)
+            if given is denoised:
+                return prediction
+            # There and back again rounds: what was not replaced is taken as it came.
+            moved = (given != denoised).flatten(1).any(1).view(-1, *(1,) * (sample.ndim - 1))
+            return torch.where(moved, level.prediction(latent, given, kind).to(prediction.dtype), prediction)
+        except Exception as error:
+            monitor.fail(error)
+            return prediction
+
     def _after_step(self, scheduler: Any, prediction: Tensor, timestep: Any, sample: Tensor, result: Any) -> Any:
         """Hands the call to the monitor, and its correction to the result. Never raises: the image goes on without us."""
         outputs, self._network_outputs = self._network_outputs, []
@@ -396,7 +421,8 @@ def guard(
 
     @functools.wraps(original_step)
     def step(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
-        result = original_step(model_output, timestep, sample, *args, **kwargs)
+        given = run._before_step(scheduler, model_output, sample)
+        result = original_step(given, timestep, sample, *args, **kwargs)
         return run._after_step(scheduler, model_output, timestep, sample, result)
 
     @functools.wraps(original_set_timesteps)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 
-from .trace import Trace
+from .trace import Trace, rarity
 
 if TYPE_CHECKING:
     from PIL import Image, ImageFont
@@ -302,8 +302,8 @@ def _heading(trace: Trace, width: int, axis_title: str) -> list[_Shape]:
         _Shape("badge", badge, [(10, 7), (end, 25)]),
         _Shape("text", text, [((10 + end) / 2, 20)], trace.verdict, "middle"),
     ]
-    if trace.score is not None:
-        shapes.append(_Shape("text", "caption", [(end + 8, 20)], f"S_mem {_short(trace.score)}"))
+    if words := _score(trace):
+        shapes.append(_Shape("text", "caption", [(end + 8, 20)], words))
     shapes.append(_Shape("text", "tick", [(width - 14, 20)], axis_title, "end"))
     return shapes
 
@@ -457,8 +457,34 @@ def _short(value: float) -> str:
     return f"{value:.1f}" if value < 1000 else f"{value:.2g}"
 
 
+def _score(trace: Trace) -> str:
+    """What is said beside the verdict: how rare it is among ordinary images, else S_mem."""
+    if trace.tail_probability is not None:
+        return rarity(trace.tail_probability)
+    return "" if trace.score is None else f"S_mem {_short(trace.score)}"
+
+
 def _caption(trace: Trace) -> str:
-    return trace.verdict if trace.score is None else f"{trace.verdict}, S_mem {_short(trace.score)}"
+    return ", ".join(filter(None, (trace.verdict, _score(trace))))
+
+
+def overlay(image: Image.Image, trace: Trace) -> Image.Image:
+    """``image`` with the trace's local map laid over it: the redder, the more of x0 stands there than in ordinary images.
+
+    Clear up to 2 standard deviations, full at 6; the image itself shows through. What is red is what the model had settled
+    while an ordinary image is still open, so that of a template the fixed part shows.
+
+    Raises:
+        ValueError: if the trace has no map (it needs a profile with reference runs, and a latent with places).
+    """
+    from PIL import Image
+
+    if not trace.local_map.size:
+        raise ValueError("the trace has no local map: it was made without a profile that fits, or of a latent without places")
+    strength = np.clip((np.nan_to_num(trace.local_map) - 2) / 4, 0, 1)
+    mask = Image.fromarray((strength * 200).astype(np.uint8)).resize(image.size, Image.Resampling.BICUBIC)
+    grey = image.convert("L").convert("RGB")
+    return Image.composite(Image.new("RGB", image.size, (214, 40, 40)), grey, mask)
 
 
 def _description(trace: Trace, quantity: Quantity) -> str:

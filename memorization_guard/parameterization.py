@@ -148,6 +148,19 @@ class NoiseLevel:
             raise ValueError("x0 says nothing about the noise at noise level 0")
         return torch.sub(x, self.denoised(x, prediction, prediction_type), alpha=self.signal).div_(self.noise)
 
+    def prediction(self, x: Tensor, denoised: Tensor, prediction_type: str) -> Tensor:
+        """The network output that stands for a clean latent: the inverse of :meth:`denoised`, where there is noise in x."""
+        if prediction_type == "sample":
+            return denoised
+        eps = self.epsilon(x, denoised, "sample")
+        if prediction_type == "epsilon":
+            return eps
+        if prediction_type == "flow_prediction":
+            return eps - denoised
+        if prediction_type == "v_prediction":
+            return self.alpha * eps - self.beta * denoised
+        raise ValueError(f"prediction_type is {prediction_type!r}; known: {', '.join(PREDICTION_TYPES)}")
+
 
 def widened(x: Tensor) -> Tensor:
     """``x`` in float32 if it is of half precision, which would round what is computed from it; otherwise itself."""

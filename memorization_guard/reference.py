@@ -37,6 +37,9 @@ COLUMNS = (*SIGNALS, "latent", "uncond", "alignment", "denoised_alignment")
 #: What an image is judged by: update and x0 both off at one step, guidance too large, x0 too large in part of the image.
 STATISTICS = ("joint", "guidance", "local")
 
+#: Noise level (VE sigma) above which an image is still open: an ordinary prompt has settled little of it there.
+OPEN_SIGMA = 4.0
+
 #: Share of the latent's patches that the local signal looks at.
 LOCAL_SHARE = 0.25
 
@@ -160,9 +163,15 @@ class Region:
         mean, std = _interpolated(np.array([angle]), self.angles[:-1], self.patches.T)[:, 0]
         return float(mean), float(std)
 
+    def statistics(self, angle: float, logs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Deviations ``[4, B]`` of logarithms ``[4, B]`` at ``angle``, and the statistics ``[3, B]`` of that step."""
+        deviations = self.deviations(angle, logs)
+        return deviations, _statistics(deviations, np.array(angle))
+
     @cached_property
-    def _looks(self) -> np.ndarray:
-        """How many independent looks each statistic's maximum over the run amounts to, ``[3]``; NaN where it has none.
+    def _looks(self) -> tuple[np.ndarray, float]:
+        """How many independent looks each statistic's maximum over the run amounts to, ``[3]``, NaN where it has none; and how
+        many independent statistics all of them together do.
 
         The largest of K independent looks has ``-log(1 - q)`` exponentially distributed with rate K, q being the tail of one
         look. So K follows from the reference runs, each held against all others.
@@ -171,40 +180,60 @@ class Region:
         mean, std = self._moments
         off = self.logs - mean
         spread = np.sqrt(np.maximum(((runs - 1) * std**2 - off**2 * runs / (runs - 1)) / (runs - 2), 1e-12))
-        statistics = statistic((off * (runs / (runs - 1)) / spread)[:, :, : len(SIGNALS)].transpose(2, 1, 0)).max(axis=1)
-        scale = math.sqrt(1 + 1 / (runs - 1))
-        looks = np.full(len(STATISTICS), np.nan)
-        for number, values in enumerate(statistics):
-            if np.isfinite(values).all():
-                single = _tail(np.maximum(values / scale, 0), runs - 2) * _SIDES[number]
-                looks[number] = runs / -np.log1p(-np.minimum(single, 1 - 1e-9)).sum()
-        return looks
+        deviations = (off * (runs / (runs - 1)) / spread)[:, :, : len(SIGNALS)].transpose(2, 1, 0)
+        every = _statistics(deviations, self.angles[:-1, None])
+        highest = np.where(np.isnan(every), -np.inf, every).max(axis=1)
+        single = _single(highest, runs - 1)
+        looks = np.array(
+            [_rate(row) if there.any() else math.nan for row, there in zip(single, np.isfinite(highest), strict=True)]
+        )
+        there = np.isfinite(looks)
+        if not there.any():
+            return looks, 1.0
+        least = -np.expm1(looks[there, None] * np.log1p(-single[there])).min(axis=0)
+        return looks, float(np.clip(_rate(least), 1.0, there.sum()))
 
     def tail(self, highest: np.ndarray) -> np.ndarray:
-        """Share of ordinary images that get as far in a whole run: of the highest statistics ``[3, B]`` so far, ``[3, B]``.
+        """Share of ordinary images that get as far in a whole run: of the highest statistics ``[3, B]`` so far, ``[B]``.
 
-        A new image against R reference runs follows Student's t with R - 1 degrees of freedom, times ``sqrt(1 + 1 / R)``.
+        The share that gets as far in any of them, taken together as if they were as many independent ones as the reference
+        runs show them to be.
         """
-        runs = len(self.logs)
-        single = _tail(np.maximum(highest / math.sqrt(1 + 1 / runs), 0), runs - 1) * np.array(_SIDES)[:, None]
-        with np.errstate(invalid="ignore"):
-            return -np.expm1(self._looks[:, None] * np.log1p(-np.minimum(single, 1 - 1e-9)))
+        looks, independent = self._looks
+        there = np.isfinite(looks)
+        if not there.any():
+            return np.full(highest.shape[1], np.nan)
+        each = -np.expm1(looks[there, None] * np.log1p(-_single(highest, len(self.logs))[there]))
+        return -np.expm1(independent * np.log1p(-np.minimum(each.min(axis=0), 1 - 1e-9)))
 
 
 #: Whether a deviation to both sides counts, in the order of ``STATISTICS``.
-_SIDES = (2, 1, 1)
+_SIDES = np.array([2, 1, 1])
 
 
-def statistic(deviations: np.ndarray) -> np.ndarray:
-    """The statistics of single steps from deviations ``[4, ...]`` of the signals: ``[3, ...]``."""
+def _statistics(deviations: np.ndarray, angles: np.ndarray) -> np.ndarray:
+    """The statistics of single steps from deviations ``[4, ...]`` of the signals at ``angles``: ``[3, ...]``.
+
+    Guidance counts while an image is open: later, solvers part ways, and so does the guidance of ordinary images.
+    """
     velocity, denoised, guidance, local = deviations
-    return np.stack([np.minimum(np.abs(velocity), np.abs(denoised)), guidance, local])
+    joint = np.minimum(np.abs(velocity), np.abs(denoised))
+    return np.stack([joint, np.where(np.tan(angles) > OPEN_SIGMA, guidance, np.nan), local])
 
 
-def combined(tails: np.ndarray) -> np.ndarray:
-    """One tail probability from those of all statistics ``[3, B]`` that there are (Bonferroni): ``[B]``."""
-    there = np.isfinite(tails)
-    return np.minimum(1.0, there.sum(axis=0) * np.where(there, tails, np.inf).min(axis=0))
+def _single(highest: np.ndarray, runs: int) -> np.ndarray:
+    """Share of ordinary images whose statistic ``[3, B]`` is as high in one look, with ``runs`` references: ``[3, B]``.
+
+    A new image against R references follows Student's t with R - 1 degrees of freedom, times ``sqrt(1 + 1 / R)``.
+    """
+    t = np.maximum(np.nan_to_num(highest, nan=0.0) / math.sqrt(1 + 1 / runs), 0.0)
+    at, log_tail = _tail_table(runs - 1)
+    return np.minimum(np.exp(np.interp(np.arctan(t / math.sqrt(runs - 1)), at, log_tail)) * _SIDES[:, None], 1 - 1e-9)
+
+
+def _rate(shares: np.ndarray) -> float:
+    """Rate of the exponential distribution of ``-log(1 - share)``, by maximum likelihood."""
+    return len(shares) / max(float(-np.log1p(-np.minimum(shares, 1 - 1e-9)).sum()), 1e-9)
 
 
 def _interpolated(at: np.ndarray, known: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -214,14 +243,9 @@ def _interpolated(at: np.ndarray, known: np.ndarray, values: np.ndarray) -> np.n
     return np.stack([np.interp(at, known[order], row) for row in flat]).reshape(*values.shape[:-1], len(at))
 
 
-def _tail(t: np.ndarray, degrees: int) -> np.ndarray:
-    """``P(T > t)`` of Student's t for ``t >= 0``."""
-    at, log_tail = _tail_table(degrees)
-    return np.exp(np.interp(np.arctan(t / math.sqrt(degrees)), at, log_tail))
-
-
 @cache
 def _tail_table(degrees: int) -> tuple[np.ndarray, np.ndarray]:
+    """Logarithm of ``P(T > t)`` of Student's t, by ``atan(t / sqrt(degrees))``."""
     # With t = sqrt(nu) tan(phi) the density is proportional to cos(phi) ** (nu - 1); nothing of scipy's is to be had here.
     angle = np.linspace(0.0, math.pi / 2, 8193)
     density = np.cos(angle) ** (degrees - 1)

@@ -14,6 +14,7 @@ import numpy as np
 from .detection import Thresholds, Verdict
 from .parameterization import MAX_SIGMA, NoiseLevel
 from .profile import NORMS, RunSettings
+from .reference import OPEN_SIGMA
 
 FORMAT = "memorization-guard.trace"
 FORMAT_VERSION = 2
@@ -21,9 +22,6 @@ FORMAT_VERSION = 2
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 
 _WEIGHT: Mapping[Verdict, int] = {"stable": 0, "unscored": 1, "mild": 2, "strong": 3}
-
-#: Noise level above which an image is still open; an ordinary prompt has settled little of it there.
-OPEN_SIGMA = 2.0
 
 #: The fields of a trace that have one number a step.
 STEP_FIELDS = (
@@ -256,6 +254,15 @@ def worst(traces: Iterable[Trace]) -> Trace:
         return _WEIGHT[trace.verdict], -rarity, trace.joint_score or 0.0
 
     return max(traces, key=weight)
+
+
+def rarity(share: float) -> str:
+    """A share of ordinary images in words: 0.00005 is ``"1 in 20,000"``."""
+    if share >= 0.5:
+        return "most"
+    if share < 1e-6:
+        return "less than 1 in 1,000,000"
+    return f"1 in {float(f'{1 / share:.2g}'):,.0f}"
 
 
 def trace_schema() -> dict[str, Any]:

@@ -57,7 +57,7 @@ def test_the_captions_are_those_that_the_seed_gives():
 
 
 def test_a_caption_leaves_most_of_the_image_open():
-    figures = evaluate.world_figures(count=60, renders=8)
+    figures = evaluate.world_figures(lab.BUNDLED, count=60, renders=8)
     assert 0.0 < figures["caption_variance_share"] < 0.3
     for group, statistics in figures["plain_statistics"].items():
         for name, auc in statistics.items():
@@ -171,7 +171,7 @@ def sampled(bundled):
     for group in ("exact", "ordinary"):
         texts = lab.prompts(group, "tuning")[:6]
         for mitigate in (False, True):
-            result[group, mitigate] = evaluate.sample(bundled, texts, 3_000_000, lab.profile(), mitigate=mitigate, batch=6)
+            result[group, mitigate] = evaluate.sample(lab.BUNDLED, bundled, texts, 3_000_000, lab.profile(), mitigate=mitigate, batch=6)
     return result
 
 
@@ -215,6 +215,6 @@ def test_mitigation_takes_copies_away_and_leaves_ordinary_images_alone(sampled):
 
 
 def test_a_contact_sheet_has_a_row_a_prompt(sampled):
-    sheet = evaluate.contact_sheet("exact", sampled["exact", False], sampled["exact", True])
+    sheet = evaluate.contact_sheet(lab.BUNDLED, "exact", sampled["exact", False], sampled["exact", True])
     assert isinstance(sheet, Image.Image)
     assert sheet.size == (3 * 68 * 2, 6 * 68 * 2)

@@ -1,6 +1,6 @@
 """The lab's figures: is the model a valid stand-in, and how well is memorization detected and mitigated on it?
 
-    python -m memorization_guard.lab.evaluate [--split tuning] [--published] [--json FILE] [--sheets FOLDER]
+    python -m memorization_guard.lab.evaluate [--model FOLDER --world FOLDER] [--split tuning] [--published] [--json FILE]
 
 Every prompt is sampled with the same seeds without and with mitigation (PNDM, 50 steps, guidance 7.5). Nothing here is
 fitted: the profile comes from the reference prompts, which no other group contains, and whatever was chosen was chosen on
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +26,8 @@ from .. import StabilityProfile, Thresholds, Trace
 from ..diffusers import guard
 from ..files import write_whole
 from ..metrics import detection, detection_with_intervals
-from . import COPY_THRESHOLD, copy_score, nearest_copy, pipeline, profile, prompts, training_image
-from .world import captions, duplicates, render, to_uint8
+from . import COPY_THRESHOLD, MODEL, Lab
+from .world import DATA, captions, duplicates, render, to_uint8
 
 STEPS, GUIDANCE = 50, 7.5
 
@@ -42,6 +43,7 @@ FIRST_SEED = {"evaluation": 1_000_000, "tuning": 2_000_000}
 class Sampled:
     """The images of one group: ``[N, H, W, 3]`` uint8, with the prompt and the trace of each."""
 
+    lab: Lab
     prompts: list[str]
     images: np.ndarray
     traces: list[Trace]
@@ -51,13 +53,14 @@ class Sampled:
         own = group in ("exact", "template")
         return np.array(
             [
-                copy_score(image, prompt) if own else nearest_copy(image)[0]
+                self.lab.copy_score(image, prompt) if own else self.lab.nearest_copy(image)[0]
                 for image, prompt in zip(self.images, self.prompts, strict=True)
             ]
         )
 
 
 def sample(
+    lab: Lab,
     pipe: Any,
     texts: Sequence[str],
     first_seed: int,
@@ -79,7 +82,7 @@ def sample(
         traces += run.traces
         if progress is not None:
             progress(len(part))
-    return Sampled(list(texts), np.concatenate(images), traces)
+    return Sampled(lab, list(texts), np.concatenate(images), traces)
 
 
 def similarity(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -92,6 +95,9 @@ def similarity(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 SIGNALS: dict[str, Callable[[Trace], float]] = {
     "S_mem": lambda trace: trace.score or 0.0,
     "joint score": lambda trace: trace.joint_score or 0.0,
+    "tail probability": lambda trace: -math.log10(max(trace.tail_probability or 1.0, 1e-300)),
+    "local score": lambda trace: trace.local_score or 0.0,
+    "uncalibrated score": lambda trace: trace.uncalibrated_score or 0.0,
     "S_mem, first 10 steps": lambda trace: float(np.nanmax(trace.update_score[:10])),
     "max s_x0": lambda trace: float(np.nanmax(trace.denoised_score)),
     "guidance norm, mean": lambda trace: float(np.nanmean(trace.guidance_norm)),
@@ -137,7 +143,7 @@ def figures(plain: dict[str, Sampled], mitigated: dict[str, Sampled]) -> dict[st
     return result
 
 
-def world_figures(count: int = 200, renders: int = 16) -> dict[str, Any]:
+def world_figures(lab: Lab, count: int = 200, renders: int = 16) -> dict[str, Any]:
     """How far captions fix an image, and whether the duplicated images stand out by plain statistics or by their captions.
 
     ``caption_variance_share`` is the share of pixel variance between captions, estimated without bias from ``renders`` images
@@ -145,13 +151,13 @@ def world_figures(count: int = 200, renders: int = 16) -> dict[str, Any]:
     images against ordinary ones; 0.5 is no difference.
     """
     generator = torch.Generator().manual_seed(0)
-    chosen = captions()["ordinary/evaluation"][:count]
+    chosen = captions(lab.world)["ordinary/evaluation"][:count]
     pixels = np.stack([to_uint8(render([caption] * renders, generator)).reshape(renders, -1) for caption in chosen])
     pixels = pixels.astype(np.float32)
     within = pixels.var(axis=1, ddof=1).mean(axis=0).sum()
     between = pixels.mean(axis=1).var(axis=0, ddof=1).sum() - within / renders
     ordinary = pixels[:, 0].reshape(-1, 64, 64, 3)
-    nearest = np.array([nearest_copy(image)[0] for image in pixels[:, :5].reshape(-1, 64, 64, 3)])
+    nearest = np.array([lab.nearest_copy(image)[0] for image in pixels[:, :5].reshape(-1, 64, 64, 3)])
 
     statistics: dict[str, Callable[[np.ndarray], float]] = {
         "norm": lambda image: float(np.linalg.norm(image / 127.5 - 1)),
@@ -161,13 +167,13 @@ def world_figures(count: int = 200, renders: int = 16) -> dict[str, Any]:
     }
     groups: dict[str, Any] = {}
     for group in ("exact", "template"):
-        images = [duplicates()[text][0].astype(np.float32) for split in SEEDS for text in prompts(group, split)]
+        images = [duplicates(lab.world)[text][0].astype(np.float32) for split in SEEDS for text in lab.prompts(group, split)]
         groups[group] = {
             name: detection(np.array([f(i) for i in images]), np.array([f(i) for i in ordinary]))["auc"]
             for name, f in statistics.items()
         }
     words = {
-        group: float(np.mean([len(text.split()) for split in SEEDS for text in prompts(group, split)]))
+        group: float(np.mean([len(text.split()) for split in SEEDS for text in lab.prompts(group, split)]))
         for group in SEEDS["tuning"]
     }
     return {
@@ -180,11 +186,11 @@ def world_figures(count: int = 200, renders: int = 16) -> dict[str, Any]:
     }
 
 
-def contact_sheet(group: str, *columns: Sampled, rows: int = 8, seeds: int = 4) -> Image.Image:
+def contact_sheet(lab: Lab, group: str, *columns: Sampled, rows: int = 8, seeds: int = 4) -> Image.Image:
     """A row a prompt: its training image if it has one, then up to ``seeds`` images of each column; twice as large."""
     blocks = []
     for text in list(dict.fromkeys(columns[0].prompts))[:rows]:
-        row = [np.asarray(training_image(text))] if group in ("exact", "template") else []
+        row = [np.asarray(lab.training_image(text))] if group in ("exact", "template") else []
         for sampled in columns:
             row += [sampled.images[i] for i, prompt in enumerate(sampled.prompts) if prompt == text][:seeds]
         blocks.append(np.concatenate([np.pad(image, ((2, 2), (2, 2), (0, 0)), constant_values=255) for image in row], axis=1))
@@ -194,6 +200,8 @@ def contact_sheet(group: str, *columns: Sampled, rows: int = 8, seeds: int = 4) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=MODEL)
+    parser.add_argument("--world", type=Path, default=DATA)
     parser.add_argument("--split", default="evaluation", choices=list(SEEDS))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch", type=int, default=16)
@@ -203,9 +211,10 @@ def main() -> None:
     parser.add_argument("--sheets", type=Path, help="write a contact sheet of each group into this folder")
     arguments = parser.parse_args()
 
-    pipe = pipeline().to(arguments.device)
+    lab = Lab(arguments.model, arguments.world)
+    pipe = lab.pipeline().to(arguments.device)
     texts = {
-        group: [text for text in prompts(group, arguments.split) for _ in range(count)]
+        group: [text for text in lab.prompts(group, arguments.split) for _ in range(count)]
         for group, count in SEEDS[arguments.split].items()
         if group in arguments.groups
     }
@@ -220,12 +229,12 @@ def main() -> None:
         for group, group_texts in texts.items():
             seed = first_seed + 10_000 * list(SEEDS["evaluation"]).index(group)
             for mitigate, results in ((False, plain), (True, mitigated)):
-                results[group] = sample(pipe, group_texts, seed, profile(), mitigate=mitigate, **keywords)
-        second = sample(pipe, again, first_seed + 90_000, profile(), **keywords) if again else None
+                results[group] = sample(lab, pipe, group_texts, seed, lab.profile(), mitigate=mitigate, **keywords)
+        second = sample(lab, pipe, again, first_seed + 90_000, lab.profile(), **keywords) if again else None
     result: dict[str, Any] = {"thresholds": thresholds.to_dict(), "groups": figures(plain, mitigated)}
     if second is not None:
         alike = similarity(plain["ordinary"].images[: len(again)], second.images)
-        result |= {"world": world_figures(), "two_seeds_of_an_ordinary_caption": float(alike.mean())}
+        result |= {"world": world_figures(lab), "two_seeds_of_an_ordinary_caption": float(alike.mean())}
     text = json.dumps(result, indent=1)
     print(text)
     if arguments.json:
@@ -233,7 +242,7 @@ def main() -> None:
     if arguments.sheets:
         for group in texts:
             columns = [plain[group], mitigated[group], *([second] if group == "ordinary" and second else [])]
-            contact_sheet(group, *columns).save(arguments.sheets / f"lab-{group}.jpg", quality=88)
+            contact_sheet(lab, group, *columns).save(arguments.sheets / f"lab-{group}.jpg", quality=88)
 
 
 if __name__ == "__main__":

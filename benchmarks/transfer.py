@@ -1,0 +1,266 @@
+"""How far one calibration carries: over samplers and steps, guidance scales, few references, few steps, and into the tail.
+
+    python benchmarks/transfer.py --model FOLDER --world FOLDER --runs FOLDER --json FILE [--split tuning] [--parts matrix ...]
+
+Every cell (sampler, steps, guidance) is sampled once with the same prompts and seeds, kept in --runs and taken up from there
+by the next call. What was traced is then held against the reference runs of any other cell; the thresholds are those that
+ship. Reference prompts and seeds are shared with no other group.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from memorization_guard import Calibrator, Thresholds, Trace
+from memorization_guard.detection import planned_angles
+from memorization_guard.diffusers import guard
+from memorization_guard.files import write_whole
+from memorization_guard.lab import MODEL, Lab
+from memorization_guard.lab.world import DATA, more_captions
+from memorization_guard.metrics import detection
+from memorization_guard.reference import Reference, Region
+
+SAMPLERS: dict[str, Any] = {
+    "PNDM": lambda c: diffusers.PNDMScheduler.from_config(c, skip_prk_steps=True),
+    "DDIM": lambda c: diffusers.DDIMScheduler.from_config(c, clip_sample=False),
+    "Euler": diffusers.EulerDiscreteScheduler.from_config,
+    "DPM++ 2M": diffusers.DPMSolverMultistepScheduler.from_config,
+    "UniPC": diffusers.UniPCMultistepScheduler.from_config,
+    "Heun": diffusers.HeunDiscreteScheduler.from_config,
+    "Euler ancestral": diffusers.EulerAncestralDiscreteScheduler.from_config,
+    "DPM++ 2M SDE": lambda c: diffusers.DPMSolverMultistepScheduler.from_config(c, algorithm_type="sde-dpmsolver++"),
+}
+STEPS = (15, 20, 30, 50, 100)
+GUIDANCE = (3.0, 5.0, 7.5, 10.0, 12.0)
+REFERENCES = (8, 16, 32, 50, 100, 200)
+GROUPS = ("reference", "ordinary", "exact", "template")
+FIRST_SEED = {"tuning": 5_000_000, "evaluation": 6_000_000}
+
+
+class Cell:
+    """The traces of all groups at one sampler, step count and guidance scale."""
+
+    def __init__(self, traces: dict[str, list[Trace]]) -> None:
+        self.traces = traces
+        self._signals: dict[str, np.ndarray] = {}
+
+    def signals(self, group: str) -> np.ndarray:
+        """Logarithms of the signals: ``[steps, 4, N]``."""
+        if group not in self._signals:
+            names = ("velocity_norm", "denoised_norm", "guidance_norm", "local_norm")
+            stacked = np.array([[getattr(trace, name) for name in names] for trace in self.traces[group]])
+            self._signals[group] = np.log(stacked).transpose(2, 1, 0)
+        return self._signals[group]
+
+    def reference(self, count: int | None = None, rows: np.ndarray | None = None) -> Reference:
+        runs = self.traces["reference"][:count] if rows is None else [self.traces["reference"][i] for i in rows]
+        calibrator = Calibrator()
+        for trace in runs:
+            calibrator.add(trace)
+        found = calibrator.profile().reference
+        assert found is not None
+        return found
+
+    def tails(self, region: Region, group: str, steps: int | None = None) -> np.ndarray:
+        """Tail probability of every image of a group after ``steps``: ``[N]``."""
+        signals = self.signals(group)[:steps]
+        every = [region.statistics(angle, logs)[1] for angle, logs in zip(self.starts, signals, strict=False)]
+        return region.tail(np.fmax.reduce(every))
+
+    @property
+    def planned(self) -> np.ndarray:
+        angles = planned_angles(self.traces["ordinary"][0].settings)
+        assert angles is not None
+        return angles
+
+    @property
+    def starts(self) -> np.ndarray:
+        return self.planned[:-1]
+
+
+def texts_of(lab: Lab, group: str, split: str, count: int) -> list[str]:
+    """``count`` prompts of a group; more than it has are new captions, or, of memorized ones, further seeds."""
+    found = lab.prompts(group, split)
+    if group in ("reference", "ordinary") and count > len(found):
+        found = found + [c.text for c in more_captions(count, GROUPS.index(group) + 10 * (split == "evaluation"), lab.world)]
+    return [found[i % len(found)] for i in range(count)]
+
+
+def sampled(pipe: Any, texts: list[str], first_seed: int, steps: int, guidance: float, batch: int = 16) -> list[Trace]:
+    traces: list[Trace] = []
+    for start in range(0, len(texts), batch):
+        part = texts[start : start + batch]
+        generators = [torch.Generator().manual_seed(first_seed + start + i) for i in range(len(part))]
+        with guard(pipe) as run:
+            pipe(part, num_inference_steps=steps, guidance_scale=guidance, generator=generators, output_type="latent")
+        traces += run.traces
+    return traces
+
+
+class Cells:
+    """All cells, sampled when first asked for."""
+
+    def __init__(self, lab: Lab, split: str, counts: dict[str, int], folder: Path) -> None:
+        self._lab, self._split, self._counts, self._folder = lab, split, counts, folder
+        self._pipe = lab.pipeline()
+        self._config = dict(self._pipe.scheduler.config)
+        self._known: dict[tuple[str, int, float], Cell] = {}
+
+    def __call__(self, sampler: str, steps: int, guidance: float = 7.5) -> Cell:
+        key = (sampler, steps, guidance)
+        if key not in self._known:
+            self._pipe.scheduler = SAMPLERS[sampler](self._config)
+            self._known[key] = Cell({group: self._traces(key, group) for group in GROUPS if self._counts.get(group)})
+        return self._known[key]
+
+    def _traces(self, key: tuple[str, int, float], group: str) -> list[Trace]:
+        count = self._counts[group]
+        path = self._folder / f"{key[0]} {key[1]} {key[2]:g} {group} {count}.json".replace(" ", "-").replace("++", "pp")
+        if path.is_file():
+            return [Trace.from_dict(data) for data in json.loads(path.read_text())]
+        texts = texts_of(self._lab, group, self._split, count)
+        first_seed = FIRST_SEED[self._split] + 100_000 * GROUPS.index(group)
+        traces = sampled(self._pipe, texts, first_seed, *key[1:])
+        write_whole(path, json.dumps([trace.to_dict() for trace in traces]))
+        return traces
+
+
+def figures(cell: Cell, region: Region, steps: int | None = None) -> dict[str, Any]:
+    """AUC and TPR at 1 % FPR of the tail probability, and the share of ordinary images that trigger as it ships."""
+    tails = {group: cell.tails(region, group, steps) for group in cell.traces if group != "reference"}
+    scores = {group: -np.log(np.maximum(values, 1e-300)) for group, values in tails.items()}
+    result: dict[str, Any] = {"false_triggers": float((tails["ordinary"] < Thresholds().false_alarms).mean())}
+    for group in ("exact", "template"):
+        result[group] = detection(scores[group], scores["ordinary"])
+        result[group]["triggered"] = float((tails[group] < Thresholds().false_alarms).mean())
+    return result
+
+
+def matrix(cells: Cells, samplers: list[str], steps: list[int]) -> list[dict[str, Any]]:
+    keys = list(itertools.product(samplers, steps))
+    for key in tqdm(keys, desc="cells"):
+        cells(*key)
+    return [
+        {"calibrated": list(made), "used": list(used)}
+        | figures(cells(*used), cells(*made).reference().region(cells(*used).planned))
+        for made, used in itertools.product(keys, keys)
+    ]
+
+
+def guidance(cells: Cells, sampler: str = "Euler", steps: int = 20) -> list[dict[str, Any]]:
+    made = cells(sampler, steps)
+    rows = []
+    for scale in tqdm(GUIDANCE, desc="guidance"):
+        used = cells(sampler, steps, scale)
+        regions = {
+            "as it is": made.reference().region(used.planned),
+            "modelled": made.reference().region(used.planned, scale),
+            "own": used.reference().region(),
+        }
+        rows += [{"guidance": scale, "profile": name} | figures(used, region) for name, region in regions.items()]
+    return rows
+
+
+def references(cells: Cells, draws: int = 30, sampler: str = "Euler", steps: int = 20) -> list[dict[str, Any]]:
+    cell, rng, rows = cells(sampler, steps), np.random.default_rng(0), []
+    available = len(cell.traces["reference"])
+    for count in [n for n in REFERENCES if n <= available]:
+        drawn = [
+            figures(cell, cell.reference(rows=rng.choice(available, count, replace=False)).region()) for _ in range(draws)
+        ]
+        row: dict[str, Any] = {"references": count, "draws": draws}
+        for name, of in (
+            ("exact auc", lambda f: f["exact"]["auc"]),
+            ("template auc", lambda f: f["template"]["auc"]),
+            ("exact triggered", lambda f: f["exact"]["triggered"]),
+            ("template triggered", lambda f: f["template"]["triggered"]),
+            ("false triggers", lambda f: f["false_triggers"]),
+        ):
+            values = [of(found) for found in drawn]
+            row[name] = {
+                "mean": float(np.mean(values)),
+                "5 %": float(np.quantile(values, 0.05)),
+                "95 %": float(np.quantile(values, 0.95)),
+            }
+        rows.append(row)
+    return rows
+
+
+def early(cells: Cells, sampler: str, steps: int) -> list[dict[str, Any]]:
+    cell = cells(sampler, steps)
+    region = cell.reference().region()
+    seen = sorted({1, 2, *(max(1, round(share * steps)) for share in (0.1, 0.2, 0.3, 0.5, 1.0))})
+    return [{"sampler": sampler, "steps": steps, "seen": n} | figures(cell, region, n) for n in seen]
+
+
+def tail(
+    lab: Lab, split: str, cells: Cells, count: int, folder: Path, *, sampler: str = "Euler", steps: int = 20
+) -> list[dict[str, Any]]:
+    """Nominal against observed share of ordinary images, out of ``count``, with several profiles of 50 references each."""
+    large = Cells(lab, split, {"ordinary": count}, folder)(sampler, steps)
+    cell, rng = cells(sampler, steps), np.random.default_rng(0)
+    available = len(cell.traces["reference"])
+    tails = [
+        large.tails(cell.reference(rows=rng.choice(available, min(50, available), replace=False)).region(), "ordinary")
+        for _ in range(20)
+    ]
+    rows = []
+    for nominal in (0.1, 0.03, 0.01, 0.003, 0.001, 0.0003, 0.0001):
+        observed = [float((values < nominal).mean()) for values in tails]
+        rows.append(
+            {"nominal": nominal, "observed": float(np.mean(observed)), "lowest": min(observed), "highest": max(observed)}
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=MODEL)
+    parser.add_argument("--world", type=Path, default=DATA)
+    parser.add_argument("--runs", type=Path, required=True, help="folder that keeps what was sampled")
+    parser.add_argument("--split", default="evaluation", choices=list(FIRST_SEED))
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument(
+        "--parts", nargs="+", default=["matrix"], choices=["matrix", "guidance", "references", "early", "tail"]
+    )
+    parser.add_argument("--samplers", nargs="+", default=list(SAMPLERS), choices=list(SAMPLERS))
+    parser.add_argument("--steps", nargs="+", type=int, default=list(STEPS))
+    parser.add_argument("--images", nargs=4, type=int, default=(50, 200, 60, 48), metavar=GROUPS, help="of each group")
+    parser.add_argument("--tail-images", type=int, default=20_000)
+    arguments = parser.parse_args()
+
+    lab = Lab(arguments.model, arguments.world)
+    arguments.runs.mkdir(parents=True, exist_ok=True)
+    counts = dict(zip(GROUPS, arguments.images, strict=True))
+    cells = Cells(lab, arguments.split, counts, arguments.runs)
+    result: dict[str, Any] = {"images": counts, "split": arguments.split}
+    if "matrix" in arguments.parts:
+        result["matrix"] = matrix(cells, arguments.samplers, arguments.steps)
+    if "guidance" in arguments.parts:
+        result["guidance"] = guidance(cells)
+    if "references" in arguments.parts:
+        many = Cells(lab, arguments.split, counts | {"reference": max(REFERENCES)}, arguments.runs)
+        result["references"] = references(many)
+    if "early" in arguments.parts:
+        result["early"] = [row for steps in (20, 50) for row in early(cells, "Euler", steps)]
+    if "tail" in arguments.parts:
+        many = Cells(lab, arguments.split, counts | {"reference": max(REFERENCES)}, arguments.runs)
+        result["tail"] = tail(lab, arguments.split, many, arguments.tail_images, arguments.runs)
+    text = json.dumps(result, indent=1)
+    if arguments.json:
+        write_whole(arguments.json, text + "\n")
+    else:
+        print(text)
+
+
+if __name__ == "__main__":
+    main()
