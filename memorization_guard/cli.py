@@ -1,4 +1,4 @@
-"""The console command: ``memorization-guard demo | calibrate | trace``.
+"""The console command: ``memorization-guard demo | calibrate | trace | evaluate``.
 
 What a user can get wrong ends in one line on standard error and exit code 2. diffusers is imported when a command runs, so
 that ``--help`` need not wait for it.
@@ -23,6 +23,8 @@ except ImportError:
     sys.exit('memorization-guard: the command line needs more packages: pip install "memorization-guard[diffusers]"')
 
 if TYPE_CHECKING:
+    from .evaluation import Prompt
+    from .profile import StabilityProfile
     from .report import Comparison
     from .trace import Trace
 
@@ -36,11 +38,12 @@ class UsageError(Exception):
 @contextmanager
 def _one_line_errors() -> Iterator[None]:
     from .calibration import CalibrationError
+    from .evaluation import EvaluationError
     from .profile import ProfileError
 
     try:
         yield
-    except (UsageError, CalibrationError, ProfileError, FileNotFoundError) as error:
+    except (UsageError, CalibrationError, EvaluationError, ProfileError, FileNotFoundError) as error:
         _fail(str(error))
     except OSError as error:
         _fail(f"{error.filename or 'output'}: {error.strerror or error}")
@@ -68,6 +71,10 @@ def _writable(path: Path | None) -> None:
 
 def _load_pipeline(model: Path, config: Path | None, device: str, dtype: str) -> Any:
     """A pipeline from a diffusers folder or a ``.safetensors`` checkpoint; nothing is fetched and nothing is unpickled."""
+    if str(model) == "lab" and not model.exists():
+        from .lab import MODEL
+
+        model = MODEL
     # Without this, diffusers asks the hub for what a single-file checkpoint does not say, local_files_only or not.
     os.environ["HF_HUB_OFFLINE"] = "1"
     if not model.exists():
@@ -125,10 +132,31 @@ def _single_file_class(checkpoint: Path, config: Path | None) -> Any:
 @contextmanager
 def _sampling_errors() -> Iterator[None]:
     """What a pipeline or the guard refuses (a size, a scheduler, a full GPU) in one line as well."""
+    from .calibration import CalibrationError
+
     try:
         yield
+    except CalibrationError:
+        raise
     except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
         raise UsageError(f"sampling failed: {error}") from error
+
+
+@contextmanager
+def _resumable(*states: Path) -> Iterator[None]:
+    """Says where the runs so far are kept when sampling is interrupted or fails."""
+
+    def kept() -> str:
+        files = " and ".join(str(state) for state in states if state.exists())
+        return f"; the runs so far are in {files}: call again to go on" if files else ""
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"memorization-guard: interrupted{kept()}", file=sys.stderr)
+        raise typer.Exit(130) from None
+    except UsageError as error:
+        raise UsageError(f"{error}{kept()}") from error
 
 
 def _quiet_libraries() -> None:
@@ -152,9 +180,12 @@ Steps = Annotated[int, typer.Option(min=1, help="Sampler steps.")]
 Guidance = Annotated[float, typer.Option(help="Classifier-free guidance scale.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, mps, or auto.")]
 Dtype = Annotated[str, typer.Option(help="float32, float16, bfloat16, or auto.")]
-Model = Annotated[Path, typer.Argument(help="A diffusers folder or a .safetensors checkpoint on this machine.")]
+Model = Annotated[
+    Path, typer.Argument(help="A diffusers folder or .safetensors checkpoint on this machine, or lab: our own small model.")
+]
 Config = Annotated[Path | None, typer.Option(help="For a checkpoint: a diffusers folder of the same kind of model.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the initial noise; prompts count up from it.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Prompts sampled at once.")]
 Side = Annotated[int | None, typer.Option(min=8, help="Pixels; the model's own size if not given.")]
 
 
@@ -165,7 +196,7 @@ def calibrate(
     output: Annotated[Path, typer.Option("--output", "-o", help="The profile to write (.safetensors).")],
     steps: Steps = 50,
     guidance: Guidance = 7.5,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts sampled at once.")] = 4,
+    batch_size: BatchSize = 4,
     seed: Seed = 0,
     height: Side = None,
     width: Side = None,
@@ -182,22 +213,17 @@ def calibrate(
 
         state = output.with_name(output.name + ".partial.json")
         size = _size(height, width)
-        try:
-            with _sampling_errors():
-                profile = make_profile(
-                    pipe,
-                    texts,
-                    batch_size=batch_size,
-                    seed=seed,
-                    state=state,
-                    num_inference_steps=steps,
-                    guidance_scale=guidance,
-                    **size,
-                )
-        except KeyboardInterrupt:
-            kept = f"; the runs so far are in {state}" if state.exists() else ""
-            print(f"memorization-guard: interrupted{kept}", file=sys.stderr)
-            raise typer.Exit(130) from None
+        with _resumable(state), _sampling_errors():
+            profile = make_profile(
+                pipe,
+                texts,
+                batch_size=batch_size,
+                seed=seed,
+                state=state,
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                **size,
+            )
         profile.save(output)
         state.unlink(missing_ok=True)
         left_out = "".join(f", {count} left out ({reason})" for reason, count in profile.left_out.items())
@@ -398,6 +424,167 @@ def _print_table(comparisons: list[Comparison]) -> None:
             copies,
         )
     Console().print(table)
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    memorized: Annotated[Path, typer.Option(help="Prompts known to be memorized: .txt or .jsonl.")],
+    ordinary: Annotated[Path, typer.Option(help="Ordinary prompts, 500 or so: .txt or .jsonl.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="REPORT: writes REPORT.html and REPORT.json.")],
+    reference: Annotated[
+        Path | None, typer.Option(help="Prompts to calibrate a profile with, 50 or so, in neither of the other lists.")
+    ] = None,
+    profile: Annotated[Path | None, typer.Option(help="In place of --reference: a profile for these settings.")] = None,
+    save_profile: Annotated[Path | None, typer.Option(help="Keep the profile of --reference here (.safetensors).")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Take the first so many prompts of both lists alone.")] = None,
+    seeds_per_prompt: Annotated[int, typer.Option(min=1, help="Images of each prompt.")] = 1,
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of training images of the memorized prompts, for copy scores.")
+    ] = None,
+    sscd: Annotated[
+        Path | None,
+        typer.Option(help="SSCD as TorchScript, for copy scores. Such a file is code: give none that you do not trust."),
+    ] = None,
+    copy_threshold: Annotated[float, typer.Option(min=-1, max=1, help="Similarity above which an image is a copy.")] = 0.5,
+    steps: Steps = 50,
+    guidance: Guidance = 7.5,
+    batch_size: BatchSize = 4,
+    seed: Seed = 0,
+    height: Side = None,
+    width: Side = None,
+    config: Config = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Measure how well memorized prompts are told from ordinary ones, on any model.
+
+    Interrupt it and call it again: it goes on where it stopped.
+
+    Samples both lists, unmitigated, and reports AUC and TPR at 1 % FPR of
+    every score, ROC curves and histograms; with --images and --sscd also how
+    many images are copies.
+
+    Lists: a .txt holds a prompt a line. A line of a .jsonl is an object with a
+    "caption" or "prompt", and perhaps a "kind" (verbatim, template), which the
+    report tells apart.
+
+    Training images of a prompt: the files in --images that its "image" names,
+    one or a list, or else those called as the number of its line: 17.png
+    belongs to line 17, in a .txt as well.
+    """
+    with _one_line_errors():
+        base = output.with_suffix("") if output.suffix.lower() in (".html", ".json") else output
+        page, data, state, reference_state = (
+            base.with_name(base.name + end) for end in (".html", ".json", ".partial.jsonl", ".reference.partial.json")
+        )
+        for path in (page, data, state, reference_state, save_profile):
+            _writable(path)
+        if (reference is None) == (profile is None):
+            raise UsageError("give either --reference, prompts to calibrate a profile with, or --profile")
+        if save_profile is not None and reference is None:
+            raise UsageError("--save-profile keeps the profile of --reference: without that there is none to keep")
+        if (images is None) != (sscd is None):
+            raise UsageError("copy scores need both --images, a folder of training images, and --sscd, a TorchScript file")
+        if sscd is not None and not sscd.is_file():
+            raise UsageError(f"there is no TorchScript file at {sscd}")
+        if images is not None and not images.is_dir():
+            raise UsageError(f"there is no folder of images at {images}")
+
+        from .evaluation import CopyScorer, check_images, summarize, write_report
+        from .evaluation import evaluate as sample_lists
+        from .profile import StabilityProfile
+        from .prompts import enough
+
+        known = enough(_read_prompts(reference)) if reference is not None else []
+        bad, good = _read_list(memorized, images)[:limit], _read_list(ordinary)[:limit]
+        check_images(bad)
+        stability = StabilityProfile.load(profile) if profile is not None else None
+        pipe = _load_pipeline(model, config, device, dtype)
+        copies = CopyScorer(sscd, device=pipe.device, threshold=copy_threshold) if sscd is not None else None
+
+        from .diffusers import calibrate as make_profile
+
+        options: dict[str, Any] = {"batch_size": batch_size, "seed": seed, **_size(height, width)}
+        options |= {"num_inference_steps": steps, "guidance_scale": guidance}
+        with _resumable(state, reference_state), _sampling_errors():
+            if stability is None:
+                stability = make_profile(pipe, known, state=reference_state, **options)
+            samples = sample_lists(
+                pipe, bad, good, stability, copies=copies, seeds_per_prompt=seeds_per_prompt, state=state, **options
+            )
+        settings = {
+            "model": model.name,
+            **_described(pipe, stability),
+            "steps": steps,
+            "guidance_scale": guidance,
+            "seeds_per_prompt": seeds_per_prompt,
+            "first_seed": seed,
+            "memorized_prompts": memorized.name,
+            "ordinary_prompts": ordinary.name,
+            "profile_from": str(profile) if reference is None else reference.name,
+            "copies_by": None if sscd is None else sscd.name,
+        }
+        threshold = None if copies is None else copies.threshold
+        result = summarize(samples, settings=settings, copy_threshold=threshold, reference=known)
+        if save_profile is not None:
+            stability.save(save_profile)
+        write_report(result, page, data)
+        state.unlink(missing_ok=True)
+        if reference is not None:
+            reference_state.unlink(missing_ok=True)
+        _print_evaluation(result)
+        print(f"\n{page} shows the curves and histograms; {data} holds every number.")
+
+
+def _read_list(path: Path, images: Path | None = None) -> list[Prompt]:
+    from .evaluation import read_list
+
+    try:
+        return read_list(path, images)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def _described(pipe: Any, profile: StabilityProfile) -> dict[str, Any]:
+    """What a report says of the model and the machine; a profile that fits knows most of it."""
+    import diffusers
+    import torch
+
+    from . import __version__
+
+    known = profile.settings.to_dict()
+    names = ("model_hash", "prediction_type", "sampler", "scheduler", "latent_shape")
+    return {name: known[name] for name in names} | {
+        "device": pipe.device.type,
+        "dtype": str(pipe.dtype).removeprefix("torch."),
+        "reference_runs": profile.count,
+        "versions": f"memorization-guard {__version__}, diffusers {diffusers.__version__}, torch {torch.__version__}",
+    }
+
+
+def _print_evaluation(result: dict[str, Any]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    for warning in result["warnings"]:
+        print(f"memorization-guard: {warning}", file=sys.stderr)
+    table = Table(title=f"against {result['ordinary']['images']} ordinary images; in brackets 95 % intervals")
+    for name in ("group", "signal", "AUC", "TPR at 1 % FPR"):
+        table.add_column(name, justify="left" if name in ("group", "signal") else "right")
+    for group in result["groups"]:
+        for name, signal in group["signals"].items():
+            auc, tpr = (
+                f"{signal[key]:{form}} ({low:{form}}-{high:{form}})"
+                for key, form in (("auc", ".4f"), ("tpr_at_1_fpr", ".3f"))
+                for low, high in [signal[f"{key}_95"]]
+            )
+            table.add_row(Text(group["name"]), name, auc, tpr)
+    Console().print(table)
+    for group in (*result["groups"], result["ordinary"]):
+        copies = group["copies"]
+        share = f", {copies['rate']['mean']:.1%} of {copies['images']} compared are copies" if copies else ""
+        print(f"{group['name']}: {group['triggered']['mean']:.1%} of {group['images']} images triggered{share}")
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""How well a score tells memorized images from others: AUC and TPR at 1 % FPR, with intervals."""
+"""How well a score tells memorized images from others: AUC, TPR at 1 % FPR, the ROC curve, with intervals."""
 
 from __future__ import annotations
 
@@ -6,15 +6,34 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from sklearn.metrics import roc_auc_score, roc_curve
 
 
 def detection(positive: np.ndarray, negative: np.ndarray) -> dict[str, float]:
-    """AUC, and TPR at 1 % FPR with the last threshold below it (never the nearest, which may lie above)."""
-    labels = np.r_[np.ones(len(positive)), np.zeros(len(negative))]
-    scores = np.r_[positive, negative]
-    fpr, tpr, _ = roc_curve(labels, scores, drop_intermediate=False)
-    return {"auc": float(roc_auc_score(labels, scores)), "tpr_at_1_fpr": float(tpr[fpr <= 0.01].max())}
+    """AUC, and TPR at 1 % FPR with the last threshold below it (never the nearest, which may lie above).
+
+    Args:
+        positive, negative: scores, ``[P]`` and ``[N]``, finite, not empty; higher is to mean memorized.
+    """
+    ascending = np.sort(negative)
+    below = np.searchsorted(ascending, positive, "left")
+    not_above = np.searchsorted(ascending, positive, "right")
+    # The share of pairs in which the positive is the higher one, ties counting half (Mann & Whitney 1947).
+    auc = (below + not_above).mean() / (2 * len(negative))
+    # One in a hundred negatives may pass the threshold; it stands at the first that may not.
+    limit = ascending[len(negative) - 1 - len(negative) // 100]
+    return {"auc": float(auc), "tpr_at_1_fpr": float((positive > limit).mean())}
+
+
+def roc_points(positive: np.ndarray, negative: np.ndarray) -> dict[str, list[float]]:
+    """The corners of the ROC curve, ``"fpr"`` and ``"tpr"``, from (0, 0) to (1, 1); arguments as for :func:`detection`."""
+    thresholds = np.unique(np.concatenate([positive, negative]))[::-1]
+    counts = [
+        np.concatenate([[0], len(values) - np.searchsorted(np.sort(values), thresholds, "left")])
+        for values in (negative, positive)
+    ]
+    turns = np.any([np.diff(count, 2) != 0 for count in counts], axis=0)
+    corners = np.concatenate([[True], turns, [True]])
+    return {name: (count[corners] / count[-1]).tolist() for name, count in zip(("fpr", "tpr"), counts, strict=True)}
 
 
 def detection_with_intervals(
@@ -55,4 +74,7 @@ def rate_with_interval(values: np.ndarray, prompts: Sequence[str], *, draws: int
 
 
 def _rows_by_prompt(prompts: Sequence[str]) -> list[np.ndarray]:
-    return [np.flatnonzero(np.array(prompts) == text) for text in dict.fromkeys(prompts)]
+    rows: dict[str, list[int]] = {}
+    for row, text in enumerate(prompts):
+        rows.setdefault(text, []).append(row)
+    return [np.array(numbers) for numbers in rows.values()]

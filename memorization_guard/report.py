@@ -44,7 +44,8 @@ class Comparison:
     mitigated_copy: float | None = None
 
 
-_STYLE = """
+#: The look of a page of ours, light and dark.
+STYLE = """
 :root{--page:#f7f8fa;--card:#fff;--text:#1c2430;--muted:#667085;--line:#e4e7ec;--bad:#c2410c;--good:#00805c}
 @media(prefers-color-scheme:dark){:root{--page:#0c111d;--card:#161b22;--text:#e8ecf2;--muted:#98a2b3;--line:#344054;
 --bad:#ff9466;--good:#3ddbaa}}
@@ -112,7 +113,7 @@ def html_report(comparisons: Sequence[Comparison], *, title: str, introduction: 
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="{policy}">
-<title>{escape(title)}</title><style>{_STYLE}</style></head>
+<title>{escape(title)}</title><style>{STYLE}</style></head>
 <body><main><h1>{escape(title)}</h1><p>{escape(introduction)}</p>
 <div class="scroll"><table><thead><tr><th>prompt</th><th>group</th><th>verdict</th><th class="number">S_mem</th>
 <th class="number">trigger step</th><th class="number">copy score without</th><th class="number">with mitigation</th>
