@@ -20,7 +20,7 @@ from .mitigation import correct, rescale, response, steer
 from .parameterization import NoiseLevel, sample_norm, widened
 from .profile import NORMS, ProfileCheck, RunSettings, StabilityProfile
 from .reference import LOCAL_SHARE, STATISTICS
-from .trace import Trace, band_numbers, numbers
+from .trace import SUSPICIOUS, Trace, band_numbers, numbers
 
 log = logging.getLogger(__name__)
 
@@ -518,6 +518,12 @@ class StabilityMonitor:
         if self._detector is not None:
             self._add_scores(trace, self._detector, sample)
             self._add_map(trace, self._detector, patches)
+        elif (settled := trace.uncalibrated_score) is not None and settled > SUSPICIOUS:
+            hint = (
+                f"The prompt alone had settled much of the image while it was still noise ({settled:.2f}; {SUSPICIOUS} and "
+                "more is suspicious): it may be memorized. Calibrate a profile to know."
+            )
+            trace.note = hint if trace.note is None else f"{trace.note} {hint}"
         return trace
 
     def _add_map(self, trace: Trace, detector: Detector, patches: np.ndarray) -> None:

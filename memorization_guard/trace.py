@@ -23,6 +23,10 @@ VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 
 _WEIGHT: Mapping[Verdict, int] = {"stable": 0, "unscored": 1, "mild": 2, "strong": 3}
 
+#: Uncalibrated score from which an image is suspected: no ordinary image of the lab models (tuning splits, samplers, guidance
+#: 3 to 12) reaches 0.36, their exact ones reach 0.36 to 0.7. What large models do is not known.
+SUSPICIOUS = 0.38
+
 #: The fields of a trace that have one number a step.
 STEP_FIELDS = (
     "sigma",

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from memorization_guard import Trace
-from memorization_guard.graph import DARK, LIGHT, image, svg
+from memorization_guard.graph import DARK, LIGHT, image, overlay, svg
 
 STEPS = 12
 SVG = "{http://www.w3.org/2000/svg}"
@@ -158,3 +158,21 @@ def test_an_unknown_quantity_is_refused(trace):
 def test_a_graph_too_small_to_read_is_refused(trace):
     with pytest.raises(ValueError, match="at least 240 x 140"):
         image(trace, 100, 80)
+
+
+def test_the_rarity_stands_beside_the_verdict_where_it_is_known(trace):
+    rare = dataclasses.replace(trace, tail=np.geomspace(0.1, 0.00005, STEPS))
+    assert "1 in 20,000" in words(svg(rare))
+    assert "S_mem 20.0" not in words(svg(rare))
+
+
+def test_the_local_map_is_laid_over_the_image(trace):
+    from PIL import Image
+
+    with pytest.raises(ValueError, match="no local map"):
+        overlay(Image.new("RGB", (64, 64)), trace)
+    mapped = dataclasses.replace(trace, local_map=np.array([[8.0, 0.0], [0.0, np.nan]]))
+    pixels = np.asarray(overlay(Image.new("RGB", (64, 64), (90, 120, 90)), mapped)).astype(int)
+    redness = pixels[..., 0] - pixels[..., 2]
+    assert redness[5, 5] > 50
+    assert redness[60, 60] == redness[60, 5] == 0

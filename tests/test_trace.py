@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from memorization_guard import Calibrator, RunSettings, StabilityMonitor, Trace, trace_schema
-from memorization_guard.trace import STEP_FIELDS, worst
+from memorization_guard.trace import STEP_FIELDS, rarity, worst
 
 STEPS = 6
 
@@ -120,3 +120,26 @@ def test_the_worst_of_several_runs_is_a_trigger_then_what_was_not_judged():
     assert worst([higher, unscored]) is unscored
     assert worst([unscored, mild, stable]) is mild
     assert worst([strong, mild]) is strong
+
+
+@pytest.mark.parametrize(
+    ("share", "words"),
+    [(0.9, "most"), (0.3, "1 in 3"), (0.01, "1 in 100"), (0.00005, "1 in 20,000"), (1e-9, "less than 1 in 1,000,000")],
+)
+def test_a_share_is_said_in_words(share, words):
+    assert rarity(share) == words
+
+
+def test_without_a_profile_a_prompt_that_settles_the_image_is_pointed_out():
+    def guided(difference):
+        monitor = StabilityMonitor(settings=RunSettings(prediction_type="epsilon", latent_shape=(4, 8, 8)))
+        z = torch.randn(1, 4, 8, 8)
+        for sigma in (10.0, 5.0, 1.0):
+            monitor.step(z, z, z, sigma=sigma, x0_coefficient=0.5, eps_cond=z + difference / sigma, eps_uncond=z)
+        return monitor.traces[0]
+
+    ordinary, settled = guided(0.2), guided(0.6)
+    assert (ordinary.uncalibrated_score, settled.uncalibrated_score) == pytest.approx((0.2, 0.6), rel=1e-4)
+    assert ordinary.note is None
+    assert "may be memorized" in settled.note
+    assert settled.verdict == "unscored"
