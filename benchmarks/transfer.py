@@ -95,13 +95,28 @@ def texts_of(lab: Lab, group: str, split: str, count: int) -> list[str]:
     return [found[i % len(found)] for i in range(count)]
 
 
-def sampled(pipe: Any, texts: list[str], first_seed: int, steps: int, guidance: float, batch: int = 16) -> list[Trace]:
+def sampled(
+    pipe: Any, texts: list[str], first_seed: int, steps: int, guidance: float, *, only: int | None = None, batch: int = 16
+) -> list[Trace]:
+    """The traces of one image a prompt; of the first ``only`` steps, where that is enough."""
+
+    def after_step(pipe: Any, index: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        pipe._interrupt = index + 1 == only or pipe._interrupt
+        return tensors
+
     traces: list[Trace] = []
     for start in range(0, len(texts), batch):
         part = texts[start : start + batch]
         generators = [torch.Generator().manual_seed(first_seed + start + i) for i in range(len(part))]
         with guard(pipe) as run:
-            pipe(part, num_inference_steps=steps, guidance_scale=guidance, generator=generators, output_type="latent")
+            pipe(
+                part,
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                generator=generators,
+                output_type="latent",
+                callback_on_step_end=after_step,
+            )
         traces += run.traces
     return traces
 
@@ -109,8 +124,8 @@ def sampled(pipe: Any, texts: list[str], first_seed: int, steps: int, guidance: 
 class Cells:
     """All cells, sampled when first asked for."""
 
-    def __init__(self, lab: Lab, split: str, counts: dict[str, int], folder: Path) -> None:
-        self._lab, self._split, self._counts, self._folder = lab, split, counts, folder
+    def __init__(self, lab: Lab, split: str, counts: dict[str, int], folder: Path, *, only: int | None = None) -> None:
+        self._lab, self._split, self._counts, self._folder, self._only = lab, split, counts, folder, only
         self._pipe = lab.pipeline()
         self._config = dict(self._pipe.scheduler.config)
         self._known: dict[tuple[str, int, float], Cell] = {}
@@ -124,12 +139,13 @@ class Cells:
 
     def _traces(self, key: tuple[str, int, float], group: str) -> list[Trace]:
         count = self._counts[group]
-        path = self._folder / f"{key[0]} {key[1]} {key[2]:g} {group} {count}.json".replace(" ", "-").replace("++", "pp")
+        name = f"{key[0]} {key[1]} {key[2]:g} {group} {count}" + (f" first {self._only}" if self._only else "")
+        path = self._folder / f"{name.replace(' ', '-').replace('++', 'pp')}.json"
         if path.is_file():
             return [Trace.from_dict(data) for data in json.loads(path.read_text())]
         texts = texts_of(self._lab, group, self._split, count)
         first_seed = FIRST_SEED[self._split] + 100_000 * GROUPS.index(group)
-        traces = sampled(self._pipe, texts, first_seed, *key[1:])
+        traces = sampled(self._pipe, texts, first_seed, *key[1:], only=self._only)
         write_whole(path, json.dumps([trace.to_dict() for trace in traces]))
         return traces
 
@@ -203,14 +219,16 @@ def early(cells: Cells, sampler: str, steps: int) -> list[dict[str, Any]]:
 
 
 def tail(
-    lab: Lab, split: str, cells: Cells, count: int, folder: Path, *, sampler: str = "Euler", steps: int = 20
-) -> list[dict[str, Any]]:
-    """Nominal against observed share of ordinary images, out of ``count``, with several profiles of 50 references each."""
-    large = Cells(lab, split, {"ordinary": count}, folder)(sampler, steps)
-    cell, rng = cells(sampler, steps), np.random.default_rng(0)
-    available = len(cell.traces["reference"])
+    lab: Lab, split: str, references: int, count: int, folder: Path, *, steps: int = 20, only: int = 8
+) -> list[dict[str, float]]:
+    """Nominal against observed share of ordinary images, out of ``count``, with 20 profiles of 50 references each.
+
+    Of the first ``only`` steps, in which nearly all verdicts fall: that many images to their end would take hours.
+    """
+    cell = Cells(lab, split, {"reference": references, "ordinary": count}, folder, only=only)("Euler", steps)
+    rng, available = np.random.default_rng(0), len(cell.traces["reference"])
     tails = [
-        large.tails(cell.reference(rows=rng.choice(available, min(50, available), replace=False)).region(), "ordinary")
+        cell.tails(cell.reference(rows=rng.choice(available, min(50, available), replace=False)).region(), "ordinary")
         for _ in range(20)
     ]
     rows = []
@@ -235,7 +253,7 @@ def main() -> None:
     parser.add_argument("--samplers", nargs="+", default=list(SAMPLERS), choices=list(SAMPLERS))
     parser.add_argument("--steps", nargs="+", type=int, default=list(STEPS))
     parser.add_argument("--images", nargs=4, type=int, default=(50, 200, 60, 48), metavar=GROUPS, help="of each group")
-    parser.add_argument("--tail-images", type=int, default=20_000)
+    parser.add_argument("--tail-images", type=int, default=10_000)
     arguments = parser.parse_args()
 
     lab = Lab(arguments.model, arguments.world)
@@ -253,8 +271,7 @@ def main() -> None:
     if "early" in arguments.parts:
         result["early"] = [row for steps in (20, 50) for row in early(cells, "Euler", steps)]
     if "tail" in arguments.parts:
-        many = Cells(lab, arguments.split, counts | {"reference": max(REFERENCES)}, arguments.runs)
-        result["tail"] = tail(lab, arguments.split, many, arguments.tail_images, arguments.runs)
+        result["tail"] = tail(lab, arguments.split, max(REFERENCES), arguments.tail_images, arguments.runs)
     text = json.dumps(result, indent=1)
     if arguments.json:
         write_whole(arguments.json, text + "\n")

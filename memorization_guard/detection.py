@@ -124,7 +124,7 @@ class Thresholds:
 BACK = 2.0
 
 #: Noise level (VE sigma) above which an image that has triggered is steered in any case.
-HOLD_SIGMA = 1.0
+HOLD_SIGMA = 0.5
 
 
 @dataclass(frozen=True)
