@@ -26,8 +26,8 @@ from memorization_guard.diffusers import guard
 from memorization_guard.files import write_whole
 from memorization_guard.lab import MODEL, Lab
 from memorization_guard.lab.world import DATA, more_captions
-from memorization_guard.metrics import detection
-from memorization_guard.reference import Reference, Region
+from memorization_guard.metrics import detection, detection_with_intervals
+from memorization_guard.reference import STATISTICS, Reference, Region
 
 SAMPLERS: dict[str, Any] = {
     "PNDM": lambda c: diffusers.PNDMScheduler.from_config(c, skip_prk_steps=True),
@@ -42,6 +42,7 @@ SAMPLERS: dict[str, Any] = {
 STEPS = (15, 20, 30, 50, 100)
 GUIDANCE = (3.0, 5.0, 7.5, 10.0, 12.0)
 REFERENCES = (8, 16, 32, 50, 100, 200)
+PARTS = ("matrix", "signals", "guidance", "references", "early", "tail")
 GROUPS = ("reference", "ordinary", "exact", "template")
 FIRST_SEED = {"tuning": 5_000_000, "evaluation": 6_000_000}
 
@@ -218,6 +219,41 @@ def early(cells: Cells, sampler: str, steps: int) -> list[dict[str, Any]]:
     return [{"sampler": sampler, "steps": steps, "seen": n} | figures(cell, region, n) for n in seen]
 
 
+def signals(lab: Lab, split: str, cells: Cells, sampler: str, steps: int) -> dict[str, Any]:
+    """Each signal by itself against the published score, with a profile of the very sampler and steps; with intervals."""
+    cell = cells(sampler, steps)
+    calibrator = Calibrator()
+    for trace in cell.traces["reference"]:
+        calibrator.add(trace)
+    own = calibrator.profile()
+    region = cell.reference().region()
+
+    def scores(group: str) -> dict[str, np.ndarray]:
+        every = [region.statistics(angle, logs)[1] for angle, logs in zip(cell.starts, cell.signals(group), strict=True)]
+        norms = np.array([[trace.latent_norm, trace.update_norm, trace.denoised_norm] for trace in cell.traces[group]])
+        published = np.stack([own.scores(row, norms[:, :, row].T) for row in range(own.steps)])  # [steps, 3, N]
+        return {
+            "S_mem (published)": published[:, 1].max(axis=0),
+            "published trigger": np.minimum(published[:, 1], published[:, 2]).max(axis=0),
+            **dict(zip(STATISTICS, np.fmax.reduce(every), strict=True)),
+            "tail probability": -np.log(np.maximum(cell.tails(region, group), 1e-300)),
+            "without a profile": np.array([trace.uncalibrated_score for trace in cell.traces[group]]),
+        }
+
+    by_group = {group: scores(group) for group in ("ordinary", "exact", "template")}
+    return {
+        name: {
+            group: detection_with_intervals(
+                by_group[group][name],
+                by_group["ordinary"][name],
+                texts_of(lab, group, split, len(by_group[group][name])),
+            )
+            for group in ("exact", "template")
+        }
+        for name in by_group["ordinary"]
+    }
+
+
 def tail(
     lab: Lab, split: str, references: int, count: int, folder: Path, *, steps: int = 20, only: int = 8
 ) -> list[dict[str, float]]:
@@ -263,6 +299,11 @@ def main() -> None:
     result: dict[str, Any] = {"images": counts, "split": arguments.split}
     if "matrix" in arguments.parts:
         result["matrix"] = matrix(cells, arguments.samplers, arguments.steps)
+    if "signals" in arguments.parts:
+        result["signals"] = {
+            f"{sampler} {steps}": signals(lab, arguments.split, cells, sampler, steps)
+            for sampler, steps in (("PNDM", 50), ("Euler", 20))
+        }
     if "guidance" in arguments.parts:
         result["guidance"] = guidance(cells)
     if "references" in arguments.parts:
