@@ -144,6 +144,20 @@ def test_the_curves_grow_under_a_band_that_was_there_before(page):
     assert page.locator(".mg-badge").all_inner_texts() == ["1 stable", "2 mild"]
 
 
+def test_how_rare_a_run_is_stands_beside_its_verdict(page):
+    page.evaluate("for (const i of [0, 1]) graph.addStep(run, step(i, {tail: [0.7, 0.00005 * (2 - i)]})); view.show(run)")
+    page.wait_for_timeout(150)
+    assert page.locator(".mg-verdict").all_inner_texts() == ["1 stable\nmost", "2 stable\n1 in 20,000"]
+    page.evaluate(
+        """() => { const rare = {verdict: "strong", score: 12, tail_probability: 0.0004, trigger_step: 0, bands: outline.bands,
+            steps: {sigma: [2, 1], update_norm: [4, 4]}};
+          view.show(graph.runOf([rare])) }"""
+    )
+    page.wait_for_timeout(150)
+    assert page.locator(".mg-verdict").all_inner_texts() == ["strong\n1 in 2,500"]
+    assert "S_mem 12.0, as far as 1 in 2,500 ordinary images" in page.locator(".mg-verdict").get_attribute("title")
+
+
 def test_what_is_heard_of_it(page):
     svg, live = page.locator(".mg-svg"), page.locator(".mg-live")
     assert live.text_content() == "Sampling, 20 steps planned."

@@ -3,7 +3,7 @@
 import assert from "node:assert/strict";
 import test from "node:test";
 
-import { QUANTITIES, addStep, finishRun, layout, rangeOf, runOf, startRun, summarize, valuesAt } from "../../js/graph.js";
+import { QUANTITIES, addStep, finishRun, layout, rangeOf, rarity, runOf, startRun, summarize, valuesAt } from "../../js/graph.js";
 
 const STEPS = 10;
 const fill = (value) => Array(STEPS).fill(value);
@@ -42,7 +42,7 @@ function event(step, changes = {}) {
 function trace(changes = {}) {
   return {
     format: "memorization-guard.trace",
-    version: 1,
+    version: 2,
     verdict: "mild",
     score: 25.33747,
     trigger_step: 3,
@@ -96,6 +96,34 @@ test("a live run says how far it is, and takes its verdict, trigger and score fr
   assert.match(summarize(run), /^Image 1: mild/);
   addStep(run, event(9));
   assert.equal(run.items.length, 1, "a step that comes after the end changes nothing");
+});
+
+test("how rare a run is, is said in round numbers, as Python says it", () => {
+  const said = [[0.9, "most"], [0.5, "most"], [0.3, "1 in 3"], [0.1, "1 in 10"], [0.0123, "1 in 81"], [0.00123, "1 in 810"],
+    [0.00005, "1 in 20,000"], [0.00004444, "1 in 23,000"], [1e-6, "1 in 1,000,000"], [9e-7, "less than 1 in 1,000,000"]];
+  for (const [share, words] of said) assert.equal(rarity(share), words, String(share));
+});
+
+test("the tail probability of a trace is said, and one of events is the smallest so far", () => {
+  const rare = { verdict: "mild", score: null, tail_probability: 0.00005 };
+  assert.equal(
+    summarize(runOf([trace(rare)])),
+    "Image 1: mild, left the region at step 3, as far as 1 in 20,000 ordinary images, 4 steps corrected.",
+  );
+  const usual = trace({ verdict: "stable", trigger_step: null, score: 0.7, tail_probability: 0.8, steps: {} });
+  assert.match(summarize(runOf([usual])), /^Image 1: stable, S_mem 0\.7, as far as most ordinary images\.$/m);
+  for (const odd of [undefined, null, "x", NaN]) assert.equal(runOf([trace({ tail_probability: odd })]).items[0].tail, null);
+
+  const run = startRun(outline());
+  addStep(run, event(0));
+  assert.deepEqual(run.items.map((item) => item.tail), [null, null], "of a run without reference runs there is none");
+  addStep(run, event(1, { tail: [0.25, null] }));
+  addStep(run, event(2, { tail: [0.001, 0.6] }));
+  addStep(run, event(3, { tail: [0.002, 0.6] }));
+  assert.deepEqual(run.items.map((item) => item.tail), [0.001, 0.6]);
+  assert.match(summarize(run), /Image 1: .*, as far as 1 in 1,000 ordinary images\.\nImage 2: .*, as far as most ordinary images\./);
+  addStep(run, event(2, { tail: [0.1, 0.6] }));
+  assert.equal(run.items[0].tail, 0.1, "what is taken back does not count");
 });
 
 test("a step sent again discards those after it, one that comes late does not", () => {
