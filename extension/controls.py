@@ -98,8 +98,8 @@ class Controls:
                 value=STEER,
                 label="Correction",
                 elem_id=self._elem_id("correction"),
-                info="published: the two-stage norm correction of Huang et al. (KDD 2026) alone. steer by guidance: ours, "
-                "where CFG is above 1; the published one elsewhere.",
+                info="published: detection and norm correction of Huang et al. (KDD 2026), which need a profile of this very "
+                "sampler, schedule and CFG. steer by guidance: ours; where CFG is 1 it corrects as published.",
             )
             values = [self._threshold(field) for field in dataclasses.fields(Thresholds)]
         return [mode, profile, correction, *values]
@@ -119,8 +119,10 @@ class Controls:
     def _calibration(self) -> list[Any]:
         with gr.Accordion("Calibrate", open=False):
             gr.HTML(
-                "<p>For the mode 'calibrate'. The profile holds for what is set now: model, sampler, schedule, steps, CFG and "
-                "size, negative prompt and styles, and the LoRAs that the prompt names. No image is decoded or saved.</p>"
+                "<p>For the mode 'calibrate'. The profile is made with what is set now: model, sampler, schedule, steps, CFG, "
+                "size, negative prompt and styles, and the LoRAs that the prompt names. It holds for the model with these "
+                "LoRAs and this size, and is carried over to other samplers, steps and similar CFG. No image is decoded or "
+                "saved.</p>"
             )
             prompts = gr.Textbox(
                 label="Reference prompts",
@@ -198,7 +200,10 @@ def _describe_fit(
         latent_shape=(shape[0], int(height) // 8, int(width) // 8) if shape and width and height else None,
     )
     check = profile.check(planned)
-    verdict = "" if check.valid and not check.weakened else f"<p class='error'>{html.escape(str(check))}</p>"
+    verdict = ""
+    if not check.valid or check.carried or check.weakened:
+        kind = "" if check.valid else " class='error'"
+        verdict = f"<p{kind}>{html.escape(str(check))}</p>"
     return f"<p>{html.escape(profiles.describe(profile))}.</p>{verdict}"
 
 

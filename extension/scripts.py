@@ -145,7 +145,7 @@ class MemorizationGuardScript(_WithControls):
         options = Options.of("mitigate" if compare else mode, *common)
         if options.profile is not None:
             profiles.load(options.profile)  # what is wrong with it shall be said before anything is sampled
-        elif options.mode == "mitigate":
+        elif options.mode in ("mitigate", "stop"):
             raise ValueError(f"{mode} needs a stability profile: choose one, or make one with {CALIBRATE}")
         p.extra_generation_params["Script"] = TITLE
         if not compare:

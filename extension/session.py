@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..memorization_guard import RunSettings, StabilityMonitor, StabilityProfile, StepEvent, Thresholds, Trace, graph
 from ..memorization_guard.files import write_whole
 from ..memorization_guard.report import summary
+from ..memorization_guard.trace import rarity
 
 if TYPE_CHECKING:
     from .live import LiveRuns
@@ -91,7 +92,9 @@ def pasted_result(fields: Mapping[str, str]) -> str:
         if (verdict := fields.get(f"{TITLE} {part}verdict")) is not None:
             words = [f"{part}{verdict}"]
             words += [
-                f"{name} {fields[key]}" for name in ("score", "trigger step") if (key := f"{TITLE} {part}{name}") in fields
+                f"{name} {fields[key]}"
+                for name in ("rarity", "score", "trigger step")
+                if (key := f"{TITLE} {part}{name}") in fields
             ]
             passes.append(", ".join(words))
     return "; ".join(passes)
@@ -180,7 +183,7 @@ class Session:
         """Has the host write what is known of each image into its infotext."""
         fields = self.options.infotext()
         for hires in (False, True):
-            for name in ("verdict", "score", "trigger step"):
+            for name in ("verdict", "rarity", "score", "trigger step"):
                 key = f"{TITLE} {'hires ' if hires else ''}{name}"
                 fields[key] = lambda _name=name, _hires=hires, **scope: self._field(_name, _hires, scope)
         p.extra_generation_params.update(fields)
@@ -198,6 +201,9 @@ class Session:
             return None
         if name == "verdict":
             return trace.verdict
+        if name == "rarity":
+            # The host puts quotes around a value with a comma, and takes them off again when it is pasted.
+            return None if trace.tail_probability is None else rarity(trace.tail_probability)
         if name == "score":
             return None if trace.score is None else f"{trace.score:.2f}"
         return None if trace.trigger_step is None else str(trace.trigger_step)

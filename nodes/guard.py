@@ -72,8 +72,9 @@ class MemorizationGuard(io.ComfyNode):
                         "correction",
                         options=[STEER, PUBLISHED],
                         default=STEER,
-                        tooltip="published: the two-stage norm correction of Huang et al. (KDD 2026) alone. steer by "
-                        "guidance: ours, where cfg is above 1; the published one elsewhere.",
+                        tooltip="published: detection and norm correction of Huang et al. (KDD 2026), which need a profile "
+                        "of this very sampler, schedule and cfg. steer by guidance: ours; where cfg is 1 it corrects as "
+                        "published.",
                     )
                 ),
             ],

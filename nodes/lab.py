@@ -29,7 +29,7 @@ from ..memorization_guard.lab import MODEL
 from ..memorization_guard.profile import ProfileError, StabilityProfile
 from .guard import CATEGORY, StabilityProfileType
 
-#: Statistics of the lab model as ComfyUI samples it: euler, 30 steps, cfg 7.5.
+#: Reference runs of the lab model as ComfyUI samples it: euler, normal, 30 steps, cfg 7.5.
 PROFILE = MODEL / "profile-comfyui.safetensors"
 
 ops = comfy.ops.disable_weight_init
@@ -62,8 +62,8 @@ class LoadLabModel(io.ComfyNode):
                 StabilityProfileType.Output(
                     "profile",
                     display_name="PROFILE",
-                    tooltip="How large the model's norms are while it does not repeat a training image. It holds for the "
-                    "sampler and the settings it was measured with.",
+                    tooltip="How large the model's norms are while it does not repeat a training image, made with euler, "
+                    "normal, 30 steps, cfg 7.5 at 128 x 128. It is carried over to other samplers, steps and similar cfg.",
                 ),
             ],
         )

@@ -72,7 +72,7 @@ class SaveStabilityProfile(io.ComfyNode):
                 io.String.Input(
                     "name",
                     default="my model euler 30 cfg 7",
-                    tooltip="Name of the file, without folder and ending. Say what the profile holds for: model, sampler, "
+                    tooltip="Name of the file, without folder and ending. Say what the profile was made with: model, sampler, "
                     "steps, cfg, size.",
                 ),
                 io.Boolean.Input("overwrite", default=False, tooltip="Whether a profile of the same name may be replaced."),
@@ -113,7 +113,8 @@ class CalibrateStabilityProfile(io.ComfyNode):
             category=CATEGORY,
             description=(
                 "Samples reference prompts, which the model should not have memorized, and measures how large its steps are. "
-                "The profile holds for exactly these settings: use the ones that you make images with. No image is decoded."
+                "The profile holds for this model and size, and is carried over to other samplers, steps and similar cfg. No "
+                "image is decoded."
             ),
             inputs=[
                 io.Model.Input("model", tooltip="With its LoRAs, and without Memorization Guard."),

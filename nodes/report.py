@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from comfy_api.v0_0_2 import io
 from comfy_execution.graph_utils import ExecutionBlocker
+from PIL import Image
 
 from ..memorization_guard import Trace, graph
-from ..memorization_guard.trace import worst
+from ..memorization_guard.trace import rarity, worst
 from .guard import CATEGORY, TraceType
 from .sampling import Run, TraceLog
 
@@ -51,12 +52,18 @@ class StabilityReport(io.ComfyNode):
                     "score",
                     display_name="score",
                     tooltip="S_mem of the image that was farthest out: the largest distance of the update norm from the "
-                    "reference, in standard deviations. Not a number where nothing was scored.",
+                    "reference, in standard deviations. Not a number where the profile is of another sampler or schedule.",
                 ),
                 io.String.Output(
                     "trace_json", display_name="trace (JSON)", tooltip="The traces as JSON, as docs/trace.md describes them."
                 ),
                 io.Image.Output("graph", display_name="graph", tooltip="The stability graph of each image; a row a run."),
+                io.Image.Output(
+                    "map",
+                    display_name="map",
+                    tooltip="The image in grey, and red where more of it was settled early than ordinary images have: what "
+                    "the model may have copied. The image unchanged where there is no such map.",
+                ),
             ],
             hidden=[io.Hidden.unique_id, io.Hidden.dynprompt, io.Hidden.extra_pnginfo],
             is_output_node=True,
@@ -84,6 +91,7 @@ class StabilityReport(io.ComfyNode):
             max(scores, default=math.nan),
             json.dumps(entries),
             _graphs(rows, count),
+            None if image is None else _maps(image, judged),
             ui={METADATA: entries or [{"sampler_node": None, "traces": [one.to_dict() for one in judged[:1]]}]},
         )
 
@@ -184,7 +192,12 @@ def _reason(trace: Trace) -> str:
     if trace.verdict == "unscored":
         return f"not judged ({(trace.note or 'no profile').rstrip('.')})"
     corrected = ", and was corrected" if trace.mitigated.any() else ""
-    return f"{trace.verdict}, left its region at step {trace.trigger_step}, S_mem {trace.score:.1f}{corrected}"
+    numbers = ""
+    if trace.tail_probability is not None:
+        numbers += f", as far as {rarity(trace.tail_probability)} ordinary images"
+    if trace.score is not None:
+        numbers += f", S_mem {trace.score:.1f}"
+    return f"{trace.verdict}, left its region at step {trace.trigger_step}{numbers}{corrected}"
 
 
 def _graphs(runs: list[list[Trace]], count: int) -> torch.Tensor:
@@ -195,3 +208,14 @@ def _graphs(runs: list[list[Trace]], count: int) -> torch.Tensor:
         rows = [graph.image(traces[min(number, len(traces) - 1)]) for traces in runs]
         columns.append(np.concatenate([np.asarray(row, dtype=np.float32) / 255.0 for row in rows]))
     return torch.from_numpy(np.stack(columns))
+
+
+def _maps(images: torch.Tensor, judged: list[Trace]) -> torch.Tensor:
+    """``images`` ``[count, H, W, C]`` with the local map of each laid over it, where there is one."""
+    mapped = images.clone()
+    for number, trace in enumerate(judged):
+        if trace.local_map.size:
+            pixels = (images[number, ..., :3].float().clamp(0, 1) * 255).round().byte().cpu().numpy()
+            overlaid = np.asarray(graph.overlay(Image.fromarray(pixels), trace), dtype=np.float32) / 255.0
+            mapped[number, ..., :3] = torch.from_numpy(overlaid)
+    return mapped

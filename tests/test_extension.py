@@ -96,8 +96,9 @@ def test_each_folder_that_the_host_reads_holds_one_thin_file():
     "chosen",
     [
         ("trace", "None", "steer by guidance"),
-        ("mitigate", "folder/model euler 20, cfg 7.5", "steer by guidance", 2.5, 20, 2.0, 5, 3.5, 0.5),
-        ("mitigate", "a: b", "published", 3, 14, 3, 10, 4.5, -1),
+        ("mitigate", "folder/model euler 20, cfg 7.5", "steer by guidance", 2.5, 20, 2.0, 5, 0.01, 0.5),
+        ("mitigate", "a: b", "published", 3, 14, 3, 10, 0.001, -1),
+        ("stop", "model", "steer by guidance", 3, 14, 3, 10, 0.0001, -1),
     ],
 )
 def test_an_infotext_brings_the_choice_back(session, chosen):
@@ -131,13 +132,15 @@ def test_the_result_of_a_pasted_image_is_told(session):
     fields = {"Memorization Guard": "trace", "Memorization Guard verdict": "mild", "Memorization Guard score": "5.21"}
     fields |= {"Memorization Guard trigger step": "3", "Memorization Guard hires verdict": "unscored"}
     assert session.pasted_result(fields) == "mild, score 5.21, trigger step 3; hires unscored"
+    fields["Memorization Guard rarity"] = "1 in 20,000"
+    assert session.pasted_result(fields) == "mild, rarity 1 in 20,000, score 5.21, trigger step 3; hires unscored"
     assert session.pasted_result({"Steps": "20"}) == ""
 
 
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
-        (("guess", "None", "published"), "the mode is 'guess'; known: trace, mitigate"),
+        (("guess", "None", "published"), "the mode is 'guess'; known: trace, mitigate, stop"),
         (("trace", "None", "a bit"), "the correction is 'a bit'; known: steer by guidance, published"),
         (("trace", "None", "published", 0), "tau_mild is 0"),
         (("trace", "None", "published", 3, 2), "tau_strong"),
