@@ -4,7 +4,8 @@
 
 The server needs --api and this repository among its extensions. With the lab model chosen, which the script's page adds,
 copies are counted, before and after mitigation, on prompts of the tuning split. With any other model it is only said whether a
-correction reaches the image, with thresholds that everything leaves. Takes about a quarter of an hour on one core.
+correction reaches the image, with thresholds that everything leaves. One profile, calibrated with Euler, is carried over to
+all samplers. Takes about ten minutes on one core.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from memorization_guard import Thresholds, Trace, lab
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "webui.md"
 
 STEPS, CFG, SIZE = 20, 7.5, 128
-REFERENCES, IMAGES = 24, 8
+REFERENCES, IMAGES = 50, 8
+PROFILE_SAMPLER = "Euler"
 PROFILE = "benchmark"
 TITLE = "Memorization Guard"
 LAB = "memorization-guard-lab"
@@ -56,7 +58,7 @@ class Server:
         return image, Trace.from_dict(report["images"][0][0]["trace"]) if report else None
 
     def calibrate(self, sampler: str, prompts: list[str]) -> None:
-        """Makes the profile ``PROFILE`` for the sampler."""
+        """Makes the profile ``PROFILE`` with the sampler."""
         arguments = ["calibrate", "None", *constants(Thresholds()), "\n".join(prompts), PROFILE, True]
         body = {"prompt": "", "sampler_name": sampler, "seed": 1000, "batch_size": 8, **self.settings}
         self.ask("/sdapi/v1/txt2img", {**body, "script_name": TITLE, "script_args": arguments})
@@ -67,7 +69,7 @@ def constants(thresholds: Thresholds) -> list[Any]:
     return ["steer by guidance", *thresholds.to_dict().values()]
 
 
-def lab_row(server: Server, sampler: str, count: int, references: int, thresholds: Thresholds) -> list[str]:
+def lab_row(server: Server, sampler: str, count: int, thresholds: Thresholds) -> list[str]:
     """The table's row of one sampler, from ``count`` memorized and as many ordinary images."""
     exact = list(itertools.islice(itertools.cycle(lab.prompts("exact", "tuning")), count))
     ordinary = lab.prompts("ordinary", "tuning")[:count]
@@ -76,11 +78,10 @@ def lab_row(server: Server, sampler: str, count: int, references: int, threshold
     same = all(a.tobytes() == b.tobytes() for a, (b, _) in zip(plain, traced, strict=True))
     row = [sampler, f"{traced[0][1].steps} of {STEPS}", "yes" if same else "**no**"]
     copies = f"{_copies(plain, exact)} of {count}"
-    if (traced[0][1].note or "").startswith("The sampler keeps to no fixed schedule"):
-        return [*row, "not scored", "-", copies, "-", "-"]
-    server.calibrate(sampler, lab.prompts("reference")[:references])
     guard = "mitigate", PROFILE, *constants(thresholds)
     images, traces = zip(*(server.sample(prompt, sampler, 100 + i, *guard) for i, prompt in enumerate(exact)), strict=True)
+    if all(trace.verdict == "unscored" for trace in traces):
+        return [*row, "not scored", "-", copies, "-", "-"]
     untouched = [server.sample(prompt, sampler, 200 + i, *guard)[1] for i, prompt in enumerate(ordinary)]
     first = [int(trace.mitigated.argmax()) for trace in traces if trace.mitigated.any()]
     return [
@@ -98,16 +99,13 @@ def _copies(images: Any, prompts: list[str]) -> int:
     return sum(score > lab.COPY_THRESHOLD for score in scores)
 
 
-def other_row(server: Server, sampler: str, references: int) -> list[str]:
+def other_row(server: Server, sampler: str) -> list[str]:
     """The same for a model of which no training image is known."""
-    prompt, *_ = prompts = lab.prompts("reference")[: references + 1]
+    prompt = lab.prompts("ordinary", "tuning")[0]
     plain, _ = server.sample(prompt, sampler, 100)
     traced, trace = server.sample(prompt, sampler, 100, "trace", "None")
     row = [sampler, f"{trace.steps} of {server.settings['steps']}", "yes" if plain.tobytes() == traced.tobytes() else "**no**"]
-    if (trace.note or "").startswith("The sampler keeps to no fixed schedule"):
-        return [*row, "not scored", "-"]
-    server.calibrate(sampler, prompts[1:])
-    everything = Thresholds(tau_mild=0.1, tau_strong=0.1, tau_steer=0.1)
+    everything = Thresholds(false_alarms=0.999)
     image, trace = server.sample(prompt, sampler, 100, "mitigate", PROFILE, *constants(everything))
     changed = "yes" if trace.mitigated.any() and image.tobytes() != plain.tobytes() else "**no**"
     return [*row, "**no**" if trace.verdict == "unscored" else "yes", changed]
@@ -123,8 +121,8 @@ def main() -> None:
     parser.add_argument("url")
     parser.add_argument("samplers", nargs="*", help="all, if none is named")
     parser.add_argument("--images", type=int, default=IMAGES, help="memorized images, and ordinary ones")
-    parser.add_argument("--references", type=int, default=REFERENCES, help="reference prompts of a profile")
-    parser.add_argument("--tau-steer", type=float, default=Thresholds().tau_steer)
+    parser.add_argument("--references", type=int, default=REFERENCES, help="reference prompts of the profile")
+    parser.add_argument("--false-alarms", type=float, default=Thresholds().false_alarms)
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--size", type=int, default=SIZE)
     parser.add_argument("--write", metavar="HOST", help="the document's table to replace: webui, forge or reforge")
@@ -134,18 +132,19 @@ def main() -> None:
     of_lab = LAB in (model or "")
     head = ["sampler", "steps seen", "bit-identical", *(LAB_HEAD if of_lab else OTHER_HEAD)]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    thresholds = Thresholds(tau_steer=arguments.tau_steer)
+    thresholds = Thresholds(false_alarms=arguments.false_alarms)
+    server.calibrate(PROFILE_SAMPLER, lab.prompts("reference")[: arguments.references])
     for sampler in arguments.samplers or [each["name"] for each in server.ask("/sdapi/v1/samplers")]:
-        if of_lab:
-            row = lab_row(server, sampler, arguments.images, arguments.references, thresholds)
-        else:
-            row = other_row(server, sampler, arguments.references)
+        row = lab_row(server, sampler, arguments.images, thresholds) if of_lab else other_row(server, sampler)
         lines.append("| " + " | ".join(row) + " |")
         print(lines[-1], flush=True)
     if arguments.write is None:
         return
     begin, end = (f"<!-- samplers {arguments.write}: {edge} -->" for edge in ("begin", "end"))
-    said = f"{arguments.steps} steps, CFG {CFG}, a profile from {arguments.references} reference prompts each"
+    said = (
+        f"{arguments.steps} steps, CFG {CFG}, one profile from {arguments.references} reference prompts under "
+        f"{PROFILE_SAMPLER} for all"
+    )
     if of_lab:
         said += f"; lab model, {arguments.images} memorized and {arguments.images} ordinary images of the tuning split"
     text = DOCUMENT.read_text(encoding="utf-8")

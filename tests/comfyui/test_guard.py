@@ -240,29 +240,36 @@ def flipped(b: Bench) -> Any:
     return b.sampler_custom(add_noise=False, cfg=1.0, sigmas=sigmas, latent_image=b.ksampler())
 
 
-WAYS: dict[str, tuple[Callable[[Bench], Any], list[int], list[bool]]] = {
-    "KSampler": (Bench.ksampler, [30], [True]),
-    "KSamplerAdvanced, one after the other": (two_ksamplers, [12, 18], [True, True]),
-    "KSamplerAdvanced, ended early": (lambda b: b.advanced(end_at_step=12), [12], [False]),
-    "SamplerCustom": (Bench.sampler_custom, [30], [True]),
-    "CFGGuider": (lambda b: b.custom("CFGGuider", positive=b.positive, negative=b.negative, cfg=CFG), [30], [True]),
-    "BasicGuider": (lambda b: b.custom("BasicGuider", conditioning=b.positive), [30], [False]),
-    "DualCFGGuider": (dual, [30], [True]),
-    "PerpNegGuider": (perp_neg, [30], [True]),
-    "denoise 0.5": (lambda b: b.ksampler(latent_image=b.ksampler(seed=9), denoise=0.5, steps=10), [30, 10], [True, False]),
-    "a second pass": (second_pass, [30, 10], [True, False]),
-    "inpainting": (inpaint, [30, 30], [True, True]),
-    "latent from a batch": (from_batch, [30], [True]),
-    "cfg 1": (lambda b: b.ksampler(cfg=1.0), [30], [False]),
-    "a negative prompt": (lambda b: b.ksampler(negative=b.text(ORDINARY)), [30], [True]),
-    "regional and timed conditioning": (regional, [30], [True]),
-    "a LoRA": (with_lora, [30], [False]),
-    "a LoRA by hook, over half the steps": (hooked, [30], [True]),
-    "another pack's cfg function": (rescaled, [30], [True]),
-    "another pack's patch": (freeu, [30], [True]),
-    "another scheduler": (lambda b: b.ksampler(scheduler="karras"), [30], [False]),
-    "another sampler": (lambda b: b.ksampler(sampler_name="dpmpp_2m_sde"), [30], [False]),
-    "flipped sigmas": (flipped, [30, 30], [True, False]),
+#: How the lab's profile meets a run: as it is, carried over, or not at all.
+FITS, CARRIED, NEVER = "fits", "carried over", "does not fit"
+
+WAYS: dict[str, tuple[Callable[[Bench], Any], list[int], list[str]]] = {
+    "KSampler": (Bench.ksampler, [30], [FITS]),
+    "KSamplerAdvanced, one after the other": (two_ksamplers, [12, 18], [FITS, FITS]),
+    "KSamplerAdvanced, ended early": (lambda b: b.advanced(end_at_step=12), [12], [CARRIED]),
+    "SamplerCustom": (Bench.sampler_custom, [30], [FITS]),
+    "CFGGuider": (lambda b: b.custom("CFGGuider", positive=b.positive, negative=b.negative, cfg=CFG), [30], [FITS]),
+    "BasicGuider": (lambda b: b.custom("BasicGuider", conditioning=b.positive), [30], [NEVER]),
+    "DualCFGGuider": (dual, [30], [FITS]),
+    "PerpNegGuider": (perp_neg, [30], [FITS]),
+    "denoise 0.5": (lambda b: b.ksampler(latent_image=b.ksampler(seed=9), denoise=0.5, steps=10), [30, 10], [FITS, CARRIED]),
+    "a second pass": (second_pass, [30, 10], [FITS, NEVER]),
+    "inpainting": (inpaint, [30, 30], [FITS, FITS]),
+    "latent from a batch": (from_batch, [30], [FITS]),
+    "cfg 1": (lambda b: b.ksampler(cfg=1.0), [30], [NEVER]),
+    "cfg 10": (lambda b: b.ksampler(cfg=10.0), [30], [CARRIED]),
+    "cfg 14": (lambda b: b.ksampler(cfg=14.0), [30], [NEVER]),
+    "other steps": (lambda b: b.ksampler(steps=18), [18], [CARRIED]),
+    "a negative prompt": (lambda b: b.ksampler(negative=b.text(ORDINARY)), [30], [FITS]),
+    "regional and timed conditioning": (regional, [30], [FITS]),
+    "a LoRA": (with_lora, [30], [NEVER]),
+    "a LoRA by hook, over half the steps": (hooked, [30], [FITS]),
+    "another pack's cfg function": (rescaled, [30], [FITS]),
+    "another pack's patch": (freeu, [30], [FITS]),
+    "another scheduler": (lambda b: b.ksampler(scheduler="karras"), [30], [CARRIED]),
+    "another sampler": (lambda b: b.ksampler(sampler_name="dpmpp_2m_sde"), [30], [CARRIED]),
+    "a sampler with steps of its own": (lambda b: b.ksampler(sampler_name="dpm_fast"), [11], [CARRIED]),
+    "flipped sigmas": (flipped, [30, 30], [FITS, NEVER]),
 }
 
 
@@ -285,13 +292,24 @@ def test_the_image_is_the_same_to_the_bit_and_every_run_is_seen(bench: Any, fini
     assert len(plain.images) == len(traced.images) >= 1
     assert all(map(np.array_equal, plain.images, traced.images))
     assert [traces[0].steps for traces in traced.runs] == steps
-    for traces, scored in zip(traced.runs, fits, strict=True):
+    for traces, fit in zip(traced.runs, fits, strict=True):
         for trace in traces:
             assert np.isfinite(trace.update_norm).all()
-            assert (trace.verdict != "unscored") == scored, trace.note
-            if not scored:
+            assert (trace.verdict != "unscored") == (fit != NEVER), trace.note
+            assert (trace.tail_probability is not None) == (fit != NEVER)
+            # The published score is one of the very sampler and schedule.
+            assert (trace.score is not None) == (fit == FITS)
+            if fit == NEVER:
                 assert trace.note.startswith("The profile does not fit this run")
-                assert trace.score is None
+            elif fit == CARRIED:
+                assert trace.note.startswith("The profile is carried over to this run")
+
+
+def test_a_sampler_that_chooses_its_own_steps_is_scored(bench: Any, finish: Any) -> None:
+    for text, verdicts in ((EXACT, ("mild", "strong")), (ORDINARY, ("stable",))):
+        trace = finish(b := bench("trace", text=text), b.ksampler(sampler_name="dpm_adaptive")).runs[0][0]
+        assert trace.verdict in verdicts
+        assert trace.note.startswith("The profile is carried over to this run (sampler: profile euler, run dpm_adaptive")
 
 
 @pytest.mark.parametrize(
@@ -448,3 +466,110 @@ def test_the_published_correction_can_be_chosen(bench: Any, finish: Any) -> None
     # A mild image is corrected in the first fifth of the steps.
     assert trace.mitigated.any()
     assert not trace.mitigated[6:].any()
+
+
+@pytest.mark.parametrize("other", [{"scheduler": "karras"}, {"sampler_name": "heun"}, {"steps": 20}, {"cfg": 9.0}], ids=str)
+def test_the_published_method_is_not_carried_over(bench: Any, finish: Any, other: dict[str, Any]) -> None:
+    plain = finish(b := bench(None), b.ksampler(**other))
+    result = finish(b := bench("mitigate", correction="published"), b.ksampler(**other))
+    assert result.runs[0][0].verdict == "unscored"
+    assert result.runs[0][0].note.startswith("The published method holds for one sampler and schedule (")
+    assert np.array_equal(plain.images[0], result.images[0])
+
+
+# Mode stop
+
+
+def test_a_memorized_run_is_stopped_and_what_is_behind_it_still_runs(bench: Any, server: Any) -> None:
+    b = bench("stop", batch=2)
+    latent = b.ksampler()
+    report = b.g.node("MemorizationGuardReport", trace=b.guard[1], latent=latent)
+    image = b.g.node("VAEDecode", samples=report[0], vae=b.lab[2])[0]
+    save = b.g.node("SaveImage", images=image, filename_prefix="stopped")
+    gate = b.g.node(
+        "MemorizationGuardGate",
+        image=image,
+        trace=b.guard[1],
+        when_empty="block",
+        pass_unscored=True,
+        pass_corrected=True,
+    )
+    passed = b.g.node("PreviewImage", images=gate[0])
+    stable, held, why = (b.g.node("PreviewAny", source=source) for source in (report[2], gate[1], gate[2]))
+    server.free(unload_models=False, free_memory=True)
+    run = server.queue(b.g.prompt(), extra_data={"extra_pnginfo": {}})
+    run.wait()
+
+    (entry,) = run.outputs(report)["memorization_guard"]
+    traces = [Trace.from_dict(trace) for trace in entry["traces"]]
+    assert len(traces) == 2
+    for trace in traces:
+        assert trace.verdict in ("mild", "strong")
+        assert trace.steps < STEPS
+        assert trace.trigger_step < trace.steps
+        assert trace.note == "The run ended early: stopped, since every image of the batch had triggered"
+    # As far as the last of both.
+    assert max(trace.trigger_step for trace in traces) == traces[0].steps - 1
+    steps = [event for event in run.events if event.type == "memorization_guard" and event.data["kind"] == "step"]
+    assert len(steps) == traces[0].steps
+    images = run.images(save)
+    assert len(images) == 2
+    assert all(np.asarray(image).std() > 1 for image in images)
+    assert run.outputs(passed) == {}
+    assert run.outputs(stable)["text"] == ["False"]
+    assert run.outputs(held)["text"] == ["2"]
+    (said,) = run.outputs(why)["text"]
+    assert said.startswith("0 of 2 images passed.\nImage 1 held back: ")
+    assert "left its region at step" in said
+    assert " ordinary images" in said
+
+
+def test_an_ordinary_run_is_not_stopped(bench: Any, finish: Any) -> None:
+    plain = finish(b := bench(None, text=ORDINARY), b.ksampler())
+    result = finish(b := bench("stop", text=ORDINARY), b.ksampler())
+    assert (result.runs[0][0].verdict, result.runs[0][0].steps, result.runs[0][0].note) == ("stable", STEPS, None)
+    assert np.array_equal(plain.images[0], result.images[0])
+
+
+def test_nothing_is_stopped_without_a_profile(bench: Any, finish: Any) -> None:
+    result = finish(b := bench("stop", profile=False), b.ksampler())
+    assert (result.runs[0][0].verdict, result.runs[0][0].steps) == ("unscored", STEPS)
+
+
+def test_stopping_saves_calls_of_the_model_whatever_samples(in_comfyui: Any) -> None:
+    result = in_comfyui(
+        """
+import comfy.sample, torch
+sampling, lab = module("nodes.sampling"), module("nodes.lab")
+model, clip, vae, profile = lab.LoadLabModel.execute().args
+conds = [clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in (args[0], "")]
+latent = torch.zeros(1, 4, 16, 16)
+calls = 0
+def count(apply, parts):
+    global calls
+    calls += 1
+    return apply(parts["input"], parts["timestep"], **parts["c"])
+counted = model.clone()
+counted.set_model_unet_function_wrapper(count)
+for sampler in args[1]:
+    row = []
+    for mode in ("off", "trace", "stop"):
+        guarded, log = sampling.guard(counted, mode=mode, profile=profile)
+        calls = 0
+        with torch.inference_mode():
+            noise = comfy.sample.prepare_noise(latent, 5)
+            made = comfy.sample.sample(
+                guarded, noise, 20, 7.5, sampler, "normal", *conds, latent, disable_pbar=True, seed=5
+            )
+        row += [calls, bool(torch.isfinite(made).all()), list(made.shape)]
+    result[sampler] = [*row, log.runs()[0].traces[0].verdict]
+""",
+        EXACT,
+        ["euler", "heun", "dpmpp_2m", "dpmpp_sde", "dpm_fast", "uni_pc", "ddim", "lcm", "res_multistep"],
+    )
+    for sampler, (plain, *_, traced, _, _, stopped, finite, shape, verdict) in result.items():
+        assert traced == plain, sampler
+        assert stopped < plain / 2, sampler
+        assert finite, sampler
+        assert shape == [1, 4, 16, 16], sampler
+        assert verdict in ("mild", "strong"), sampler

@@ -242,6 +242,33 @@ def test_the_report_judges_its_own_samplers_images_and_draws_them(batch: Any, se
         assert drawn.size == (640, 300)
 
 
+def test_the_map_is_laid_over_the_image_and_shows_a_copy_more_than_an_ordinary_image(batch: Any, server: Any) -> None:
+    g = batch()
+    rows = []
+    for image in g.images:
+        report = g.node("MemorizationGuardReport", trace=g.guard[1], image=image)
+        rows.append((g.node("PreviewImage", images=report[1]), g.node("PreviewImage", images=report[6])))
+    run = server.queue(g.prompt())
+    run.wait()
+    reds = []
+    for plain, mapped in rows:
+        before, after = (np.asarray(run.images(node)[0].convert("RGB"), dtype=int) for node in (plain, mapped))
+        assert before.shape == after.shape == (64, 64, 3)
+        reds.append(float((after[..., 0] - after[..., 2]).mean()))
+    assert reds[0] > reds[1] + 10
+    assert reds[1] < 20
+
+
+def test_an_image_without_a_map_goes_through_unchanged(batch: Any, server: Any) -> None:
+    g = batch(profile=False, texts=(EXACT[1],))
+    report = g.node("MemorizationGuardReport", trace=g.guard[1], image=g.images[0])
+    shown = [g.node("PreviewImage", images=report[output]) for output in (1, 6)]
+    run = server.queue(g.prompt())
+    run.wait()
+    plain, mapped = (np.asarray(run.images(node)[0]) for node in shown)
+    assert np.array_equal(plain, mapped)
+
+
 def test_two_runs_of_one_image_are_two_rows_of_its_graph(batch: Any, server: Any) -> None:
     g = batch(texts=(EXACT[1],))
     again = g.node("KSampler", **(g.settings | {"latent_image": g.latents[0], "denoise": 0.5}))
