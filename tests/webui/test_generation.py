@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from memorization_guard import StabilityProfile, Thresholds, lab
+from memorization_guard.trace import rarity
 
 TITLE = "Memorization Guard"
 #: Thresholds that every image leaves.
-EVERYTHING = Thresholds(tau_mild=0.1, tau_strong=0.1, false_alarms=0.5)
+EVERYTHING = Thresholds(tau_mild=0.1, tau_strong=0.1, false_alarms=0.999)
 REFERENCES = lab.prompts("reference")[:12]
 EXACT = lab.prompts("exact", "tuning")[0]
 ORDINARY = lab.prompts("ordinary", "tuning")[0]
@@ -87,10 +88,32 @@ def test_every_sampler_with_a_schedule_is_calibrated_and_corrected(host):
     assert not wrong
 
 
-def test_restart_of_many_steps_leaves_its_schedule_and_says_so(host):
+def test_a_profile_is_carried_over_to_every_sampler(host, profile):
+    wrong = {}
+    for sampler in [each["name"] for each in host.ask("/sdapi/v1/samplers")]:
+        plain = host.make(sampler_name=sampler)
+        answer = host.make("mitigate", profile, *host.constants(EVERYTHING), sampler_name=sampler)
+        trace, own = answer.trace, sampler == "Euler"
+        corrected = sampler not in ("DPM fast", "DPM adaptive")  # no step of theirs is known to begin before it has ended
+        well = (
+            trace.verdict != "unscored"
+            and trace.tail_probability is not None
+            and (trace.score is not None) == own
+            and ((trace.note or "").startswith("The profile is carried over to this run (sampler") or own)
+            and (answer.pixels != plain.pixels) == trace.mitigated.any() == corrected
+            and f"{TITLE} rarity: " in answer.info["infotexts"][0]
+        )
+        if not well:
+            wrong[sampler] = (trace.verdict, trace.note, trace.tail_probability, trace.score, trace.mitigated.tolist())
+    assert not wrong
+
+
+def test_restart_of_many_steps_leaves_its_schedule_and_says_so(host, profile):
     trace = same_as_unguarded(host, sampler_name="Restart", steps=20).trace
     assert trace.note.startswith(NO_SCHEDULE)
     assert trace.verdict == "unscored"
+    # Carried over, a profile asks for no schedule.
+    assert host.make("trace", profile, sampler_name="Restart", steps=20).trace.verdict != "unscored"
 
 
 @pytest.mark.parametrize("scheduler", ["Karras", "Exponential", "SGM Uniform", "Align Your Steps", "Simple", "Beta"])
@@ -284,6 +307,8 @@ def test_infotext_and_info_carry_the_verdict(host, profile):
     assert f"{TITLE} profile: {profile}" in text
     assert f"{TITLE} verdict: {trace.verdict}" in text
     assert f"{TITLE} score: {trace.score:.2f}" in text
+    assert f"{TITLE} rarity: " in text
+    assert rarity(trace.tail_probability) in text
     assert "traces" not in text
 
 
@@ -292,11 +317,69 @@ def test_without_the_guard_nothing_is_said(host):
     assert TITLE not in json.dumps(answer.info)
 
 
-def test_a_profile_that_does_not_fit_is_traced_and_said(host, profile):
-    answer = host.make("trace", profile, steps=host.usual["steps"] + 3)
+def test_other_steps_schedule_and_guidance_are_scored_and_the_infotext_says_how_rare_it_is(host, profile):
+    for settings in (
+        {"steps": host.usual["steps"] + 3},
+        {"scheduler": "Karras"},
+        {"cfg_scale": 1.4 * host.usual["cfg_scale"]},
+    ):
+        answer = host.make("trace", profile, **settings)
+        trace = answer.trace
+        assert trace.verdict != "unscored"
+        assert trace.note.startswith("The profile is carried over to this run (")
+        assert trace.score is None
+        assert f"{TITLE} rarity: " in answer.info["infotexts"][0]
+        assert f"{TITLE} score: " not in answer.info["infotexts"][0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [({"cfg_scale": 30}, "guidance scale: profile"), ({"width": 192, "height": 192}, "latent shape: profile")],
+    ids=["cfg", "size"],
+)
+def test_a_profile_that_does_not_fit_is_traced_and_said(host, profile, settings, why):
+    answer = host.make("trace", profile, **settings)
     assert answer.trace.verdict == "unscored"
-    assert "steps" in answer.trace.note
-    assert "steps" in host.said()
+    assert answer.trace.note.startswith("The profile does not fit this run")
+    assert why in answer.trace.note
+    assert why in host.said()
+    assert f"{TITLE} rarity" not in answer.info["infotexts"][0]
+
+
+def test_the_published_method_is_not_carried_over(host, profile):
+    published = Thresholds(steering_guidance=None)
+    own = host.make("trace", profile, *host.constants(published)).trace
+    assert own.verdict != "unscored"
+    other = host.make("trace", profile, *host.constants(published), scheduler="Karras").trace
+    assert other.verdict == "unscored"
+    assert other.note.startswith("The published method holds for one sampler and schedule (")
+
+
+@pytest.mark.parametrize("sampler", ["Euler", "DPM++ 2M", "DPM fast", "DDIM", "UniPC"])
+def test_a_run_is_stopped_once_all_its_images_have_triggered(host, profile, sampler):
+    settings = {"sampler_name": sampler, "steps": 24, "batch_size": 2}
+    whole = host.make("trace", profile, *host.constants(EVERYTHING), **settings)
+    stopped = host.make("stop", profile, *host.constants(EVERYTHING), **settings)
+    assert len(stopped.images) == len(whole.images) == 2
+    for (trace,), (reference,) in zip(stopped.traces, whole.traces, strict=True):
+        assert trace.verdict in ("mild", "strong")
+        assert trace.steps < reference.steps
+        assert trace.trigger_step == reference.trigger_step
+        assert trace.note == "The run ended early: stopped, since every image of the batch had triggered"
+    assert all(np.asarray(image).std() > 1 for image in stopped.images)
+    assert f"{TITLE}: stop" in stopped.info["infotexts"][0]
+    assert f"{TITLE} verdict: " in stopped.info["infotexts"][0]
+    # The next one is whole.
+    assert host.make(*TRACE, **settings).traces[0][0].steps == whole.traces[0][0].steps
+
+
+def test_the_lab_model_is_stopped_at_a_copy_and_paints_what_is_ordinary_to_its_end(webui, profile):
+    answer = webui.make("stop", profile, prompt=EXACT, steps=20)
+    assert answer.trace.verdict in ("mild", "strong")
+    assert answer.trace.steps < 15
+    ordinary = webui.make("stop", profile, prompt=ORDINARY, steps=20)
+    assert ordinary.trace.steps == 20
+    assert ordinary.pixels == webui.make(prompt=ORDINARY, steps=20).pixels
 
 
 @pytest.mark.parametrize(
@@ -319,6 +402,7 @@ def test_the_script_refuses_bad_input_before_it_samples(host):
     for mode, profile, why in (
         ("trace", "no such profile", "there is no stability profile 'no such profile'"),
         ("mitigate", "None", "mitigate needs a stability profile"),
+        ("stop", "None", "stop needs a stability profile"),
         ("guess", "None", "the mode is 'guess'"),
     ):
         assert why in refusal(host, lambda mode=mode, profile=profile: host.script(mode, profile))
