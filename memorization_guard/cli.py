@@ -437,7 +437,9 @@ def evaluate(
     ] = None,
     profile: Annotated[Path | None, typer.Option(help="In place of --reference: a profile for these settings.")] = None,
     save_profile: Annotated[Path | None, typer.Option(help="Keep the profile of --reference here (.safetensors).")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Take the first so many prompts of both lists alone.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Take the first so many prompts of --memorized and --ordinary, not all.")
+    ] = None,
     seeds_per_prompt: Annotated[int, typer.Option(min=1, help="Images of each prompt.")] = 1,
     images: Annotated[
         Path | None, typer.Option(help="Folder of training images of the memorized prompts, for copy scores.")

@@ -260,7 +260,8 @@ class _State:
             found = json.loads(first)
             if found["format"] != STATE_FORMAT:
                 raise ValueError(found["format"])
-            same = found["key"] == header["key"] and np.allclose(found["profile"], statistics, rtol=1e-4, atol=1e-6)
+            same = found["key"] == header["key"] and np.shape(found["profile"]) == np.shape(statistics)
+            same = same and np.allclose(found["profile"], statistics, rtol=1e-4, atol=1e-6)
         except (ValueError, KeyError, TypeError):
             raise EvaluationError(f"{path} is no state of an evaluation: delete it to begin anew") from None
         if not same:

@@ -54,6 +54,8 @@ article h3{{font-size:15px;margin:18px 0 6px;overflow-wrap:anywhere}}
 article td:first-child{{min-width:150px;overflow-wrap:anywhere}}
 article td.prompt{{min-width:170px;max-width:60ch}}
 thead th{{color:var(--muted);font-weight:500}}
+article th.number{{white-space:normal;min-width:64px}}
+td.number+td:not(.number),th.number+th:not(.number){{padding-left:12px}}
 th.group{{padding-top:14px}}
 .interval{{color:var(--muted);font-size:12px}}
 .warning{{border-left:3px solid var(--bad);padding:2px 0 2px 12px;margin:8px 0}}
@@ -68,7 +70,8 @@ svg text{{fill:var(--muted)}}svg .ink{{fill:var(--text)}}
 .axis{{stroke:var(--muted);fill:none}}.grid{{stroke:var(--line);fill:none}}.none{{fill:var(--line);opacity:.6}}
 .chance{{stroke:var(--muted);stroke-dasharray:3 4;fill:none}}
 {_SERIES_STYLE}
-@media(max-width:760px){{.interval{{display:block}}article td:first-child{{min-width:104px}}article{{padding:12px}}}}
+@media(max-width:760px){{.interval{{display:block}}article td:first-child{{min-width:104px}}
+article td.prompt{{min-width:180px}}article{{padding:12px}}}}
 """
 
 

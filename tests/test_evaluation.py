@@ -209,6 +209,11 @@ def test_a_state_of_something_else_is_refused(evaluate, tmp_path):
     for other in ({"guidance_scale": 5.0}, {"count": 3}, {"seed": 1}, {"seeds_per_prompt": 2}):
         with pytest.raises(EvaluationError, match="other prompts, settings, model or profile: delete it"):
             evaluate(**other)
+    header = json.loads(lines[0])
+    for other in (np.array(header["profile"]) * 1.01, np.array(header["profile"])[:, :2]):
+        state.write_bytes(json.dumps(header | {"profile": other.tolist()}).encode() + b"\n")
+        with pytest.raises(EvaluationError, match="model or profile: delete it"):
+            evaluate()
     state.write_bytes(b"".join([*lines[:2], b"{}\n", *lines[3:]]))
     with pytest.raises(EvaluationError, match="line 3, is damaged"):
         evaluate()
