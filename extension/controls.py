@@ -196,7 +196,7 @@ def _describe_fit(
         model_hash=sampling.checkpoint_hash(model) if model is not None and hasattr(model, "sd_checkpoint_info") else None,
         sampler=function,
         steps=int(steps) if steps and exact else None,
-        guidance_scale=float(cfg) if cfg else None,
+        guidance_scale=sampling.guidance_scale(function, cfg) if cfg else None,
         latent_shape=(shape[0], int(height) // 8, int(width) // 8) if shape and width and height else None,
     )
     check = profile.check(planned)

@@ -24,6 +24,9 @@ log = logging.getLogger(__name__)
 # What these samplers hand to the model is not what they go on with; every other sampler of the host goes on with that tensor.
 _KEEP_ANOTHER_LATENT = ("lcm", "unipc")
 
+# DDIM CFG++ maps the page's scale, up to 12.5, to one of up to 1.
+_CFG_PP, _CFG_PP_SCALE = "ddim_cfgpp", 12.5
+
 # Arguments that say which part of a schedule is sampled, and not how.
 _SCHEDULE = ("n", "sigma_min", "sigma_max", "is_img2img", "disable")
 
@@ -96,7 +99,20 @@ def _new_watch(
         return SamplerWatch(new_monitor(settings), torch.tensor(ends), level, editable=editable, fixed=False)
     sigmas = sigmas.float().cpu()
     monitor = new_monitor(_settings(p, kind, name, options, x, sigmas.tolist()))
-    return SamplerWatch(monitor, sigmas, level, editable=editable)
+    watch = _GivesCopies if name == "lcm" else SamplerWatch
+    return watch(monitor, sigmas, level, editable=editable)
+
+
+class _GivesCopies(SamplerWatch):
+    """Of a sampler that adds its noise to the very tensor that was predicted, which is looked at later."""
+
+    def predict(self, x: torch.Tensor, sigma: torch.Tensor, evaluate: Callable[..., torch.Tensor]) -> torch.Tensor:
+        return super().predict(x, sigma, evaluate).clone()
+
+
+def guidance_scale(name: str | None, cfg: float) -> float:
+    """The scale that the predictions are mixed at by the sampler of this name, where the page says ``cfg``."""
+    return float(cfg) / _CFG_PP_SCALE if name == _CFG_PP else float(cfg)
 
 
 def _settings(
@@ -117,7 +133,7 @@ def _settings(
         prediction_type=kind,
         sampler=sampler_name(name, options),
         steps=len(sigmas) if levels else steps,
-        guidance_scale=float(cfg),
+        guidance_scale=guidance_scale(name, cfg),
         latent_shape=tuple(x.shape[1:]),
         sigmas=tuple(sigmas) if levels else None,
         end_sigma=end,
