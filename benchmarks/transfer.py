@@ -10,6 +10,7 @@ ship. Reference prompts and seeds are shared with no other group.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import json
 from pathlib import Path
@@ -143,12 +144,20 @@ class Cells:
         name = f"{key[0]} {key[1]} {key[2]:g} {group} {count}" + (f" first {self._only}" if self._only else "")
         path = self._folder / f"{name.replace(' ', '-').replace('++', 'pp')}.json"
         if path.is_file():
-            return [Trace.from_dict(data) for data in json.loads(path.read_text())]
+            return [self._cut(Trace.from_dict(data)) for data in json.loads(path.read_text())]
         texts = texts_of(self._lab, group, self._split, count)
         first_seed = FIRST_SEED[self._split] + 100_000 * GROUPS.index(group)
         traces = sampled(self._pipe, texts, first_seed, *key[1:], only=self._only)
         write_whole(path, json.dumps([trace.to_dict() for trace in traces]))
-        return traces
+        return [self._cut(trace) for trace in traces]
+
+    def _cut(self, trace: Trace) -> Trace:
+        """A run of the first steps alone is one over that part of the schedule."""
+        sigmas = trace.settings.sigmas
+        if self._only is not None and sigmas is not None and len(sigmas) > self._only:
+            part = {"steps": self._only, "sigmas": sigmas[: self._only], "end_sigma": sigmas[self._only]}
+            trace.settings = dataclasses.replace(trace.settings, **part)
+        return trace
 
 
 def figures(cell: Cell, region: Region, steps: int | None = None) -> dict[str, Any]:
@@ -283,9 +292,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, required=True, help="folder that keeps what was sampled")
     parser.add_argument("--split", default="evaluation", choices=list(FIRST_SEED))
     parser.add_argument("--json", type=Path, help="write the figures here")
-    parser.add_argument(
-        "--parts", nargs="+", default=["matrix"], choices=["matrix", "guidance", "references", "early", "tail"]
-    )
+    parser.add_argument("--parts", nargs="+", default=["matrix"], choices=PARTS)
     parser.add_argument("--samplers", nargs="+", default=list(SAMPLERS), choices=list(SAMPLERS))
     parser.add_argument("--steps", nargs="+", type=int, default=list(STEPS))
     parser.add_argument("--images", nargs=4, type=int, default=(50, 200, 60, 48), metavar=GROUPS, help="of each group")
