@@ -170,9 +170,9 @@ def main() -> None:
         if group in ("exact", "ordinary"):
             timed = ways | {"plain again": ways["plain"]}
             result["costs"][group] = peers.costs(pipe, timed, members[: arguments.turns])
+        if arguments.json:
+            write_whole(arguments.json, json.dumps(result, indent=1) + "\n")
     print_figures(result)
-    if arguments.json:
-        write_whole(arguments.json, json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -171,7 +171,9 @@ def sampled(bundled):
     for group in ("exact", "ordinary"):
         texts = lab.prompts(group, "tuning")[:6]
         for mitigate in (False, True):
-            result[group, mitigate] = evaluate.sample(lab.BUNDLED, bundled, texts, 3_000_000, lab.profile(), mitigate=mitigate, batch=6)
+            result[group, mitigate] = evaluate.sample(
+                lab.BUNDLED, bundled, texts, 3_000_000, lab.profile(), mitigate=mitigate, batch=6
+            )
     return result
 
 
