@@ -98,13 +98,14 @@ def test_a_profile_is_carried_over_to_every_sampler(host, profile):
             if trace.verdict != "unscored" or "guidance scale: profile" not in trace.note:
                 wrong[sampler] = (trace.verdict, trace.note)
             continue
-        corrected = sampler not in ("DPM fast", "DPM adaptive")  # no step of theirs is known to begin before it has ended
+        late = sampler in ("DPM fast", "DPM adaptive")  # hardly a step of theirs is known in time
         well = (
             trace.verdict != "unscored"
             and trace.tail_probability is not None
             and (trace.score is not None) == own
             and ((trace.note or "").startswith("The profile is carried over to this run (sampler") or own)
-            and (answer.pixels != plain.pixels) == trace.mitigated.any() == corrected
+            and (answer.pixels != plain.pixels) == trace.mitigated.any()
+            and (late or trace.mitigated.any())
             and f"{TITLE} rarity: " in answer.info["infotexts"][0]
         )
         if not well:
@@ -377,11 +378,12 @@ def test_a_run_is_stopped_once_all_its_images_have_triggered(host, profile, samp
     assert host.make(*TRACE, **settings).traces[0][0].steps == whole.traces[0][0].steps
 
 
-def test_the_lab_model_is_stopped_at_a_copy_and_paints_what_is_ordinary_to_its_end(webui, profile):
-    answer = webui.make("stop", profile, prompt=EXACT, steps=20)
+def test_the_lab_model_is_stopped_at_a_copy_and_paints_what_is_ordinary_to_its_end(webui):
+    webui.calibrate("lab", lab.prompts("reference")[:24], steps=20)
+    answer = webui.make("stop", "lab", prompt=EXACT, steps=20)
     assert answer.trace.verdict in ("mild", "strong")
     assert answer.trace.steps < 15
-    ordinary = webui.make("stop", profile, prompt=ORDINARY, steps=20)
+    ordinary = webui.make("stop", "lab", prompt=ORDINARY, steps=20)
     assert ordinary.trace.steps == 20
     assert ordinary.pixels == webui.make(prompt=ORDINARY, steps=20).pixels
 
