@@ -14,7 +14,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from . import graph
-from .trace import Trace
+from .trace import Trace, rarity
 
 STATEMENT = (
     "A verdict says how far the norms of this run lie from those of ordinary prompts. It is evidence that the model "
@@ -178,6 +178,8 @@ def summary(trace: Trace) -> str:
         parts.append(f"left the region at step {trace.trigger_step}")
     if trace.score is not None:
         parts.append(f"S_mem {trace.score:.1f}" if trace.score < 1000 else "S_mem over 1000")
+    if trace.tail_probability is not None:
+        parts.append(f"as far as {rarity(trace.tail_probability)} ordinary images")
     if corrected := int(trace.mitigated.sum()):
         parts.append(f"{corrected} {'step' if corrected == 1 else 'steps'} corrected")
     if trace.nonfinite_step is not None:
