@@ -9,11 +9,8 @@ sampling; a score of the first steps would let a run be stopped there, which is 
 
 from __future__ import annotations
 
-import argparse
 import json
-import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,20 +20,15 @@ from peers import Shot, Watched
 from torch import Tensor
 from tqdm import tqdm
 
-from memorization_guard import Trace
 from memorization_guard.diffusers import guard
+from memorization_guard.evaluation import SIGNALS
 from memorization_guard.files import write_whole
-from memorization_guard.lab import MODEL, Lab
-from memorization_guard.lab.world import DATA
+from memorization_guard.lab import Lab
 from memorization_guard.metrics import detection_with_intervals
 
 #: Our scores, by name: of one trace, higher on memorized images.
-OURS: dict[str, Callable[[Trace], float | None]] = {
-    "S_mem": lambda trace: trace.score,
-    "joint score": lambda trace: trace.joint_score,
-    "rarity (-log10 of the tail)": lambda trace: trace.tail_probability and -math.log10(trace.tail_probability),
-    "local score": lambda trace: trace.local_score,
-    "uncalibrated score": lambda trace: trace.uncalibrated_score,
+OURS = {
+    name: SIGNALS[name] for name in ("S_mem", "joint score", "tail probability, -log10", "local score", "uncalibrated score")
 }
 
 
@@ -141,22 +133,14 @@ def print_figures(result: dict[str, Any]) -> None:
     peers.print_table([*head, "extra network calls", "time / plain", "extra memory"], rows)
     print(f"\nplain again / plain: {peers.describe(cost['plain again'])[1]}; ", end="")
     print(f"plain takes {cost['plain']['seconds']:.3f} s and {cost['plain']['memory'] / 2**20:.1f} MiB an image")
-    print(", ".join(f"{group}: {row['images']} images of {row['prompts']} prompts" for group, row in result["groups"].items()))
+    peers.print_counts(result["groups"])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=MODEL, help="a lab model's folder")
-    parser.add_argument("--world", type=Path, default=DATA, help="the world it was trained on")
-    parser.add_argument("--split", default="tuning", choices=["tuning", "evaluation"])
+    parser = peers.arguments_of(__doc__)
     parser.add_argument("--groups", nargs="+", default=["exact", "template", "rare"], choices=["exact", "template", "rare"])
-    parser.add_argument("--per-group", type=int, help="so many images a group, instead of all")
     parser.add_argument("--ordinary", type=int, help="so many ordinary images, instead of as many as of other groups")
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--scheduler", default="PNDM", choices=peers.SCHEDULERS)
-    parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--turns", type=int, default=12, help="images that times are taken on")
-    parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()
 
     lab = Lab(arguments.model, arguments.world)
@@ -165,12 +149,7 @@ def main() -> None:
     images += peers.shots(lab, arguments.split, ["ordinary"], arguments.ordinary or arguments.per_group)
     scores = all_scores(pipe, stability, images, arguments.steps, arguments.batch)
     result: dict[str, Any] = {
-        "model": arguments.model.name,
-        "prediction_type": str(pipe.scheduler.config.prediction_type),
-        "split": arguments.split,
-        "scheduler": arguments.scheduler,
-        "steps": arguments.steps,
-        "threads": torch.get_num_threads(),
+        **peers.conditions(arguments, pipe),
         "groups": figures(scores, images),
         "costs": peers.costs(pipe, ways(pipe, stability, arguments.steps), images[: arguments.turns]),
     }

@@ -9,11 +9,9 @@ the CPU, turn by turn against plain sampling.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,9 +23,8 @@ from tqdm import tqdm
 from memorization_guard import Thresholds
 from memorization_guard.diffusers import guard
 from memorization_guard.files import write_whole
-from memorization_guard.lab import COPY_THRESHOLD, MODEL, Lab, attributes
+from memorization_guard.lab import COPY_THRESHOLD, Lab, attributes
 from memorization_guard.lab.evaluate import similarity
-from memorization_guard.lab.world import DATA
 from memorization_guard.metrics import rate_with_interval
 
 #: Wen et al. stop at this guidance norm. Their code takes it of the four images of a prompt together, half of it each; both
@@ -125,34 +122,21 @@ def print_figures(result: dict[str, Any]) -> None:
         plain = cost["plain"]
         print(f"{group}: plain takes {plain['seconds']:.3f} s and {plain['memory'] / 2**20:.1f} MiB an image, ", end="")
         print(f"a second time {peers.describe(cost['plain again'])[1]} of it")
-    print(", ".join(f"{group}: {row['images']} images of {row['prompts']} prompts" for group, row in result["groups"].items()))
+    peers.print_counts(result["groups"])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=MODEL, help="a lab model's folder")
-    parser.add_argument("--world", type=Path, default=DATA, help="the world it was trained on")
-    parser.add_argument("--split", default="tuning", choices=["tuning", "evaluation"])
+    parser = peers.arguments_of(__doc__)
     groups = ["exact", "template", "rare", "ordinary"]
     parser.add_argument("--groups", nargs="+", default=groups, choices=groups)
-    parser.add_argument("--per-group", type=int, help="so many images a group, instead of all")
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--scheduler", default="PNDM", choices=peers.SCHEDULERS)
-    parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--turns", type=int, default=8, help="exact, and ordinary, images that times are taken on")
-    parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()
 
     lab = Lab(arguments.model, arguments.world)
     pipe, stability = peers.set_up(lab, arguments.scheduler, arguments.steps)
     ways = methods(pipe, stability, arguments.steps)
     result: dict[str, Any] = {
-        "model": arguments.model.name,
-        "prediction_type": str(pipe.scheduler.config.prediction_type),
-        "split": arguments.split,
-        "scheduler": arguments.scheduler,
-        "steps": arguments.steps,
-        "threads": torch.get_num_threads(),
+        **peers.conditions(arguments, pipe),
         "groups": {},
         "costs": {},
     }

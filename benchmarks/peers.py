@@ -9,11 +9,13 @@ Where a paper leaves something to its code, the docstring says what was taken, a
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,8 +28,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from memorization_guard import StabilityProfile
 from memorization_guard.diffusers import calibrate
-from memorization_guard.lab import Lab
+from memorization_guard.lab import MODEL, Lab
 from memorization_guard.lab.evaluate import FIRST_SEED, SEEDS
+from memorization_guard.lab.world import DATA
 from memorization_guard.parameterization import NoiseLevel, sample_norm
 
 GUIDANCE = 7.5
@@ -420,6 +423,37 @@ def describe(cost: dict[str, Any]) -> list[str]:
     low, high = cost["time_ratio_95"]
     memory = max(0, cost["extra_memory"]) / 2**20
     return [", ".join(calls) or "0", f"{cost['time_ratio']:.3f} ({low:.3f}-{high:.3f})", f"{memory:.1f} MiB"]
+
+
+def arguments_of(description: str | None) -> argparse.ArgumentParser:
+    """The options that both benchmarks have."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=MODEL, help="a lab model's folder")
+    parser.add_argument("--world", type=Path, default=DATA, help="the world it was trained on")
+    parser.add_argument("--split", default="tuning", choices=["tuning", "evaluation"])
+    parser.add_argument("--per-group", type=int, help="so many images a group, instead of all")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--scheduler", default="PNDM", choices=SCHEDULERS)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    return parser
+
+
+def conditions(arguments: argparse.Namespace, pipe: Any) -> dict[str, Any]:
+    """What the figures were made with, for their file."""
+    return {
+        "model": arguments.model.name,
+        "prediction_type": str(pipe.scheduler.config.prediction_type),
+        "split": arguments.split,
+        "scheduler": arguments.scheduler,
+        "steps": arguments.steps,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def print_counts(groups: dict[str, dict[str, Any]]) -> None:
+    """How many images and prompts the figures rest on."""
+    print(", ".join(f"{group}: {row['images']} images of {row['prompts']} prompts" for group, row in groups.items()))
 
 
 def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import itertools
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from memorization_guard import Calibrator, Thresholds, Trace
+from memorization_guard import Calibrator, StabilityProfile, Thresholds, Trace
 from memorization_guard.detection import planned_angles
 from memorization_guard.diffusers import guard
 from memorization_guard.files import write_whole
@@ -63,12 +64,15 @@ class Cell:
             self._signals[group] = np.log(stacked).transpose(2, 1, 0)
         return self._signals[group]
 
-    def reference(self, count: int | None = None, rows: np.ndarray | None = None) -> Reference:
-        runs = self.traces["reference"][:count] if rows is None else [self.traces["reference"][i] for i in rows]
-        calibrator = Calibrator()
-        for trace in runs:
-            calibrator.add(trace)
-        found = calibrator.profile().reference
+    def profile(self, rows: Iterable[int] | None = None) -> StabilityProfile:
+        """The profile of these reference runs, or of all."""
+        runs, calibrator = self.traces["reference"], Calibrator()
+        for row in range(len(runs)) if rows is None else rows:
+            calibrator.add(runs[row])
+        return calibrator.profile()
+
+    def reference(self, rows: Iterable[int] | None = None) -> Reference:
+        found = self.profile(rows).reference
         assert found is not None
         return found
 
@@ -176,20 +180,20 @@ def matrix(cells: Cells, samplers: list[str], steps: list[int]) -> list[dict[str
     for key in tqdm(keys, desc="cells"):
         cells(*key)
     return [
-        {"calibrated": list(made), "used": list(used)}
-        | figures(cells(*used), cells(*made).reference().region(cells(*used).planned))
-        for made, used in itertools.product(keys, keys)
+        {"calibrated": list(made), "used": list(used)} | figures(cells(*used), reference.region(cells(*used).planned))
+        for made, reference in ((key, cells(*key).reference()) for key in keys)
+        for used in keys
     ]
 
 
 def guidance(cells: Cells, sampler: str = "Euler", steps: int = 20) -> list[dict[str, Any]]:
-    made = cells(sampler, steps)
+    reference = cells(sampler, steps).reference()
     rows = []
     for scale in tqdm(GUIDANCE, desc="guidance"):
         used = cells(sampler, steps, scale)
         regions = {
-            "as it is": made.reference().region(used.planned),
-            "modelled": made.reference().region(used.planned, scale),
+            "as it is": reference.region(used.planned),
+            "modelled": reference.region(used.planned, scale),
             "own": used.reference().region(),
         }
         rows += [{"guidance": scale, "profile": name} | figures(used, region) for name, region in regions.items()]
@@ -200,9 +204,7 @@ def references(cells: Cells, draws: int = 30, sampler: str = "Euler", steps: int
     cell, rng, rows = cells(sampler, steps), np.random.default_rng(0), []
     available = len(cell.traces["reference"])
     for count in [n for n in REFERENCES if n <= available]:
-        drawn = [
-            figures(cell, cell.reference(rows=rng.choice(available, count, replace=False)).region()) for _ in range(draws)
-        ]
+        drawn = [figures(cell, cell.reference(rng.choice(available, count, replace=False)).region()) for _ in range(draws)]
         row: dict[str, Any] = {"references": count, "draws": draws}
         for name, of in (
             ("exact auc", lambda f: f["exact"]["auc"]),
@@ -231,11 +233,7 @@ def early(cells: Cells, sampler: str, steps: int) -> list[dict[str, Any]]:
 def signals(lab: Lab, split: str, cells: Cells, sampler: str, steps: int) -> dict[str, Any]:
     """Each signal by itself against the published score, with a profile of the very sampler and steps; with intervals."""
     cell = cells(sampler, steps)
-    calibrator = Calibrator()
-    for trace in cell.traces["reference"]:
-        calibrator.add(trace)
-    own = calibrator.profile()
-    region = cell.reference().region()
+    own, region = cell.profile(), cell.reference().region()
 
     def scores(group: str) -> dict[str, np.ndarray]:
         every = [region.statistics(angle, logs)[1] for angle, logs in zip(cell.starts, cell.signals(group), strict=True)]
@@ -273,7 +271,7 @@ def tail(
     cell = Cells(lab, split, {"reference": references, "ordinary": count}, folder, only=only)("Euler", steps)
     rng, available = np.random.default_rng(0), len(cell.traces["reference"])
     tails = [
-        cell.tails(cell.reference(rows=rng.choice(available, min(50, available), replace=False)).region(), "ordinary")
+        cell.tails(cell.reference(rng.choice(available, min(50, available), replace=False)).region(), "ordinary")
         for _ in range(20)
     ]
     rows = []

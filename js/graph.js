@@ -87,7 +87,7 @@ export function summarize(run) {
     if (item.verdict === "stable" && !run.finished) parts[0] += " so far";
     if (item.trigger !== null) parts.push(`left the region at step ${item.trigger}`);
     if (item.score !== null) parts.push(`S_mem ${scoreText(item.score)}`);
-    if (item.tail !== null) parts.push(item.tail >= 0.5 ? "as far as most ordinary images" : `as far as ${rarity(item.tail)} ordinary images`);
+    if (item.tail !== null) parts.push(`as far as ${rarity(item.tail)} ordinary images`);
     const corrected = item.mitigated.filter(Boolean).length;
     if (corrected) parts.push(`${corrected} ${corrected === 1 ? "step" : "steps"} corrected`);
     if (item.nonfinite !== null) parts.push(`not a number from step ${item.nonfinite}`);

@@ -184,12 +184,20 @@ class Detector:
     Args:
         profile, thresholds: what the run is held against.
         batch: number of samples.
-        settings: what the run is made with.
+        region: where the profile's reference runs are in this run; ``None`` for the published rule.
+        prediction_type: of the model, for what it calls a noise level.
         exact: whether the profile's bands are those of the run's sampler and schedule.
     """
 
     def __init__(
-        self, profile: StabilityProfile, thresholds: Thresholds, batch: int, settings: RunSettings, *, exact: bool = True
+        self,
+        profile: StabilityProfile,
+        thresholds: Thresholds,
+        batch: int,
+        *,
+        region: Region | None = None,
+        prediction_type: str | None = None,
+        exact: bool = True,
     ) -> None:
         self.profile = profile
         self.thresholds = thresholds
@@ -199,12 +207,9 @@ class Detector:
         self.strong = np.zeros(batch, dtype=bool)
         #: Why the run is not judged, if it is not.
         self.off_schedule: str | None = None
-        self._kind = settings.prediction_type
+        self._kind = prediction_type
         self._exact = exact
-        self._region: Region | None = None
-        if profile.reference is not None and not thresholds.published:
-            angles = None if exact else planned_angles(settings)
-            self._region = profile.reference.region(angles, settings.guidance_scale)
+        self._region = region
         self._highest = np.full((len(STATISTICS), batch), -np.inf)
         self._finite = np.ones(batch, dtype=bool)
         self._step = 0

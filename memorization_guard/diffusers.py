@@ -24,7 +24,7 @@ from .calibration import MIN_RUNS, CalibrationError, ReferenceRuns
 from .detection import Thresholds
 from .fingerprint import fingerprint
 from .monitor import STOPPED, StabilityMonitor, StepEvent
-from .parameterization import NoiseLevel, widened
+from .parameterization import NoiseLevel, where_changed, widened
 from .profile import RunSettings, StabilityProfile
 from .prompts import read_prompts
 from .trace import Trace
@@ -193,9 +193,7 @@ class GuardedRun:
             given = monitor.corrected_prediction(denoised, sides[1], sides[0], begins=self._start is None)
             if given is denoised:
                 return prediction
-            # There and back again rounds: what was not replaced is taken as it came.
-            moved = (given != denoised).flatten(1).any(1).view(-1, *(1,) * (sample.ndim - 1))
-            return torch.where(moved, level.prediction(latent, given, kind).to(prediction.dtype), prediction)
+            return where_changed(prediction, denoised, given, level.prediction(latent, given, kind))
         except Exception as error:
             monitor.fail(error)
             return prediction
@@ -261,9 +259,7 @@ class GuardedRun:
             return self._stop(result, denoised)
         if z is z_next:
             return result
-        # There and back again rounds: a sample that was not corrected is taken as it came.
-        moved = (z != z_next).flatten(1).any(1).view(-1, *(1,) * (z.ndim - 1))
-        corrected = torch.where(moved, call.end.from_vp(z).to(proposed.dtype), proposed)
+        corrected = where_changed(proposed, z_next, z, call.end.from_vp(z))
         if corrects:
             # The next call computes this latent anew from last_sample (Zhao et al. 2023, UniC), times the ratio of their
             # noise, or of their signal where it predicts noise: what is not moved there as well is forgotten.

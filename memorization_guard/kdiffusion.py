@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .monitor import STOPPED, StabilityMonitor
-from .parameterization import NoiseLevel, widened
+from .parameterization import NoiseLevel, where_changed, widened
 
 #: Relative distance up to which a noise level that the sampler names is the one its schedule has: some samplers move their
 #: first one by less than this.
@@ -179,7 +179,7 @@ class SamplerWatch:
             return
         z = self._end_step(start.z, start.level, editable=self._editable and not self._spoiled)
         if z is not start.z:
-            call.x.copy_(_replaced(call.x, start.z, z, start.level))
+            call.x.copy_(where_changed(call.x, start.z, z, start.level.from_vp(z)))
             start.z, self._changed = z, start
         self._presumed = start
 
@@ -279,7 +279,7 @@ class SamplerWatch:
         z = self._end_step(z_next, level, editable=not self._spoiled)
         if self._on_schedule and not self._keeps_schedule():
             self.monitor.leave_schedule()
-        return None if z is z_next else _replaced(result, z_next, z, level)
+        return None if z is z_next else where_changed(result, z_next, z, level.from_vp(z))
 
     def _keeps_schedule(self) -> bool:
         """Whether every step was one of the schedule; waits for the device, once, at the end."""
@@ -338,12 +338,6 @@ class ModelProxy:
 
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self._model, name, value)
-
-
-def _replaced(x: Tensor, z: Tensor, corrected: Tensor, level: NoiseLevel) -> Tensor:
-    """``x``, of which ``z`` is the VP form, with the samples in which ``corrected`` differs; the others are untouched."""
-    moved = (corrected != z).flatten(1).any(1).view(-1, *(1,) * (z.ndim - 1))
-    return torch.where(moved, level.from_vp(corrected).to(x.dtype), x)
 
 
 def _same(a: float, b: float) -> bool:

@@ -8,6 +8,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -19,7 +20,7 @@ from .detection import Detector, Judgement, Measures, Thresholds, Verdict, plann
 from .mitigation import correct, rescale, response, steer
 from .parameterization import NoiseLevel, sample_norm, widened
 from .profile import NORMS, ProfileCheck, RunSettings, StabilityProfile
-from .reference import LOCAL_SHARE, STATISTICS
+from .reference import LOCAL_SHARE, STATISTICS, Region
 from .trace import SUSPICIOUS, Trace, band_numbers, numbers
 
 log = logging.getLogger(__name__)
@@ -287,9 +288,17 @@ class StabilityMonitor:
     def _scores(self) -> bool:
         if self.check is None or not self.check.valid:
             return False
-        assert self.profile is not None
-        by_reference = self.profile.reference is not None and not self.thresholds.published
-        return by_reference or (self.check.exact and not self.off_schedule)
+        return self._region is not None or (self.check.exact and not self.off_schedule)
+
+    @cached_property
+    def _region(self) -> Region | None:
+        """Where the profile's reference runs are in this run; ``None`` where the published rule decides, or nothing can."""
+        if self.profile is None or self.check is None or not self.check.valid:
+            return None
+        if self.profile.reference is None or self.thresholds.published:
+            return None
+        angles = None if self.check.exact else planned_angles(self.settings)
+        return self.profile.reference.region(angles, self.settings.guidance_scale)
 
     @property
     def steps(self) -> int:
@@ -322,9 +331,8 @@ class StabilityMonitor:
                 if (row := self.profile.next_row(row, sigma, step)) is None:
                     break
                 bands.append(np.stack([self.profile.mean[row], self.profile.std[row]]))
-        elif self.profile.reference is not None and (angles := planned_angles(self.settings)) is not None:
-            region = self.profile.reference.region(angles, self.settings.guidance_scale)
-            bands = [np.stack(region.bands(*pair)) for pair in pairwise(angles)]
+        elif self._region is not None:
+            bands = [np.stack(self._region.bands(*pair)) for pair in pairwise(self._region.angles)]
         return bands
 
     def _corrected_latent(
@@ -404,8 +412,14 @@ class StabilityMonitor:
         if self._scores and self._detector is None:
             assert self.profile is not None
             assert self.check is not None
-            exact = self.check.exact and not self.off_schedule
-            self._detector = Detector(self.profile, self.thresholds, measures.shape[1], self.settings, exact=exact)
+            self._detector = Detector(
+                self.profile,
+                self.thresholds,
+                measures.shape[1],
+                region=self._region,
+                prediction_type=self.settings.prediction_type,
+                exact=self.check.exact and not self.off_schedule,
+            )
         if self._detector is not None and self.corrects:
             self._before = self._detector.copy()
         self._norms.append(measures)

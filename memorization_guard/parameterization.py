@@ -162,6 +162,15 @@ class NoiseLevel:
         raise ValueError(f"prediction_type is {prediction_type!r}; known: {', '.join(PREDICTION_TYPES)}")
 
 
+def where_changed(x: Tensor, before: Tensor, after: Tensor, value: Tensor) -> Tensor:
+    """``x`` with ``value``, in its dtype, in the samples in which ``after`` differs from ``before``; the others bit-identical.
+
+    Going to another scale and back rounds, so that a sample that nobody changed has to be taken as it came.
+    """
+    changed = (after != before).flatten(1).any(1).view(-1, *(1,) * (x.ndim - 1))
+    return torch.where(changed, value.to(x.dtype), x)
+
+
 def widened(x: Tensor) -> Tensor:
     """``x`` in float32 if it is of half precision, which would round what is computed from it; otherwise itself."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()

@@ -249,11 +249,7 @@ class StabilityProfile:
             (weakened if covered else carried).append(found)
         if found := differs("scheduler"):
             weakened.append(found)
-        return (
-            ProfileCheck(tuple(invalid), tuple(carried), tuple(weakened))
-            if carried is not invalid
-            else ProfileCheck(tuple(invalid), (), tuple(weakened))
-        )
+        return ProfileCheck(tuple(invalid), () if self.reference is None else tuple(carried), tuple(weakened))
 
     def _covers(self, sigmas: Sequence[float], end_sigma: float | None) -> bool:
         row = None

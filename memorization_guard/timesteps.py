@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .kdiffusion import ModelProxy, SamplerWatch
 from .monitor import StabilityMonitor
-from .parameterization import NoiseLevel, widened
+from .parameterization import NoiseLevel, where_changed, widened
 
 
 class TimestepScale:
@@ -109,8 +109,7 @@ class TimestepWatch(SamplerWatch):
             self.stepped({"x": x})
         if given is denoised:
             return eps
-        replaced = (given != denoised).flatten(1).any(1).view(-1, *(1,) * (x.ndim - 1))
-        return torch.where(replaced, ((x - signal * given) / noise).to(eps.dtype), eps)
+        return where_changed(eps, denoised, given, (x - signal * given) / noise)
 
 
 class _TimestepModel(ModelProxy):

@@ -217,6 +217,6 @@ def test_mitigation_takes_copies_away_and_leaves_ordinary_images_alone(sampled):
 
 
 def test_a_contact_sheet_has_a_row_a_prompt(sampled):
-    sheet = evaluate.contact_sheet(lab.BUNDLED, "exact", sampled["exact", False], sampled["exact", True])
+    sheet = evaluate.contact_sheet("exact", sampled["exact", False], sampled["exact", True])
     assert isinstance(sheet, Image.Image)
     assert sheet.size == (3 * 68 * 2, 6 * 68 * 2)

@@ -335,7 +335,7 @@ def guidance_like(x0, seed=0):
 def test_steering_by_prediction_goes_on_until_both_norms_are_back():
     settings = RunSettings(prediction_type="epsilon", sigmas=(4.0, 3.0, 2.0, 1.0, 0.5))
     profile = StabilityProfile(mean=np.full((5, 3), 10.0), std=np.ones((5, 3)), count=50, settings=settings)
-    detector = Detector(profile, Thresholds(), 1, settings)
+    detector = Detector(profile, Thresholds(), 1)
     seen = []
     for sigma, update, denoised in zip(settings.sigmas, (16, 10, 16, 10, 10), (16, 15, 10, 10, 15), strict=True):
         measures = Measures(np.array([[10.0], [update], [denoised]]), np.full((4, 1), np.nan))

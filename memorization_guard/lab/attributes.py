@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from . import MODEL, Lab
-from .world import COLORS, DATA, PATTERNS, SETTINGS, SHAPES, Caption, captions, more_captions, render
+from .world import COLORS, DATA, PATTERNS, SETTINGS, SHAPES, Caption, captions, more_captions, render, to_uint8
 
 FILE = "attributes.safetensors"
 
@@ -148,8 +148,7 @@ def main() -> None:
     with torch.no_grad():
         autoencoder = lab.pipeline().vae
         seen = autoencoder.decode(autoencoder.encode(images).latent_dist.mode()).sample
-    pixels = ((seen.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-    accuracy = attribute_accuracy(pixels, [caption.text for caption in held_out], lab)
+    accuracy = attribute_accuracy(to_uint8(seen), [caption.text for caption in held_out], lab)
     print(f"accuracy on renderings of {len(held_out)} captions never trained on: {accuracy.mean():.3f}")
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from .. import StabilityProfile, Thresholds, Trace
+from .. import StabilityProfile, Thresholds, Trace, evaluation
 from ..diffusers import guard
 from ..files import write_whole
 from ..metrics import detection, detection_with_intervals
@@ -92,16 +91,10 @@ def similarity(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return (a * b).sum(1) / np.maximum(np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1), 1e-12)
 
 
-SIGNALS: dict[str, Callable[[Trace], float]] = {
-    "S_mem": lambda trace: trace.score or 0.0,
-    "joint score": lambda trace: trace.joint_score or 0.0,
-    "tail probability": lambda trace: -math.log10(max(trace.tail_probability or 1.0, 1e-300)),
-    "local score": lambda trace: trace.local_score or 0.0,
-    "uncalibrated score": lambda trace: trace.uncalibrated_score or 0.0,
+#: Those of every model, and two more by which the lab's signals were understood.
+SIGNALS: dict[str, Callable[[Trace], float | None]] = evaluation.SIGNALS | {
     "S_mem, first 10 steps": lambda trace: float(np.nanmax(trace.update_score[:10])),
     "max s_x0": lambda trace: float(np.nanmax(trace.denoised_score)),
-    "guidance norm, mean": lambda trace: float(np.nanmean(trace.guidance_norm)),
-    "guidance norm, first step": lambda trace: float(trace.guidance_norm[0]),
 }
 
 
@@ -133,11 +126,11 @@ def figures(plain: dict[str, Sampled], mitigated: dict[str, Sampled]) -> dict[st
             "detection": {},
         }
         for name, signal in SIGNALS.items():
-            values = np.array([signal(trace) for trace in before.traces])
+            values = np.array([signal(trace) or 0.0 for trace in before.traces])
             row["medians"][name] = float(np.median(values))
             row["quartiles"][name] = np.quantile(values, [0.25, 0.75]).tolist()
             if group != "ordinary" and "ordinary" in plain:
-                ordinary = np.array([signal(trace) for trace in plain["ordinary"].traces])
+                ordinary = np.array([signal(trace) or 0.0 for trace in plain["ordinary"].traces])
                 row["detection"][name] = detection_with_intervals(values, ordinary, before.prompts)
         result[group] = row
     return result
@@ -186,11 +179,11 @@ def world_figures(lab: Lab, count: int = 200, renders: int = 16) -> dict[str, An
     }
 
 
-def contact_sheet(lab: Lab, group: str, *columns: Sampled, rows: int = 8, seeds: int = 4) -> Image.Image:
+def contact_sheet(group: str, *columns: Sampled, rows: int = 8, seeds: int = 4) -> Image.Image:
     """A row a prompt: its training image if it has one, then up to ``seeds`` images of each column; twice as large."""
     blocks = []
     for text in list(dict.fromkeys(columns[0].prompts))[:rows]:
-        row = [np.asarray(lab.training_image(text))] if group in ("exact", "template") else []
+        row = [np.asarray(columns[0].lab.training_image(text))] if group in ("exact", "template") else []
         for sampled in columns:
             row += [sampled.images[i] for i, prompt in enumerate(sampled.prompts) if prompt == text][:seeds]
         blocks.append(np.concatenate([np.pad(image, ((2, 2), (2, 2), (0, 0)), constant_values=255) for image in row], axis=1))
@@ -242,7 +235,7 @@ def main() -> None:
     if arguments.sheets:
         for group in texts:
             columns = [plain[group], mitigated[group], *([second] if group == "ordinary" and second else [])]
-            contact_sheet(lab, group, *columns).save(arguments.sheets / f"lab-{group}.jpg", quality=88)
+            contact_sheet(group, *columns).save(arguments.sheets / f"lab-{group}.jpg", quality=88)
 
 
 if __name__ == "__main__":
