@@ -10,7 +10,6 @@ import io
 import json
 import os
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,11 +38,12 @@ class UsageError(Exception):
 def _one_line_errors() -> Iterator[None]:
     from .calibration import CalibrationError
     from .evaluation import EvaluationError
+    from .pipelines import ModelError
     from .profile import ProfileError
 
     try:
         yield
-    except (UsageError, CalibrationError, EvaluationError, ProfileError, FileNotFoundError) as error:
+    except (UsageError, CalibrationError, EvaluationError, ModelError, ProfileError, FileNotFoundError) as error:
         _fail(str(error))
     except OSError as error:
         _fail(f"{error.filename or 'output'}: {error.strerror or error}")
@@ -67,66 +67,6 @@ def _writable(path: Path | None) -> None:
         raise UsageError(f"the folder {path.absolute().parent} does not exist")
     if not os.access(path.absolute().parent, os.W_OK):
         raise UsageError(f"{path.absolute().parent} cannot be written to")
-
-
-def _load_pipeline(model: Path, config: Path | None, device: str, dtype: str) -> Any:
-    """A pipeline from a diffusers folder or a ``.safetensors`` checkpoint; nothing is fetched and nothing is unpickled."""
-    if str(model) == "lab" and not model.exists():
-        from .lab import MODEL
-
-        model = MODEL
-    # Without this, diffusers asks the hub for what a single-file checkpoint does not say, local_files_only or not.
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    if not model.exists():
-        raise UsageError(f"there is no model at {model}: give a diffusers folder or a .safetensors checkpoint")
-    if model.is_file() and model.suffix != ".safetensors":
-        raise UsageError(f"{model.name} is no .safetensors file: other checkpoints can run code when opened, convert it first")
-    if model.is_dir() and not (model / "model_index.json").is_file():
-        raise UsageError(f"{model} holds no model_index.json: it is not a diffusers pipeline folder")
-    if config is not None and not (config / "model_index.json").is_file():
-        raise UsageError(
-            f"--config {config} holds no model_index.json: give the folder of a diffusers pipeline of the same kind"
-        )
-    import torch
-
-    _quiet_libraries()
-    from diffusers import DiffusionPipeline
-
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if dtype == "auto":
-        dtype = "float16" if device == "cuda" else "float32"
-    try:
-        options = {"torch_dtype": getattr(torch, dtype), "local_files_only": True}
-        if model.is_dir():
-            pipe: Any = DiffusionPipeline.from_pretrained(model, use_safetensors=True, **options)
-        else:
-            if config is not None:
-                options["config"] = str(config)
-            pipe = _single_file_class(model, config).from_single_file(str(model), **options)
-        pipe = pipe.to(device)
-    except Exception as error:
-        hint = ""
-        if model.is_file() and config is None:
-            hint = " A checkpoint holds weights only: with --config FOLDER give a diffusers folder of the same kind of model."
-        raise UsageError(f"{model} cannot be loaded as a pipeline: {type(error).__name__}: {error}{hint}") from error
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def _single_file_class(checkpoint: Path, config: Path | None) -> Any:
-    """The pipeline class that ``config`` names, or else the one that the checkpoint's tensors tell of."""
-    import diffusers
-
-    if config is not None:
-        return getattr(diffusers, json.loads((config / "model_index.json").read_text(encoding="utf-8"))["_class_name"])
-    from diffusers.loaders.single_file_utils import infer_diffusers_model_type, load_single_file_checkpoint
-
-    kind = infer_diffusers_model_type(load_single_file_checkpoint(str(checkpoint)))
-    families = {"xl": "StableDiffusionXLPipeline", "sd3": "StableDiffusion3Pipeline", "flux": "FluxPipeline"}
-    return getattr(
-        diffusers, next((name for prefix, name in families.items() if kind.startswith(prefix)), "StableDiffusionPipeline")
-    )
 
 
 @contextmanager
@@ -159,17 +99,11 @@ def _resumable(*states: Path) -> Iterator[None]:
         raise UsageError(f"{error}{kept()}") from error
 
 
-def _quiet_libraries() -> None:
-    """Loading bars and advice of diffusers and transformers are for notebooks; errors still come through."""
-    try:
-        import diffusers.utils.logging as diffusers_logging
-        import transformers.utils.logging as transformers_logging
-    except ImportError:
-        raise UsageError('diffusers is missing: pip install "memorization-guard[diffusers]"') from None
-    warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers")
-    for logging in (diffusers_logging, transformers_logging):
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
+def _load(model: Path, config: Path | None, loras: list[str] | None, device: str, dtype: str) -> Any:
+    from .pipelines import Lora, load_pipeline
+
+    merged = [Lora.parse(text) for text in loras or ()]
+    return load_pipeline(model, config=config, loras=merged, device=device, dtype=dtype)
 
 
 def _size(height: int | None, width: int | None) -> dict[str, Any]:
@@ -184,6 +118,9 @@ Model = Annotated[
     Path, typer.Argument(help="A diffusers folder or .safetensors checkpoint on this machine, or lab: our own small model.")
 ]
 Config = Annotated[Path | None, typer.Option(help="For a checkpoint: a diffusers folder of the same kind of model.")]
+LoraFiles = Annotated[
+    list[str] | None, typer.Option("--lora", help="A LoRA to merge into the model: FILE or FILE:WEIGHT; any number of times.")
+]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the initial noise; prompts count up from it.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Prompts sampled at once.")]
 Side = Annotated[int | None, typer.Option(min=8, help="Pixels; the model's own size if not given.")]
@@ -201,6 +138,7 @@ def calibrate(
     height: Side = None,
     width: Side = None,
     config: Config = None,
+    lora: LoraFiles = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
@@ -208,7 +146,7 @@ def calibrate(
     with _one_line_errors():
         _writable(output)
         texts = _read_prompts(prompts)
-        pipe = _load_pipeline(model, config, device, dtype)
+        pipe = _load(model, config, lora, device, dtype)
         from .diffusers import calibrate as make_profile
 
         state = output.with_name(output.name + ".partial.json")
@@ -254,6 +192,7 @@ def trace(
     height: Side = None,
     width: Side = None,
     config: Config = None,
+    lora: LoraFiles = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
@@ -268,7 +207,7 @@ def trace(
         from .profile import StabilityProfile
 
         stability = StabilityProfile.load(profile) if profile is not None else None
-        pipe = _load_pipeline(model, config, device, dtype)
+        pipe = _load(model, config, lora, device, dtype)
         import torch
 
         from .diffusers import guard
@@ -338,9 +277,10 @@ def demo(
 
         from . import lab
         from .files import write_whole
+        from .pipelines import quiet_libraries
         from .report import contact_sheet, html_report
 
-        _quiet_libraries()
+        quiet_libraries()
         pipe = lab.pipeline()
         with Progress(console=Console(stderr=True)) as progress:
             task = progress.add_task("sampling", total=6 * prompts_per_group)
@@ -456,6 +396,7 @@ def evaluate(
     height: Side = None,
     width: Side = None,
     config: Config = None,
+    lora: LoraFiles = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
@@ -502,7 +443,7 @@ def evaluate(
         bad, good = _read_list(memorized, images)[:limit], _read_list(ordinary)[:limit]
         check_images(bad)
         stability = StabilityProfile.load(profile) if profile is not None else None
-        pipe = _load_pipeline(model, config, device, dtype)
+        pipe = _load(model, config, lora, device, dtype)
         copies = CopyScorer(sscd, device=pipe.device, threshold=copy_threshold) if sscd is not None else None
 
         from .diffusers import calibrate as make_profile
