@@ -1,0 +1,122 @@
+"""The folder of an audit: results as Parquet, a manifest, images, and what makes it survive being stopped at any instant.
+
+DIR/
+    manifest.json        what was audited and how; without it the folder is no audit
+    profile.safetensors  the stability profile that verdicts go by
+    results/             part-000000.parquet, ...: a row an image
+    images/              000000/00000007.png, ...: a folder a part
+    report.html
+    .work/               journals and locks of parts under way; gone once the audit is finished
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+FORMAT = "memorization-guard.audit"
+FORMAT_VERSION = 1
+
+MANIFEST = "manifest.json"
+PROFILE = "profile.safetensors"
+RESULTS = "results"
+IMAGES = "images"
+REPORT = "report.html"
+
+_SETTINGS = pa.struct(
+    [
+        ("model", pa.string()),
+        ("model_hash", pa.string()),
+        ("prediction_type", pa.string()),
+        ("sampler", pa.string()),
+        ("scheduler", pa.string()),
+        ("steps", pa.int32()),
+        ("guidance_scale", pa.float64()),
+        ("latent_shape", pa.list_(pa.int32())),
+        ("sigmas", pa.list_(pa.float64())),
+        ("end_sigma", pa.float64()),
+    ]
+)
+
+#: A row an image. ``image`` counts from 0 through the audit, ``row`` through the prompts of the list; ``file`` is the saved
+#: image, relative to the folder; ``settings`` are a trace's, and ``trace`` is its JSON form (``docs/trace.md``).
+SCHEMA = pa.schema(
+    [
+        pa.field("image", pa.int64(), nullable=False),
+        pa.field("row", pa.int64(), nullable=False),
+        pa.field("prompt", pa.string(), nullable=False),
+        pa.field("kind", pa.string()),
+        pa.field("seed", pa.int64(), nullable=False),
+        pa.field("verdict", pa.string(), nullable=False),
+        pa.field("score", pa.float64()),
+        pa.field("joint_score", pa.float64()),
+        pa.field("tail_probability", pa.float64()),
+        pa.field("local_score", pa.float64()),
+        pa.field("uncalibrated_score", pa.float64()),
+        pa.field("trigger_step", pa.int32()),
+        pa.field("nonfinite_step", pa.int32()),
+        pa.field("steps", pa.int32(), nullable=False),
+        pa.field("corrected_steps", pa.int32(), nullable=False),
+        pa.field("note", pa.string()),
+        pa.field("file", pa.string()),
+        pa.field("settings", _SETTINGS),
+        pa.field("trace", pa.string(), nullable=False),
+    ]
+)
+
+
+class AuditError(Exception):
+    """An audit that cannot begin or go on; the message says why and what to do."""
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of an audit.
+
+    Raises:
+        FileNotFoundError: if the folder holds none.
+        AuditError: if it cannot be read, or is of a newer version.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} is no audit: it holds no {MANIFEST}")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        known = manifest["format"] == FORMAT
+        version = manifest["version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise AuditError(f"{path} cannot be read as the manifest of an audit: {error}") from None
+    if not known or version != FORMAT_VERSION:
+        raise AuditError(f"{path} has format {manifest['format']!r}, version {version!r}: update Memorization Guard")
+    return manifest
+
+
+def write_part(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes a part, whole or not at all; ``rows`` have the columns of :data:`SCHEMA`."""
+    from ..files import write_whole
+
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(list(rows), schema=SCHEMA), sink, compression="zstd")
+    write_whole(path, sink.getvalue().to_pybytes())
+
+
+def parts(folder: Path) -> list[Path]:
+    """The finished parts of an audit, in order."""
+    return sorted((folder / RESULTS).glob("part-*.parquet"))
+
+
+def scan(folder: Path, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """The rows of the finished parts, in order, some thousand at a time, so that memory does not grow with the audit.
+
+    Raises:
+        AuditError: if a part is damaged.
+    """
+    for path in parts(folder):
+        try:
+            yield from pq.ParquetFile(path).iter_batches(columns=list(columns))
+        except (pa.ArrowInvalid, pa.ArrowException, OSError) as error:
+            raise AuditError(f"{path} cannot be read: {error}; delete it and call the audit again to make it anew") from None
