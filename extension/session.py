@@ -237,8 +237,8 @@ class Session:
         for number in range(len(p.all_prompts)):
             for run, trace in self.runs_of(*divmod(number, p.batch_size)):
                 if trace.trigger_step is not None:
-                    verdict = summary(trace).partition("\n")[0].removeprefix("Image 1")
-                    p.comment(f"{TITLE}: {self._title(f'image {number + 1}', run.hires)}{verdict}")
+                    told = summary(trace, self._title(f"image {number + 1}", run.hires)).partition("\n")[0]
+                    p.comment(f"{TITLE}: {told}")
 
     def _title(self, images: str, hires: bool) -> str:
         return " ".join(filter(None, (images, "hires" if hires else "", self._label)))

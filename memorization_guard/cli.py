@@ -260,6 +260,9 @@ def _print_trace(found: Trace, *, scored: bool) -> None:
         print("No profile was given, so the run is not scored: make one with 'memorization-guard calibrate'.")
     elif found.note:
         print(found.note)
+    from .trace import STATEMENT
+
+    print(STATEMENT)
 
 
 @app.command()

@@ -31,8 +31,8 @@ from .files import write_whole
 from .fingerprint import content_hash, fingerprint
 from .metrics import detection_with_intervals, rate_with_interval, roc_points
 from .profile import StabilityProfile
-from .prompts import read_prompts
-from .trace import Trace, numbers
+from .prompts import stream_prompts
+from .trace import STATEMENT, Trace, numbers
 
 FORMAT = "memorization-guard.evaluation"
 FORMAT_VERSION = 1
@@ -123,8 +123,8 @@ def read_list(path: str | os.PathLike[str], images: str | os.PathLike[str] | Non
     """Reads a prompt list with what its lines say besides the prompt.
 
     Args:
-        path: as for :func:`memorization_guard.prompts.read_prompts`; objects of a ``.jsonl`` may have ``kind`` or ``group``.
-        images: folder of training images. Those of a prompt are the files that its object's ``image`` names (one, or a list
+        path: as for :func:`memorization_guard.prompts.stream_prompts`.
+        images: folder of training images. Those of a prompt are the files that its line's ``image`` names (one, or a list
             of them), or else every file whose name is the number of its line, from 1 (``17.png``, ``0017.jpg``).
 
     Raises:
@@ -132,25 +132,22 @@ def read_list(path: str | os.PathLike[str], images: str | os.PathLike[str] | Non
         ValueError: if the list cannot be read, or the folder holds no image for any of its prompts.
     """
     path = Path(path)
-    texts = read_prompts(path)
-    lines = path.read_text(encoding="utf-8-sig").split("\n")
-    numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
     by_number: dict[int, list[Path]] = {}
     if images is not None:
         for file in sorted(Path(images).iterdir()):
             if file.is_file() and file.stem.isdecimal():
                 by_number.setdefault(int(file.stem), []).append(file)
     prompts = []
-    for text, (number, line) in zip(texts, numbered, strict=True):
-        row: dict[str, Any] = json.loads(line) if path.suffix.lower() == ".jsonl" else {}
-        kind = row.get("kind") or row.get("group")
-        files = by_number.get(number, [])
-        if images is not None and (named := row.get("image")):
-            files = [Path(images) / str(name) for name in (named if isinstance(named, list) else [named])]
+    for listed in stream_prompts(path):
+        files = by_number.get(listed.line, [])
+        if images is not None and listed.images:
+            files = [Path(images) / name for name in listed.images]
             for file in files:
                 if not file.is_file():
-                    raise FileNotFoundError(f"{path}, line {number}: there is no image at {file}")
-        prompts.append(Prompt(text=text, kind=None if kind is None else str(kind), images=tuple(files)))
+                    raise FileNotFoundError(f"{path}, line {listed.line}: there is no image at {file}")
+        prompts.append(Prompt(text=listed.text, kind=listed.kind, images=tuple(files)))
+    if not prompts:
+        raise ValueError(f"{path} holds no prompt")
     if images is not None and not any(prompt.images for prompt in prompts):
         raise ValueError(
             f"{images} holds no training image for {path}: name each after the number of its prompt's line (1.png), or name "
@@ -450,6 +447,7 @@ def summarize(
     result: dict[str, Any] = {
         "format": FORMAT,
         "version": FORMAT_VERSION,
+        "statement": STATEMENT,
         "settings": dict(settings) | {"copy_threshold": copy_threshold},
         "warnings": _warnings(memorized, ordinary, reference),
         "ordinary": {"name": "ordinary"} | _counts(ordinary, copy_threshold, draws) | {"signals": {}},

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from .report import STATEMENT, STYLE
+from .report import STYLE
+from .trace import STATEMENT
 
 #: What the signals are, for the reader of a page; one that is not named here is drawn without.
 ABOUT = {

@@ -14,12 +14,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from . import graph
-from .trace import Trace, rarity
-
-STATEMENT = (
-    "A verdict says how far the norms of this run lie from those of ordinary prompts. It is evidence that the model "
-    "reproduces something it was trained on; it does not prove a copy, and a stable verdict does not prove that there is none."
-)
+from .trace import STATEMENT, Trace, rarity
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,9 +166,9 @@ def _graph(trace: Trace, index: int) -> str:
     return f'<div class="graph" data-trace="{index}"><p class="muted">{escape(summary(trace))}</p></div>'
 
 
-def summary(trace: Trace) -> str:
-    """A run in words, those of ``summarize`` in ``js/graph.js``."""
-    parts = [f"Image 1: {trace.verdict}"]
+def summary(trace: Trace, title: str = "Image 1") -> str:
+    """A run in words after ``title``, those of ``summarize`` in ``js/graph.js``."""
+    parts = [f"{title}: {trace.verdict}"]
     if trace.trigger_step is not None:
         parts.append(f"left the region at step {trace.trigger_step}")
     if trace.score is not None:

@@ -21,6 +21,12 @@ FORMAT_VERSION = 2
 
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 
+#: What every trace, report and record says of itself: what was measured, and what that does not prove.
+STATEMENT = (
+    "Measured is how far the numbers of a run lie from those of ordinary images; that proves neither that an image is a copy, "
+    "nor that it is none."
+)
+
 _WEIGHT: Mapping[Verdict, int] = {"stable": 0, "unscored": 1, "mild": 2, "strong": 3}
 
 #: Uncalibrated score from which an image is suspected: no ordinary image of the lab models (tuning splits, samplers, guidance
@@ -176,6 +182,7 @@ class Trace:
         return {
             "format": FORMAT,
             "version": FORMAT_VERSION,
+            "statement": STATEMENT,
             "verdict": self.verdict,
             "score": _number(self.score),
             "joint_score": _number(self.joint_score),
@@ -229,10 +236,12 @@ class Trace:
                 reference_count=data["reference_count"],
                 **steps,
             )
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError(f"the trace is incomplete or damaged: {type(error).__name__}: {error}") from None
         if trace.verdict not in VERDICTS:
             raise ValueError(f"the trace's verdict is {trace.verdict!r}; known: {', '.join(VERDICTS)}")
+        if not isinstance(trace.note, (str, type(None))):
+            raise ValueError(f"the trace's note is no text but {type(trace.note).__name__}")
         for name in ("trigger_step", "nonfinite_step"):
             step = getattr(trace, name)
             if step is not None and not (isinstance(step, int) and 0 <= step < trace.steps):
@@ -303,4 +312,7 @@ def _map(rows: Sequence[Sequence[float | None]]) -> np.ndarray:
 def _array(values: Sequence[float | None]) -> np.ndarray:
     if isinstance(values, (str, bytes)):
         raise TypeError("a per-step list is text")
-    return np.array([math.nan if value is None else value for value in values], dtype=np.float64)
+    array = np.array([math.nan if value is None else value for value in values], dtype=np.float64)
+    if array.ndim != 1:
+        raise TypeError("a per-step list holds lists")
+    return array

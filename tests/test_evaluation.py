@@ -26,6 +26,7 @@ from memorization_guard.cli import app
 from memorization_guard.diffusers import guard
 from memorization_guard.evaluation import CopyScorer, EvaluationError, Prompt, Sample, read_list, summarize, write_report
 from memorization_guard.evaluation_report import html_report
+from memorization_guard.trace import STATEMENT
 
 DATA = Path(os.environ.get("MEMORIZATION_GUARD_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
@@ -480,6 +481,8 @@ def test_both_files_are_written_or_neither(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["r.html"]
     write_report(result, page, data)
     assert json.loads(data.read_text()) == result
+    assert result["statement"] == STATEMENT
+    assert STATEMENT in page.read_text()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["r.html", "r.json"]
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 
 from memorization_guard import Trace
 from memorization_guard.report import Comparison, contact_sheet, graph_script, html_report, summary
+from memorization_guard.trace import STATEMENT
 
 
 def trace(verdict="stable", corrected=False):
@@ -98,6 +99,7 @@ def test_the_page_is_whole_and_needs_no_network(comparisons):
     assert "url(" not in page
     assert "default-src 'none'" in page
     assert "prefers-color-scheme:dark" in page
+    assert f'<p class="muted">{STATEMENT}</p>' in page
 
 
 def test_text_from_users_is_never_html(comparisons):

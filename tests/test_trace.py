@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from memorization_guard import Calibrator, RunSettings, StabilityMonitor, Trace, trace_schema
-from memorization_guard.trace import STEP_FIELDS, rarity, worst
+from memorization_guard.trace import STATEMENT, STEP_FIELDS, rarity, worst
 
 STEPS = 6
 
@@ -96,6 +96,10 @@ def broken(change):
         (lambda d: d["steps"].pop("alignment"), "incomplete"),
         (lambda d: d["steps"].update(sigma="12345"), "incomplete"),
         (lambda d: d["steps"]["sigma"].pop(), "different lengths"),
+        (lambda d: d["steps"]["sigma"].__setitem__(0, [1.0]), "damaged|inhomogeneous"),
+        (lambda d: d["steps"].update({name: [[1.0]] for name in STEP_FIELDS}), "holds lists"),
+        (lambda d: d["settings"].update(latent_shape=[float("inf")]), "damaged"),
+        (lambda d: d.update(note={"a": 1}), "note is no text"),
         (lambda d: d.update(verdict="fine"), "known: stable"),
         (lambda d: d["thresholds"].update(gamma=-1), "gamma"),
         (lambda d: d["thresholds"].update(unknown=1), "thresholds"),
@@ -104,6 +108,14 @@ def broken(change):
 def test_damaged_json_is_refused_in_clear_words(change, message):
     with pytest.raises(ValueError, match=message):
         Trace.from_dict(broken(change))
+
+
+def test_a_trace_from_before_there_was_a_statement_is_read_and_valid():
+    data = traces()[0].to_dict()
+    assert data.pop("statement") == STATEMENT
+    jsonschema.Draft202012Validator(trace_schema()).validate(data)
+    again = Trace.from_dict(data).to_dict()
+    assert (again["statement"], again["steps"]) == (STATEMENT, data["steps"])
 
 
 def test_something_else_is_refused():
