@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from .calibration import MIN_RUNS, CalibrationError
+
+#: Keys and columns that hold a prompt, in the order in which they are looked for.
+COLUMNS = ("caption", "prompt", "text")
 
 
 def reference_prompts() -> list[str]:
@@ -35,40 +42,179 @@ def enough(prompts: list[str]) -> list[str]:
     return prompts
 
 
-def read_prompts(path: str | os.PathLike[str]) -> list[str]:
-    """Prompts of a ``.txt`` file, a prompt a line, or a ``.jsonl`` file, objects with a ``caption`` or ``prompt``.
+@dataclass(frozen=True)
+class ListedPrompt:
+    """A line of a prompt list, with what it says besides the prompt.
 
-    Blank lines are skipped; UTF-8, with or without a byte order mark.
+    Attributes:
+        text: the prompt.
+        line: the number of its line (in a table, of its row), from 1.
+        kind: what its key or column ``kind`` or ``group`` says, if anything.
+        seed: what ``seed`` says, if anything.
+        images: names of training images, as ``image`` has them, one or a list.
+    """
+
+    text: str
+    line: int
+    kind: str | None = None
+    seed: int | None = None
+    images: tuple[str, ...] = ()
+
+
+def read_prompts(path: str | os.PathLike[str]) -> list[str]:
+    """The prompts of a list, all at once; formats and errors are those of :func:`stream_prompts`.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it cannot be read as either, naming the line, or holds no prompt.
+        ValueError: also if it holds no prompt.
     """
-    path = Path(path)
-    if path.suffix.lower() not in (".txt", ".jsonl"):
-        raise ValueError(f"{path}: prompt lists are .txt (a prompt a line) or .jsonl (objects with a caption or prompt)")
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no prompt list at {path}")
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8") from None
-    prompts = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        prompts.append(line.strip() if path.suffix.lower() == ".txt" else _from_json(line, f"{path}, line {number}"))
+    prompts = [listed.text for listed in stream_prompts(path)]
     if not prompts:
         raise ValueError(f"{path} holds no prompt")
     return prompts
 
 
-def _from_json(line: str, where: str) -> str:
+def stream_prompts(path: str | os.PathLike[str], column: str | None = None) -> Iterator[ListedPrompt]:
+    """The prompts of a list one by one, so that it may hold millions; blank lines and empty cells are skipped.
+
+    ``.txt`` holds a prompt a line, ``.jsonl`` an object a line, ``.csv`` (comma, semicolon or tab) and ``.parquet`` a row a
+    prompt. Text is UTF-8, with or without a byte order mark.
+
+    Args:
+        path: the list; the ending tells its format.
+        column: key or column of the prompt; otherwise ``caption``, ``prompt`` or ``text``, in upper or lower case.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it cannot be read, naming the line.
+    """
+    path = Path(path)
+    readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise ValueError(
+            f"{path}: prompt lists are .txt (a prompt a line), .jsonl (objects with a caption or prompt), .csv or .parquet"
+        )
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no prompt list at {path}")
+    return reader(path, column)
+
+
+def _read_txt(path: Path, _column: str | None) -> Iterator[ListedPrompt]:
+    for line, text in _lines(path):
+        yield ListedPrompt(text, line)
+
+
+def _read_jsonl(path: Path, column: str | None) -> Iterator[ListedPrompt]:
+    for line, text in _lines(path):
+        where = f"{path}, line {line}"
+        try:
+            row = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where}: not JSON ({error.msg})") from None
+        keys = _Keys(row, column) if isinstance(row, dict) else None
+        found = keys.listed(row, line, where) if keys is not None else None
+        if found is None:
+            raise ValueError(
+                f"{where}: no text under the key {repr(column) if column else f'{COLUMNS[0]!r} or {COLUMNS[1]!r}'}"
+            )
+        yield found
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The lines that are not blank, without spaces around, and their numbers. Only line feeds end a line."""
+    with open(path, "rb") as stream:
+        for line, raw in enumerate(stream, start=1):
+            try:
+                text = raw.decode("utf-8-sig" if line == 1 else "utf-8").strip()
+            except UnicodeDecodeError:
+                raise ValueError(f"{path}, line {line}, is not UTF-8 text: save it as UTF-8") from None
+            if text:
+                yield line, text
+
+
+def _read_csv(path: Path, column: str | None) -> Iterator[ListedPrompt]:
+    with open(path, encoding="utf-8-sig", newline="") as stream:
+        try:
+            header = stream.readline()
+            stream.seek(0)
+            # A prompt has commas of its own, so that only the names of the columns tell what parts them.
+            rows = csv.DictReader(stream, delimiter=max(",;\t", key=header.count))
+            keys = _Keys(rows.fieldnames or (), column)
+            if keys.text is None:
+                raise ValueError(_no_column(path, rows.fieldnames or (), column))
+            for row in rows:
+                if listed := keys.listed(row, rows.line_num, f"{path}, line {rows.line_num}"):
+                    yield listed
+        except UnicodeDecodeError:
+            raise ValueError(f"{path} is not UTF-8 text: save it as UTF-8") from None
+        except csv.Error as error:
+            raise ValueError(f"{path}, line {rows.line_num}: {error}") from None
+
+
+def _read_parquet(path: Path, column: str | None) -> Iterator[ListedPrompt]:
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON ({error.msg})") from None
-    text = (row.get("caption") or row.get("prompt")) if isinstance(row, dict) else None
-    if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"{where}: no text under the key 'caption' or 'prompt'")
-    return text.strip()
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError:
+        raise ValueError(f'{path}: .parquet needs pyarrow: pip install "memorization-guard[audit]"') from None
+    try:
+        with pq.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            keys = _Keys(names, column)
+            if keys.text is None:
+                raise ValueError(_no_column(path, names, column))
+            line = 0
+            for batch in file.iter_batches(batch_size=8192, columns=[name for name in keys if name is not None]):
+                for row in batch.to_pylist():
+                    line += 1
+                    if listed := keys.listed(row, line, f"{path}, row {line}"):
+                        yield listed
+    except pa.ArrowException as error:
+        raise ValueError(f"{path} cannot be read as Parquet: {error}") from None
+
+
+def _no_column(path: Path, names: Iterable[str], column: str | None) -> str:
+    wanted = repr(column) if column else " or ".join(map(repr, COLUMNS))
+    return f"{path} has no column {wanted}; it has {', '.join(map(repr, names))}: name the one that holds the prompts"
+
+
+class _Keys:
+    """Which keys of a row hold what; ``None`` where there is none."""
+
+    def __init__(self, names: Iterable[str], column: str | None) -> None:
+        by_name = {name.lower(): name for name in reversed(list(names)) if name}
+        exact = set(by_name.values())
+
+        def first(*wanted: str) -> str | None:
+            return next((by_name[name] for name in wanted if name in by_name), None)
+
+        self.text = (column if column in exact else None) if column else first(*COLUMNS)
+        self.kind, self.seed, self.image = first("kind", "group"), first("seed"), first("image")
+
+    def __iter__(self) -> Iterator[str | None]:
+        yield from dict.fromkeys((self.text, self.kind, self.seed, self.image))
+
+    def listed(self, row: Mapping[str, Any], line: int, where: str) -> ListedPrompt | None:
+        """``None`` if the row holds no text."""
+        text, kind, seed, image = (
+            None if key is None else row.get(key) for key in (self.text, self.kind, self.seed, self.image)
+        )
+        if not isinstance(text, str) or not text.strip():
+            return None
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{where}: the prompt holds half a character (a lone surrogate)") from None
+        if seed is not None and seed != "":
+            try:
+                seed = int(seed)
+            except (ValueError, TypeError, OverflowError):
+                seed = -1
+            if not 0 <= seed < 2**63:
+                raise ValueError(f"{where}: the seed is {row.get(self.seed or '')!r}; give a whole number from 0")
+        else:
+            seed = None
+        images = (
+            tuple(map(str, image)) if isinstance(image, list) else (str(image),) if isinstance(image, str) and image else ()
+        )
+        return ListedPrompt(text.strip(), line, str(kind) if kind else None, seed, images)

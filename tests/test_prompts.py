@@ -1,29 +1,95 @@
-"""Prompt lists: both formats, and what is wrong with a bad one."""
+"""Prompt lists: every format, and what is wrong with a bad one."""
+
+import json
+import tracemalloc
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from memorization_guard.prompts import read_prompts, reference_prompts
+from memorization_guard.prompts import ListedPrompt, read_prompts, reference_prompts, stream_prompts
 
 
-def test_both_formats_are_read(tmp_path):
+def test_text_and_json_lines_are_read(tmp_path):
     text = tmp_path / "list.txt"
     text.write_bytes("\ufeffa cat\n\n  ein Hügel \r\nkot \u2028 x\n".encode())
     assert read_prompts(text) == ["a cat", "ein Hügel", "kot \u2028 x"]
     lines = tmp_path / "list.JSONL"
-    lines.write_text('{"caption": "a cat"}\n\n{"prompt": "a dog", "seed": 3}\n', encoding="utf-8")
-    assert read_prompts(lines) == ["a cat", "a dog"]
+    lines.write_text(
+        '{"caption": "a cat"}\n\n{"prompt": "a dog", "seed": 3, "group": "b"}\n{"TEXT": "x", "kind": "verbatim", '
+        '"image": ["1.png", "2.png"]}\n',
+        encoding="utf-8",
+    )
+    assert list(stream_prompts(lines)) == [
+        ListedPrompt("a cat", 1),
+        ListedPrompt("a dog", 3, kind="b", seed=3),
+        ListedPrompt("x", 4, kind="verbatim", images=("1.png", "2.png")),
+    ]
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_tables_are_read(tmp_path, separator):
+    table = tmp_path / "list.csv"
+    rows = [["id", "Prompt", "seed"], ["1", '"a cat, asleep; or not\nat all"', "7"], ["2", "", ""], ["3", "a dog", ""]]
+    table.write_text("\n".join(separator.join(row) for row in rows), encoding="utf-8-sig")
+    assert [(p.text, p.seed) for p in stream_prompts(table)] == [("a cat, asleep; or not\nat all", 7), ("a dog", None)]
+    assert [p.text for p in stream_prompts(table, "id")] == ["1", "2", "3"]
+    with pytest.raises(ValueError, match="has no column 'PROMPT'; it has 'id', 'Prompt', 'seed'"):
+        list(stream_prompts(table, "PROMPT"))
+
+
+def test_parquet_is_read(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    table = pa.table({"TEXT": ["a cat", None, "a dog"], "seed": [1, 2, None], "vector": [[1.0], [2.0], [3.0]]})
+    pq.write_table(table, tmp_path / "list.parquet")
+    assert list(stream_prompts(tmp_path / "list.parquet")) == [ListedPrompt("a cat", 1, seed=1), ListedPrompt("a dog", 3)]
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 this is none")
+    with pytest.raises(ValueError, match="cannot be read as Parquet"):
+        read_prompts(tmp_path / "bad.parquet")
+
+
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\n\r\0")), max_size=8))
+def test_every_format_gives_the_same_prompts(tmp_path_factory, texts):
+    import csv
+
+    folder = tmp_path_factory.mktemp("lists")
+    wanted = [text.strip() for text in texts if text.strip()]
+    with open(folder / "a.csv", "w", encoding="utf-8", newline="") as stream:
+        csv.writer(stream).writerows([["n", "prompt"], *enumerate(texts)])
+    (folder / "a.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in wanted), encoding="utf-8")
+    assert [p.text for p in stream_prompts(folder / "a.csv")] == wanted
+    assert [p.text for p in stream_prompts(folder / "a.jsonl")] == wanted
+
+
+def test_a_long_list_is_streamed(tmp_path):
+    path = tmp_path / "list.txt"
+    path.write_text("a prompt of some length, so that a hundred thousand of them are megabytes\n" * 100_000)
+    tracemalloc.start()
+    assert sum(1 for _ in stream_prompts(path)) == 100_000
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1_000_000
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", b"a cat", "prompt lists are .txt"),
-        ("a.txt", b"\xff\xfe\x00", "not UTF-8"),
+        ("a.xlsx", b"a cat", "prompt lists are .txt"),
+        ("a.txt", b"\xff\xfe\x00", "line 1, is not UTF-8"),
         ("a.txt", b"\n \n", "holds no prompt"),
         ("a.jsonl", b'{"caption": "a"}\n{"caption": ', "line 2: not JSON"),
-        ("a.jsonl", b'{"text": "a"}', "line 1: no text under the key"),
+        ("a.jsonl", b'{"words": "a"}', "line 1: no text under the key"),
         ("a.jsonl", b'["a"]', "line 1: no text under the key"),
         ("a.jsonl", b'{"prompt": 3}', "line 1: no text under the key"),
+        ("a.jsonl", b'{"prompt": "\\ud800"}', "line 1: the prompt holds half a character"),
+        ("a.jsonl", b'{"prompt": "a", "seed": -1}', "line 1: the seed is -1"),
+        ("a.jsonl", b'{"prompt": "a", "seed": "x"}', "line 1: the seed is 'x'"),
+        ("a.csv", b"a cat\na dog", "has no column 'caption' or 'prompt' or 'text'; it has 'a cat'"),
+        ("a.csv", b"prompt\n\xff", "not UTF-8"),
+        ("a.csv", b"", "has no column"),
+        ("a.csv", b"prompt\n" + b"x" * 200_000, "field larger than field limit"),
     ],
 )
 def test_a_bad_list_says_what_is_wrong(tmp_path, name, content, message):
