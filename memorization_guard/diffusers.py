@@ -7,9 +7,12 @@ run.traces[0].verdict
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 import os
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -30,6 +33,9 @@ from .prompts import read_prompts
 from .trace import Trace
 
 log = logging.getLogger(__name__)
+
+# torch counts its hooks up without a lock: two that are registered at once could get one number, and one of them be lost.
+_hooks = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -154,7 +160,9 @@ class GuardedRun:
         self._pipe = pipe
         self._new_monitor = new_monitor
         self._monitors: list[StabilityMonitor] = []
-        self._network_outputs: list[Tensor] = []  # since the last call of the scheduler
+        #: Host time in seconds that watching took inside ``scheduler.step`` so far. On a GPU, work that was queued and not
+        #: waited for is not in it; a run that is mitigated or may be stopped waits in every step, for the network as well.
+        self.overhead_seconds = 0.0
         self._begin()
 
     @property
@@ -168,9 +176,14 @@ class GuardedRun:
         self._plan: list[_Call] | None = None
         self._first_timestep: Any = None
         self._calls = 0
+        self._network_outputs: list[Tensor] = []  # since the last call of the scheduler
+        self._thread = threading.get_ident()
         self._start: _Evaluation | None = None  # where the current solver step began, after an inner evaluation
 
     def _keep_network_output(self, _module: Any, _arguments: Any, output: Any) -> None:
+        # Pipelines that sample at the same time in other threads may share the denoiser.
+        if threading.get_ident() != self._thread:
+            return
         tensor = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
         if isinstance(tensor, Tensor):
             self._network_outputs.append(tensor)
@@ -388,7 +401,9 @@ def guard(
 
     Hooks the pipeline's scheduler, and its denoiser to see the conditional and unconditional predictions that guidance
     computes anyway; both are as before when the block is left, however it is left. Blocks can be nested. Without mitigation
-    the images are bit-identical to unwatched ones.
+    the images are bit-identical to unwatched ones. The block may be entered in one thread and the pipeline called in another;
+    seen are the calls of the denoiser in the thread that set the scheduler's timesteps last, so that pipelines which share
+    it can each be watched while they sample side by side (see :func:`copy_sharing_weights`).
 
     Args:
         pipe: a diffusers pipeline with a ``unet`` or ``transformer`` and a supported scheduler.
@@ -417,9 +432,14 @@ def guard(
 
     @functools.wraps(original_step)
     def step(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+        begun = time.perf_counter()
         given = run._before_step(scheduler, model_output, sample)
+        called = time.perf_counter()
         result = original_step(given, timestep, sample, *args, **kwargs)
-        return run._after_step(scheduler, model_output, timestep, sample, result)
+        returned = time.perf_counter()
+        result = run._after_step(scheduler, model_output, timestep, sample, result)
+        run.overhead_seconds += called - begun + time.perf_counter() - returned
+        return result
 
     @functools.wraps(original_set_timesteps)
     def set_timesteps(*args: Any, **kwargs: Any) -> Any:
@@ -429,8 +449,35 @@ def guard(
     with ExitStack() as stack:
         stack.enter_context(_replaced(scheduler, "step", step))
         stack.enter_context(_replaced(scheduler, "set_timesteps", set_timesteps))
-        stack.callback(denoiser.register_forward_hook(run._keep_network_output).remove)
+        with _hooks:
+            handle = denoiser.register_forward_hook(run._keep_network_output)
+        stack.callback(handle.remove)
         yield run
+
+
+def copy_sharing_weights(pipe: Any) -> Any:
+    """A pipeline of the same class and weights that may sample at the same time as ``pipe``, in another thread.
+
+    Its own are what a call writes to: the scheduler, the tokenizers (whose padding every call sets anew), and the
+    attributes in which a pipeline keeps the guidance scale and the like; networks are shared. Takes some milliseconds, and
+    memory for the tokenizers only. ``DiffusionPipeline.from_pipe`` would share the scheduler, and casts the shared weights to
+    float32. Images are those that ``pipe`` makes, bit for bit, whatever the others do, each guarded by its own
+    :func:`guard`; but for what is done to the networks while one of them samples: loading, fusing or scaling a LoRA,
+    offloading to the CPU, and half-precision autoencoders with ``force_upcast``, which SDXL casts up and down to decode.
+
+    Raises:
+        TypeError: if ``pipe`` is no diffusers pipeline.
+        ValueError: if it is guarded; copy it outside of the block.
+    """
+    if not isinstance(components := getattr(pipe, "components", None), dict) or "scheduler" not in components:
+        raise TypeError(f"{type(pipe).__name__} has no components with a scheduler: not a diffusion pipeline")
+    if "step" in vars(components["scheduler"]):
+        raise ValueError(f"the scheduler of this {type(pipe).__name__} is hooked by a guard: copy it outside of the block")
+    twin = copy.copy(pipe)
+    for name, part in components.items():
+        if not isinstance(part, torch.nn.Module):
+            setattr(twin, name, copy.deepcopy(part))
+    return twin
 
 
 def calibrate(

@@ -4,6 +4,8 @@ import copy
 import dataclasses
 import inspect
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,7 +15,7 @@ import torch
 diffusers = pytest.importorskip("diffusers")
 
 from memorization_guard import CalibrationError, StabilityMonitor, StabilityProfile, Thresholds  # noqa: E402
-from memorization_guard.diffusers import calibrate, guard  # noqa: E402
+from memorization_guard.diffusers import calibrate, copy_sharing_weights, guard  # noqa: E402
 from memorization_guard.fingerprint import fingerprint  # noqa: E402
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -450,6 +452,94 @@ def test_guards_nest():
     assert "step" not in vars(sampler.scheduler)
 
 
+def guidance_of(trace):
+    return np.stack([trace.guidance_norm, trace.uncond_norm, trace.alignment])
+
+
+def test_two_threads_on_one_denoiser_are_told_apart():
+    """Entered here and called in threads; every guard's hook has run for both before either scheduler steps."""
+    samplers = [Sampler(SCHEDULERS["Euler"]()) for _ in range(2)]
+    samplers[1].unet = shared = samplers[0].unet
+    plain, alone = [], []
+    for seed, sampler in enumerate(samplers):
+        with guard(sampler) as run:
+            plain.append(sampler(seed=seed))
+        alone.append(run.traces)
+    both = threading.Barrier(2, timeout=20)
+
+    def wait(*_):
+        both.wait()
+
+    with guard(samplers[0]) as first, guard(samplers[1]) as second, ThreadPoolExecutor(2) as pool:
+        handle = shared.register_forward_hook(wait)
+        together = list(pool.map(lambda i: samplers[i](seed=i), range(2)))
+        handle.remove()
+    for seed, run in enumerate((first, second)):
+        assert torch.equal(together[seed], plain[seed])
+        for found, wanted in zip(run.traces, alone[seed], strict=True):
+            np.testing.assert_array_equal(guidance_of(found), guidance_of(wanted))
+    assert not np.array_equal(guidance_of(alone[0][0]), guidance_of(alone[1][0]))
+    assert not shared._forward_hooks
+
+
+def test_what_the_network_said_before_a_run_is_not_of_it():
+    sampler = Sampler(SCHEDULERS["Euler"]())
+    with guard(sampler) as alone:
+        sampler()
+    with guard(sampler) as run:
+        sampler.unet(torch.randn(4, 4, 8, 8), None)  # another pipeline's, or of a run that broke off
+        sampler()
+    np.testing.assert_array_equal(guidance_of(run.traces[0]), guidance_of(alone.traces[0]))
+
+
+def test_hooks_registered_at_once_keep_apart(monkeypatch):
+    """torch's counter of hooks is read and written in two steps; here every thread waits between them."""
+    from torch.utils.hooks import RemovableHandle
+
+    class Slow(int):
+        def __add__(self, other):
+            threading.Event().wait(0.02)
+            return Slow(int(self) + other)
+
+    monkeypatch.setattr(RemovableHandle, "next_id", Slow(RemovableHandle.next_id))
+    shared, entered = Network(), threading.Barrier(4, timeout=20)
+
+    def enter(_):
+        sampler = Sampler(SCHEDULERS["Euler"]())
+        sampler.unet = shared
+        with guard(sampler):
+            entered.wait()
+            return len(shared._forward_hooks)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert max(pool.map(enter, range(4))) == 4
+
+
+def test_the_guard_tells_what_watching_took(monkeypatch):
+    original = StabilityMonitor.step
+
+    def slow(self, *arguments, **keywords):
+        threading.Event().wait(0.01)
+        return original(self, *arguments, **keywords)
+
+    sampler = Sampler(SCHEDULERS["Euler"]())
+    step = sampler.scheduler.step
+
+    def slower(*arguments, **keywords):
+        threading.Event().wait(0.05)
+        return step(*arguments, **keywords)
+
+    slower.__signature__ = inspect.signature(step)
+    sampler.scheduler.step = slower
+    with guard(sampler) as quick:
+        sampler()
+    assert 0 < quick.overhead_seconds < 0.05 * STEPS
+    monkeypatch.setattr(StabilityMonitor, "step", slow)
+    with guard(sampler) as run:
+        sampler()
+    assert run.overhead_seconds > 0.01 * STEPS
+
+
 def test_what_cannot_be_watched_is_refused_in_one_sentence():
     with pytest.raises(TypeError, match="no scheduler"), guard(object()):
         pass
@@ -525,6 +615,65 @@ def test_several_images_a_prompt_and_several_calls_come_in_image_order(tiny_pipe
     with guard(tiny_pipe) as alone:
         images_of(tiny_pipe, "a blue dog", seeds=(7,))
     np.testing.assert_allclose(run.traces[2].update_norm, alone.traces[0].update_norm, rtol=1e-4)
+
+
+def test_a_copy_shares_the_networks_and_nothing_that_a_call_writes_to(tiny_pipe):
+    config = dict(tiny_pipe.config)
+    twin = copy_sharing_weights(tiny_pipe)
+    assert type(twin) is type(tiny_pipe)
+    assert all(getattr(twin, name) is getattr(tiny_pipe, name) for name in ("unet", "vae", "text_encoder"))
+    assert twin.tokenizer is not tiny_pipe.tokenizer
+    assert twin.scheduler is not tiny_pipe.scheduler
+    assert dict(tiny_pipe.config) == dict(twin.config) == config
+    plain = images_of(tiny_pipe)
+    before = set(vars(tiny_pipe)), set(vars(tiny_pipe.scheduler)), tiny_pipe.guidance_scale
+    with guard(twin):
+        images_of(twin, guidance_scale=2.0, num_inference_steps=6)
+    assert (set(vars(tiny_pipe)), set(vars(tiny_pipe.scheduler)), tiny_pipe.guidance_scale) == before
+    assert tiny_pipe.scheduler.num_inference_steps == 4
+    np.testing.assert_array_equal(images_of(twin), plain)
+
+
+def test_what_cannot_be_copied_is_refused_in_one_sentence(tiny_pipe):
+    with pytest.raises(TypeError, match="not a diffusion pipeline"):
+        copy_sharing_weights(object())
+    with guard(tiny_pipe), pytest.raises(ValueError, match="copy it outside of the block"):
+        copy_sharing_weights(tiny_pipe)
+    with guard(copy_sharing_weights(tiny_pipe)):
+        copy_sharing_weights(tiny_pipe)
+
+
+@pytest.mark.parametrize("mitigate", [False, True])
+def test_runs_side_by_side_are_those_one_after_the_other(mitigate):
+    """The lab model in three threads: memorized and ordinary prompts, other steps, guidance scales and schedulers."""
+    from memorization_guard import lab
+
+    pipe, profile = lab.pipeline(), lab.profile()
+    exact, ordinary = lab.prompts("exact"), lab.prompts("ordinary")
+    requests = [(exact[0], 9, 7.5), (ordinary[0], 12, 5.0), (exact[1], 7, 7.5), (ordinary[1], 9, 1.0), (exact[2], 12, 9.0)]
+    pipes = [copy_sharing_weights(pipe) for _ in requests]
+    pipes[1].scheduler = diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    pipes[4].scheduler = diffusers.UniPCMultistepScheduler.from_config(pipe.scheduler.config)
+
+    def paint(number):
+        prompt, steps, scale = requests[number]
+        generator = torch.Generator().manual_seed(number)
+        with guard(pipes[number], profile, mitigate=mitigate) as run:
+            images = pipes[number](
+                prompt, num_inference_steps=steps, guidance_scale=scale, generator=generator, output_type="np"
+            ).images
+        return images[0], run.traces[0].to_dict()
+
+    alone = [paint(number) for number in range(len(requests))]
+    with ThreadPoolExecutor(3) as pool:
+        together = list(pool.map(paint, range(len(requests))))
+    for (image, trace), (wanted, its_trace) in zip(together, alone, strict=True):
+        np.testing.assert_array_equal(image, wanted)
+        assert trace == its_trace
+    verdicts = [trace["verdict"] for _, trace in alone]
+    assert verdicts[1] == "stable"
+    assert "stable" not in (verdicts[0], verdicts[2])
+    assert not pipe.unet._forward_hooks
 
 
 def test_without_guidance_there_are_no_guidance_signals(tiny_pipe):
