@@ -1,4 +1,4 @@
-"""The demo's report: a self-contained HTML page, and one picture of the same."""
+"""The frame of our pages, and the demo's report: a self-contained HTML page, and one picture of the same."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import base64
 import hashlib
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -14,6 +14,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from . import graph
+from .charts import text
 from .trace import STATEMENT, Trace, rarity
 
 
@@ -101,21 +102,37 @@ def html_report(comparisons: Sequence[Comparison], *, title: str, introduction: 
     rows = "".join(_row(comparison, copy_threshold) for comparison in comparisons)
     cards = "".join(_card(comparison, copy_threshold, 2 * index) for index, comparison in enumerate(comparisons))
     traces = [trace.to_dict() for comparison in comparisons for trace in (comparison.plain_trace, comparison.mitigated_trace)]
-    script = graph_script() + _DRAW
-    # This one script may run, and nothing may be loaded: a second line of defence should a text ever be taken for HTML.
-    allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{allowed}'"
+    body = f"""<p>{escape(introduction)}</p>
+<div class="scroll"><table><thead><tr><th>prompt</th><th>group</th><th>verdict</th><th class="number">S_mem</th>
+<th class="number">trigger step</th><th class="number">copy score without</th><th class="number">with mitigation</th>
+</tr></thead><tbody>{rows}</tbody></table></div>{cards}"""
+    return page(title, body, data={"traces": traces}, script=graph_script() + _DRAW)
+
+
+def page(title: str, body: str, *, style: str = "", data: Mapping[str, object] | None = None, script: str = "") -> str:
+    """A page of ours: one file that asks for no other, with the statement at its end.
+
+    Args:
+        title: text. body: HTML. style: CSS after :data:`STYLE`.
+        data: what the script reads, as JSON, each in an element of that id.
+        script: a module; the only one that may run.
+    """
+    # Nothing may be loaded, and no other script run: a second line of defence should a text ever be taken for HTML.
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    scripts = "".join(
+        f'<script type="application/json" id="{name}">{_script_json(value)}</script>\n' for name, value in (data or {}).items()
+    )
+    if script:
+        allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        policy += f"; script-src 'sha256-{allowed}'"
+        scripts += f'<script type="module">{script}</script>'
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="{policy}">
-<title>{escape(title)}</title><style>{STYLE}</style></head>
-<body><main><h1>{escape(title)}</h1><p>{escape(introduction)}</p>
-<div class="scroll"><table><thead><tr><th>prompt</th><th>group</th><th>verdict</th><th class="number">S_mem</th>
-<th class="number">trigger step</th><th class="number">copy score without</th><th class="number">with mitigation</th>
-</tr></thead><tbody>{rows}</tbody></table></div>{cards}
+<title>{text(title)}</title><style>{STYLE}{style}</style></head>
+<body><main><h1>{text(title)}</h1>{body}
 <p class="muted">{escape(STATEMENT)}</p></main>
-<script type="application/json" id="traces">{_script_json(traces)}</script>
-<script type="module">{script}</script></body></html>
+{scripts}</body></html>
 """
 
 
