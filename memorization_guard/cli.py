@@ -1,7 +1,7 @@
-"""The console command: ``memorization-guard demo | calibrate | trace | evaluate``.
+"""The console command: ``memorization-guard demo | calibrate | trace | evaluate | verify``.
 
-What a user can get wrong ends in one line on standard error and exit code 2. diffusers is imported when a command runs, so
-that ``--help`` need not wait for it.
+What a user can get wrong ends in one line on standard error and exit code 2; ``verify`` has codes for its answers too.
+diffusers is imported when a command runs, so that ``--help`` need not wait for it.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ except ImportError:
 
 if TYPE_CHECKING:
     from .evaluation import Prompt
+    from .evidence import Verification
     from .profile import StabilityProfile
     from .report import Comparison
     from .trace import Trace
@@ -200,8 +201,7 @@ def trace(
     with _one_line_errors():
         for path in (json_file, plot, image):
             _writable(path)
-        if plot is not None and plot.suffix not in (".svg", ".png"):
-            raise UsageError(f"{plot.name}: a graph is written as .svg or .png")
+        _is_graph(plot)
         if mitigate and profile is None:
             raise UsageError("--mitigate needs a --profile: make one with 'memorization-guard calibrate'")
         from .profile import StabilityProfile
@@ -223,27 +223,63 @@ def trace(
         if not run.traces:
             raise UsageError("the run could not be watched; the log says why")
         found = run.traces[0]
-        _write_outputs(found, output.images[0], json_file=json_file, plot=plot, image=image)
+        settings = {
+            "prompt": prompt,
+            "model": model.name,
+            "loras": [Path(each).name for each in lora or ()],
+            "profile": profile.name if profile is not None else None,
+            "mitigate": mitigate,
+            "seed": seed,
+            "num_inference_steps": steps,
+            "guidance_scale": guidance,
+            **_size(height, width),
+        }
+        _write_outputs(found, output.images[0], settings, json_file=json_file, plot=plot, image=image)
         _print_trace(found, scored=stability is not None)
         if stability is not None and not (check := stability.check(found.settings)).valid:
             # The image was made and is kept; what was asked for, a judgement or a correction, was not to be had.
             raise UsageError(str(check))
 
 
-def _write_outputs(found: Trace, picture: Any, *, json_file: Path | None, plot: Path | None, image: Path | None) -> None:
-    """Makes everything before it writes anything, so that what cannot be made leaves nothing behind."""
-    from . import graph
-    from .files import write_whole
+def _is_graph(plot: Path | None) -> None:
+    if plot is not None and plot.suffix not in (".svg", ".png"):
+        raise UsageError(f"{plot.name}: a graph is written as .svg or .png")
+
+
+def _write_outputs(
+    found: Trace, picture: Any, settings: dict[str, Any], *, json_file: Path | None, plot: Path | None, image: Path | None
+) -> None:
+    """The trace, its graph, and the image with the evidence in it."""
+    from . import evidence
 
     contents: list[tuple[Path, bytes | str]] = []
     if json_file is not None:
-        contents.append((json_file, json.dumps(found.to_dict(), indent=1, allow_nan=False) + "\n"))
+        contents.append((json_file, _json(found.to_dict())))
     if plot is not None:
-        contents.append((plot, graph.svg(found) if plot.suffix == ".svg" else _png(graph.image(found))))
+        contents.append((plot, _graph(found, plot)))
     if image is not None:
-        contents.append((image, _png(picture)))
+        pixels = [evidence.pixel_hash(picture)]
+        record = evidence.record([found], pixels=pixels, settings=settings, settings_in=evidence.SETTINGS_KEY)
+        contents.append((image, evidence.png(picture, record, settings)))
+    _write_all(contents)
+
+
+def _write_all(contents: list[tuple[Path, bytes | str]]) -> None:
+    """Writes what has been made already: what cannot be made leaves nothing behind."""
+    from .files import write_whole
+
     for path, content in contents:
         write_whole(path, content)
+
+
+def _json(data: Any) -> str:
+    return json.dumps(data, indent=1, allow_nan=False) + "\n"
+
+
+def _graph(found: Trace, plot: Path) -> bytes | str:
+    from . import graph
+
+    return graph.svg(found) if plot.suffix == ".svg" else _png(graph.image(found))
 
 
 def _png(picture: Any) -> bytes:
@@ -531,6 +567,76 @@ def _print_evaluation(result: dict[str, Any]) -> None:
         copies = group["copies"]
         share = f", {copies['rate']['mean']:.1%} of {copies['images']} compared are copies" if copies else ""
         print(f"{group['name']}: {group['triggered']['mean']:.1%} of {group['images']} images triggered{share}")
+
+
+@app.command()
+def verify(
+    file: Annotated[Path, typer.Argument(help="An image with a trace in it, or with its .stability.json beside it.")],
+    plot: Annotated[
+        Path | None, typer.Option(help="Write the stability graph here, .svg or .png: of several runs the worst.")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the traces here, as a list.")] = None,
+) -> None:
+    """Check whether the trace that comes with an image belongs to it, and show it.
+
+    Exit code 0: it belongs. 1: it does not, as the pixels, the settings or the
+    trace itself have been changed. 3: nothing is known to have changed, but the
+    pixels could not be compared, as of a JPEG. 2: no such image or trace.
+    """
+    with _one_line_errors():
+        for path in (json_file, plot):
+            _writable(path)
+        _is_graph(plot)
+        from . import evidence
+        from .report import summary
+        from .trace import STATEMENT, worst
+
+        try:
+            found = evidence.verify(file)
+        except ValueError as error:
+            raise UsageError(_printable(str(error))[:300]) from None
+        contents: list[tuple[Path, bytes | str]] = []
+        if json_file is not None:
+            contents.append((json_file, _json([trace.to_dict() for trace in found.traces])))
+        if plot is not None:
+            contents.append((plot, _graph(worst(found.traces), plot)))
+        _write_all(contents)
+        _print_verification(file, found)
+        for trace, run, image in zip(found.traces, found.runs, found.images, strict=True):
+            title = "Every image" if image is None and found.batch != 1 else f"Image {(image or 0) + 1}"
+            print(_printable(summary(trace, f"{title}, {run}" if run else title)))
+        print(f"{STATEMENT}\n{evidence.NO_SIGNATURE}")
+        if found.belongs != "match":
+            raise typer.Exit(1 if found.belongs == "differ" else 3)
+
+
+def _print_verification(file: Path, found: Verification) -> None:
+    answer = {
+        "match": "the trace belongs to this image",
+        "differ": "the trace does NOT belong to this image as it is now",
+        "unknown": "whether the trace belongs to this image cannot be told",
+    }
+    pixels = {
+        "match": "as recorded",
+        "differ": "not those that the trace was recorded for",
+        "unknown": "none were recorded" if found.batch is None else "this format may have changed them: not compared",
+    }
+    settings = {
+        "match": "as recorded",
+        "differ": "not those that the trace was recorded for",
+        "unknown": "none were recorded, or the file holds none",
+    }
+    beside = "" if found.found_in == file else f", in {found.found_in.name}"
+    print(_printable(f"{file.name}: {answer[found.belongs]}"))
+    print(f"pixels: {pixels[found.pixels]}\nsettings: {settings[found.settings]}")
+    print(_printable(f"trace: {'unaltered' if found.unaltered else 'altered since it was recorded'}{beside}"))
+    if found.image is not None and found.batch != 1:
+        print(f"image {found.image + 1} of a batch of {found.batch}")
+
+
+def _printable(text: str) -> str:
+    """``text`` from a file, without what a terminal would obey."""
+    return "".join(character if character.isprintable() or character == "\n" else "\ufffd" for character in text)
 
 
 def main() -> None:

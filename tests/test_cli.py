@@ -11,7 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from memorization_guard import StabilityProfile, trace_schema
+from memorization_guard import StabilityProfile, Trace, trace_schema
+from memorization_guard.evidence import NO_SIGNATURE, SETTINGS_KEY, pixel_hash, png, record
+from memorization_guard.trace import STATEMENT
 
 pytest.importorskip("typer")
 from typer.testing import CliRunner
@@ -61,6 +63,21 @@ def test_calibrate_then_trace(call, model, prompts, tmp_path):
     assert data["verdict"] in ("stable", "mild", "strong")
     ET.parse(files["--plot"])
     assert Image.open(files["--image"]).size == (16, 16)
+    assert STATEMENT in result.output
+
+    result = call("verify", files["--image"], "--json", tmp_path / "v.json", "--plot", tmp_path / "v.svg")
+    assert result.exit_code == 0, result.output
+    assert (
+        "t.png: the trace belongs to this image\npixels: as recorded\nsettings: as recorded\ntrace: unaltered" in result.output
+    )
+    assert f"\nImage 1: {data['verdict']}" in result.output
+    assert STATEMENT in result.output
+    assert NO_SIGNATURE in result.output
+    (shown,) = json.loads((tmp_path / "v.json").read_text())
+    assert shown["steps"] == data["steps"]
+    ET.parse(tmp_path / "v.svg")
+    settings = json.loads(Image.open(files["--image"]).text[SETTINGS_KEY])
+    assert (settings["prompt"], settings["seed"], settings["mitigate"]) == ("a <b>cat</b>", 0, True)
 
 
 def test_without_a_profile_it_says_that_nothing_is_scored(call, model, tmp_path):
@@ -144,12 +161,68 @@ def test_an_interrupted_calibration_keeps_its_runs_and_says_where(call, model, p
     assert len(calls) == 2 + 2
 
 
+@pytest.fixture
+def carried(tmp_path):
+    """A function that writes an image with the record of two runs of it."""
+
+    def write(name="image.png", change=lambda image, record: None, **options):
+        image = Image.new("RGB", (8, 8), "red")
+        traces = [Trace(note="a \x1b[31mred\x1b[0m note"), Trace()]
+        pixels = options.pop("pixels", [pixel_hash(image)])
+        made = record(traces, pixels=pixels, settings=None, settings_in=None, runs=["", "hires"])
+        change(image, made)
+        path = tmp_path / name
+        if path.suffix == ".png":
+            path.write_bytes(png(image, made))
+        else:
+            image.save(path)
+            path.with_suffix(".stability.json").write_text(json.dumps(made))
+        return path
+
+    return write
+
+
+def test_verify_tells_what_was_changed(call, carried):
+    result = call("verify", carried())
+    assert result.exit_code == 0
+    assert "settings: none were recorded" in result.output
+    assert "Image 1: unscored.\na \ufffd[31mred\ufffd[0m note.\nImage 1, hires: unscored" in result.output
+
+    result = call("verify", carried(change=lambda image, record: image.putpixel((0, 0), (254, 0, 0))))
+    assert result.exit_code == 1
+    assert "does NOT belong to this image as it is now\npixels: not those that the trace was recorded for" in result.output
+    assert "trace: unaltered" in result.output
+
+    result = call("verify", carried(change=lambda image, record: record["traces"][0].update(verdict="stable")))
+    assert result.exit_code == 1
+    assert "pixels: as recorded" in result.output
+    assert "trace: altered since it was recorded" in result.output
+
+    result = call("verify", carried("image.jpg"))
+    assert result.exit_code == 3
+    assert "cannot be told\npixels: this format may have changed them: not compared" in result.output
+    assert "trace: unaltered, in image.stability.json" in result.output
+    assert "pixels: none were recorded" in call("verify", carried(pixels=None)).output
+
+
+def test_verify_says_in_one_line_what_a_user_can_get_wrong(call, carried, tmp_path):
+    one_line_error(call("verify", tmp_path / "missing.png"), "there is no image at")
+    one_line_error(call("verify", tmp_path), "there is no image at")
+    Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
+    one_line_error(call("verify", tmp_path / "plain.png"), "carries no trace")
+    (tmp_path / "text.png").write_text("nonsense")
+    one_line_error(call("verify", tmp_path / "text.png"), "cannot be read as an image")
+    one_line_error(call("verify", carried(), "--plot", tmp_path / "t.gif"), ".svg or .png")
+    newer = carried(change=lambda image, record: record.update(version="\x1b[31m2\n" * 100))
+    one_line_error(call("verify", newer), "update it")
+
+
 def test_help_answers_without_loading_torch():
     code = "import sys; sys.argv=['x','--help']\nimport memorization_guard.cli as c\ntry: c.main()\nexcept SystemExit: pass\n"
     code += "assert 'diffusers' not in sys.modules and 'transformers' not in sys.modules"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"COLUMNS": "100"})
     assert result.returncode == 0, result.stderr
-    for command in ("demo", "calibrate", "trace", "evaluate"):
+    for command in ("demo", "calibrate", "trace", "evaluate", "verify"):
         assert command in result.stdout
 
 

@@ -201,6 +201,9 @@ def test_an_image_that_carries_a_record_is_not_asked_for_another(file):
     assert evidence.verify(file).belongs == "match"
 
 
+IMPOSSIBLE = traces()[0].to_dict() | {"settings": {"latent_shape": [10**400]}}
+
+
 def nested(depth):
     return "[" * depth + "]" * depth
 
@@ -221,7 +224,7 @@ def nested(depth):
         (json.dumps(recorded() | {"pixels": [1]}), "incomplete or damaged"),
         (json.dumps(recorded() | {"images": [1]}), "no trace of this image"),
         (json.dumps(recorded() | {"traces": [{}]}), "not a trace"),
-        (json.dumps(recorded() | {"traces": [traces()[0].to_dict() | {"settings": {"latent_shape": [10**400]}}]}), "impossible"),
+        (json.dumps(recorded() | {"traces": [IMPOSSIBLE]}), "impossible"),
     ],
 )
 def test_a_damaged_record_is_refused_in_one_line(file, text, message):
