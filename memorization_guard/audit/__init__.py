@@ -1,5 +1,10 @@
 """Auditing a model with whole prompt lists: which of them does it answer with a training image?
 
-``dataset`` is the folder of results, ``prompts`` reads the lists, ``worker`` samples, ``run`` brings them together on one
-machine and ``cluster`` on many, ``report`` and ``compare`` show what came out. Needs the extra ``audit``.
+``plan`` says which images are made, ``worker`` makes them, ``run`` brings them together on one machine and ``cluster`` on
+many; ``dataset`` is the folder of results and ``store`` how they get there, ``report`` and ``compare`` show what came out.
+Needs the extra ``audit``.
 """
+
+
+class AuditError(Exception):
+    """An audit that cannot begin or go on; the message says why and what to do."""

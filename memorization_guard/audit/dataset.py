@@ -19,6 +19,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ..files import write_whole
+from . import AuditError
+
 FORMAT = "memorization-guard.audit"
 FORMAT_VERSION = 1
 
@@ -70,10 +73,6 @@ SCHEMA = pa.schema(
 )
 
 
-class AuditError(Exception):
-    """An audit that cannot begin or go on; the message says why and what to do."""
-
-
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of an audit.
 
@@ -97,8 +96,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def write_part(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Writes a part, whole or not at all; ``rows`` have the columns of :data:`SCHEMA`."""
-    from ..files import write_whole
-
     sink = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_pylist(list(rows), schema=SCHEMA), sink, compression="zstd")
     write_whole(path, sink.getvalue().to_pybytes())

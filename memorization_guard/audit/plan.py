@@ -1,0 +1,100 @@
+"""Which images an audit makes: every prompt of a list, in its order, each with so many seeds."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from ..evaluation import SEED_STRIDE
+from ..prompts import stream_prompts
+from . import AuditError
+
+#: Images in a part: few enough that a part is soon done, many enough that ten million images are ten thousand files.
+SMALLEST_PART, LARGEST_PART = 64, 1024
+#: Into how many parts a smaller audit is cut, so that several processes find work.
+PARTS = 16
+
+
+@dataclass(frozen=True)
+class Job:
+    """One image to be made.
+
+    Attributes:
+        image: its number in the audit, from 0. row: the number of its prompt in the list, from 0.
+        prompt, kind: as the list has them.
+        seed: of its noise, which is drawn on the CPU, so that devices agree.
+    """
+
+    image: int
+    row: int
+    prompt: str
+    kind: str | None
+    seed: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All images of an audit; nothing of it is kept in memory.
+
+    Attributes:
+        source: file of prompts. column: that holds them, if it was named.
+        sha256: of the file. rows: number of prompts.
+        seeds_per_prompt: images of each prompt.
+        seed: the first image has the seed ``seed + SEED_STRIDE``, clear of the seeds of a calibration, and each further one
+            the next; a prompt that the list has a seed for begins at that one.
+    """
+
+    source: Path
+    column: str | None
+    sha256: str
+    rows: int
+    seeds_per_prompt: int
+    seed: int
+
+    @classmethod
+    def of(cls, path: Path, *, column: str | None = None, seeds_per_prompt: int = 1, seed: int = 0) -> Plan:
+        """Reads the whole list once, so that a bad line is found before the first image and not after the millionth.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            AuditError: if it cannot be read, or holds no prompt.
+        """
+        try:
+            rows = sum(1 for _ in stream_prompts(path, column))
+        except ValueError as error:
+            raise AuditError(str(error)) from None
+        if not rows:
+            raise AuditError(f"{path} holds no prompt")
+        digest = hashlib.sha256()
+        with open(path, "rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+        return cls(path, column, digest.hexdigest(), rows, seeds_per_prompt, seed)
+
+    @property
+    def images(self) -> int:
+        """Number of images."""
+        return self.rows * self.seeds_per_prompt
+
+    @property
+    def part_size(self) -> int:
+        """Number of images in a part, a multiple of 64."""
+        wanted = -(-self.images // (PARTS * SMALLEST_PART)) * SMALLEST_PART
+        return min(LARGEST_PART, max(SMALLEST_PART, wanted))
+
+    def parts(self, size: int) -> Iterator[list[Job]]:
+        """The images, ``size`` at a time, the last time perhaps fewer."""
+        jobs = self._jobs()
+        while part := list(islice(jobs, size)):
+            yield part
+
+    def _jobs(self) -> Iterator[Job]:
+        for row, listed in enumerate(stream_prompts(self.source, self.column)):
+            image = row * self.seeds_per_prompt
+            first = self.seed + SEED_STRIDE + image if listed.seed is None else listed.seed
+            for repetition in range(self.seeds_per_prompt):
+                # Seeds end at 2**63, and begin again at 0.
+                yield Job(image + repetition, row, listed.text, listed.kind, (first + repetition) % 2**63)

@@ -1,0 +1,310 @@
+"""An audit from its first image to its last, on whatever workers there are."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Protocol
+
+from tqdm.auto import tqdm
+
+from ..files import write_whole
+from ..profile import StabilityProfile
+from ..trace import STATEMENT
+from . import AuditError
+from .dataset import FORMAT, FORMAT_VERSION, PROFILE, REPORT
+from .plan import Job, Plan
+from .report import write_report
+from .store import Part, Store
+from .worker import Recipe, Worker
+
+#: Seconds between two looks at what another process has in hand.
+PATIENCE = 2.0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images of one part, to be sampled at once."""
+
+    part: Part
+    jobs: Sequence[Job]
+
+
+class Workers(Protocol):
+    """Those who sample: :class:`Local`, or ``cluster.Cluster``."""
+
+    def describe(self) -> dict[str, Any]:
+        """As :meth:`Worker.describe`; the same of all of them, but for the device."""
+
+    def calibrate(self, prompts: Sequence[str], *, batch_size: int, seed: int, state: Path) -> StabilityProfile:
+        """As :meth:`Worker.calibrate`."""
+
+    def trial(self, job: Job, profile: StabilityProfile) -> None:
+        """Makes one image, which is not kept, to see whether the profile fits; errors as for :meth:`Worker.sample`."""
+
+    def sample(
+        self, batches: Iterator[Batch | None], profile: StabilityProfile
+    ) -> Iterator[tuple[Batch, list[dict[str, Any]]] | None]:
+        """Every batch with its rows, in any order. ``None``, in and out, says that there is nothing just now."""
+
+    def close(self) -> None:
+        """The audit is over."""
+
+
+class Local:
+    """One worker in this process."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._worker = Worker(recipe)
+
+    def describe(self) -> dict[str, Any]:
+        """As :class:`Workers` says."""
+        return self._worker.describe()
+
+    def calibrate(self, prompts: Sequence[str], *, batch_size: int, seed: int, state: Path) -> StabilityProfile:
+        """Goes on where an interrupted calibration stopped."""
+        return self._worker.calibrate(prompts, batch_size=batch_size, seed=seed, state=state, progress=True)
+
+    def trial(self, job: Job, profile: StabilityProfile) -> None:
+        """As :class:`Workers` says."""
+        self._worker.sample([job], profile)
+
+    def sample(
+        self, batches: Iterator[Batch | None], profile: StabilityProfile
+    ) -> Iterator[tuple[Batch, list[dict[str, Any]]] | None]:
+        """One batch after the other."""
+        for batch in batches:
+            yield None if batch is None else (batch, self._worker.sample(batch.jobs, profile))
+
+    def close(self) -> None:
+        """Nothing has to be given back."""
+
+
+def audit(
+    recipe: Recipe,
+    plan: Plan,
+    folder: Path,
+    workers: Callable[[], Workers],
+    *,
+    profile: Path | None = None,
+    reference: Sequence[str] = (),
+    reference_from: str = "",
+    batch_size: int = 4,
+    progress: bool = True,
+) -> bool:
+    """Makes what is still to be made of an audit; several processes may do so in one folder at once.
+
+    Args:
+        recipe: how images are made. plan: which ones.
+        folder: of the audit; one that another process, or an earlier call, has begun must be of the same audit.
+        workers: makes those who sample; called only if there is something to do.
+        profile: stability profile of the model; if none is given, one is calibrated with ``reference`` prompts, which come
+            from ``reference_from``.
+        batch_size: images sampled at once; may differ when an audit goes on.
+        progress: whether to show a progress bar.
+
+    Returns:
+        Whether there was anything to do.
+
+    Raises:
+        AuditError: if the folder is of another audit, or the profile does not fit.
+        OSError: if the disk is full; what was made so far is kept.
+    """
+    store = Store(folder)
+    asked = _asked(recipe, plan, profile, reference, reference_from)
+    if (manifest := store.manifest()) is not None:
+        _same(folder, manifest, asked)
+        if manifest["finished"]:
+            store.clear()
+            if not (folder / REPORT).exists():
+                write_report(folder)
+            return False
+    hands = workers()
+    try:
+        # Whoever comes second waits here until the first has calibrated.
+        with store.alone():
+            manifest = _begun(store, hands, asked, profile, reference, plan, batch_size)
+        with _Parts(store, plan.parts(manifest["part_size"]), batch_size) as parts:
+            _sample(hands, parts, StabilityProfile.load(folder / PROFILE), plan.images, progress)
+    finally:
+        hands.close()
+    with store.alone():
+        manifest = store.manifest()
+        if manifest is not None and not manifest["finished"]:
+            store.write_manifest(manifest | {"finished": _now()})
+            write_report(folder)
+    store.clear()
+    return True
+
+
+def _sample(hands: Workers, parts: _Parts, profile: StabilityProfile, images: int, progress: bool) -> None:
+    flagged = 0
+    with tqdm(total=images, desc="auditing", unit="image", disable=not progress) as bar:
+        for made in hands.sample(parts.batches(), profile):
+            bar.update(parts.take_found())
+            if made is None:
+                time.sleep(PATIENCE)
+                continue
+            batch, rows = made
+            batch.part.add(rows)
+            flagged += sum(row["trigger_step"] is not None for row in rows)
+            bar.set_postfix(flagged=flagged, refresh=False)
+            bar.update(len(rows))
+        bar.update(parts.take_found())
+
+
+class _Parts:
+    """Hands out what is missing of every part, batch by batch."""
+
+    def __init__(self, store: Store, parts: Iterator[list[Job]], batch_size: int) -> None:
+        self._store, self._parts, self._batch_size = store, parts, batch_size
+        self._found = 0
+        self._claimed: list[Part] = []
+
+    def __enter__(self) -> _Parts:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        """Leaves to others what was not finished."""
+        for part in self._claimed:
+            part.release()
+
+    def take_found(self) -> int:
+        """Images that turned out to be made already, since the last call."""
+        found, self._found = self._found, 0
+        return found
+
+    def batches(self) -> Iterator[Batch | None]:
+        """``None`` where others have in hand all that is left: they may finish it, or die and leave it."""
+        elsewhere: list[tuple[int, list[Job]]] = []
+        for number, jobs in enumerate(self._parts):
+            if self._store.done(number):
+                self._found += len(jobs)
+            elif (part := self._store.claim(number, jobs)) is None:
+                elsewhere.append((number, jobs))
+            else:
+                yield from self._of(part)
+        while elsewhere:
+            yield None
+            left = []
+            for number, jobs in elsewhere:
+                if self._store.done(number):
+                    self._found += len(jobs)
+                elif (part := self._store.claim(number, jobs)) is None:
+                    left.append((number, jobs))
+                else:
+                    yield from self._of(part)
+            elsewhere = left
+
+    def _of(self, part: Part) -> Iterator[Batch]:
+        self._found += part.found
+        self._claimed = [one for one in self._claimed if not one.finished] + [part]
+        missing = part.missing
+        for start in range(0, len(missing), self._batch_size):
+            yield Batch(part, missing[start : start + self._batch_size])
+
+
+def _asked(recipe: Recipe, plan: Plan, profile: Path | None, reference: Sequence[str], reference_from: str) -> dict[str, Any]:
+    """What was asked for, as the manifest has it, as far as that is known without loading the model."""
+    return {
+        "model": {"name": Path(recipe.model).name, "files": recipe.files(), "loras": recipe.lora_files()},
+        "prompts": {"file": plan.source.name, "sha256": plan.sha256, "rows": plan.rows, "column": plan.column},
+        "settings": {
+            "steps": recipe.steps,
+            "guidance_scale": recipe.guidance,
+            "height": recipe.height,
+            "width": recipe.width,
+            "seeds_per_prompt": plan.seeds_per_prompt,
+            "seed": plan.seed,
+            "mitigate": recipe.mitigate,
+            "stop": recipe.stop,
+            "images": recipe.keep,
+        },
+        "thresholds": recipe.thresholds.to_dict(),
+        "profile": {
+            "from": reference_from if profile is None else profile.name,
+            "sha256": None if profile is None else _sha256(profile),
+            "reference_sha256": None if profile is not None else hashlib.sha256("\n".join(reference).encode()).hexdigest(),
+        },
+    }
+
+
+def _same(folder: Path, manifest: dict[str, Any], asked: dict[str, Any]) -> None:
+    """Refuses to mix two audits.
+
+    Raises:
+        AuditError: naming what differs.
+    """
+    for chapter, values in asked.items():
+        known = manifest.get(chapter, {})
+        for name, value in values.items():
+            # A model that is not on this machine has no files here.
+            if (chapter, name) == ("model", "files") and not value:
+                continue
+            # What a calibration made has a hash that nobody could ask for.
+            if (chapter, name) == ("profile", "sha256") and value is None:
+                continue
+            if known.get(name) != value:
+                said = "" if isinstance(value, (dict, list)) else f" (it has {known.get(name)!r}, you ask for {value!r})"
+                raise AuditError(
+                    f"{folder} holds an audit with other {chapter}: {name.replace('_', ' ')}{said}. Name another folder, or "
+                    "call it as before"
+                )
+
+
+def _begun(
+    store: Store,
+    hands: Workers,
+    asked: dict[str, Any],
+    profile: Path | None,
+    reference: Sequence[str],
+    plan: Plan,
+    batch_size: int,
+) -> dict[str, Any]:
+    """The manifest: what stands in the folder, if it is of the same weights, or else a new one, with its profile."""
+    loaded = hands.describe()
+    about = {name: loaded[name] for name in ("pipeline", "components", "files", "loras", "scheduler", "dtype")}
+    if (manifest := store.manifest()) is not None:
+        _same(store.folder, manifest, {"model": about})
+        if loaded["device"] not in manifest["devices"]:
+            manifest["devices"].append(loaded["device"])
+            store.write_manifest(manifest)
+        return manifest
+    target = store.folder / PROFILE
+    if profile is not None:
+        stability = StabilityProfile.load(profile)
+        # Found out before there is a manifest: a folder with a profile that does not fit could only be deleted.
+        hands.trial(next(plan.parts(1))[0], stability)
+        write_whole(target, profile.read_bytes())
+    else:
+        state = store.work / "calibration.json"
+        stability = hands.calibrate(reference, batch_size=batch_size, seed=plan.seed, state=state)
+        stability.save(target)
+    manifest = {
+        "format": FORMAT,
+        "version": FORMAT_VERSION,
+        "statement": STATEMENT,
+        "created": _now(),
+        "finished": None,
+        **asked,
+        "model": asked["model"] | about,
+        "profile": asked["profile"] | {"file": PROFILE, "sha256": _sha256(target), "reference_runs": stability.count},
+        "images": plan.images,
+        "part_size": plan.part_size,
+        "devices": [loaded["device"]],
+        "versions": loaded["versions"],
+    }
+    store.write_manifest(manifest)
+    return manifest
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,0 +1,184 @@
+"""How results get into the folder of an audit: each once, whatever is killed when.
+
+A part under way has a journal, to which every batch is appended and flushed to the disk before the next one begins; when all
+of its images are there, the part is written whole and the journal deleted. Who works on a part holds its lock, which the
+operating system lets go of when the process dies. So a kill, a full disk or a lost machine costs the batches in flight.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from ..files import write_whole
+from ..fingerprint import content_hash
+from . import AuditError
+from .dataset import IMAGES, MANIFEST, RESULTS, read_manifest, write_part
+from .plan import Job
+
+WORK = ".work"
+
+#: Key under which a row brings its image as PNG; the file's name takes its place.
+PNG = "png"
+
+
+class Store:
+    """The folder of an audit, to be written to; made if need be.
+
+    Raises:
+        OSError: if the folder cannot be made or written to.
+        AuditError: if it holds other files, and is no audit.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        if folder.is_dir() and not (folder / MANIFEST).exists() and any(p.name != WORK for p in folder.iterdir()):
+            raise AuditError(f"{folder} is no audit, and holds files: name another folder")
+        for inside in (RESULTS, IMAGES, WORK):
+            (folder / inside).mkdir(parents=True, exist_ok=True)
+
+    @property
+    def work(self) -> Path:
+        """Folder of what is needed only until the audit is finished."""
+        return self.folder / WORK
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """No other process is in such a block at the same time; waits for one that is."""
+        self.work.mkdir(exist_ok=True)
+        with FileLock(self.work / "audit.lock"):
+            yield
+
+    def manifest(self) -> dict[str, Any] | None:
+        """The manifest, or ``None`` in a new folder."""
+        try:
+            return read_manifest(self.folder)
+        except FileNotFoundError:
+            return None
+
+    def write_manifest(self, manifest: Mapping[str, Any]) -> None:
+        """Puts the manifest in place of the one before."""
+        write_whole(self.folder / MANIFEST, json.dumps(manifest, indent=1, allow_nan=False) + "\n")
+
+    def done(self, number: int) -> bool:
+        """Whether a part is finished."""
+        return self._result(number).exists()
+
+    def claim(self, number: int, jobs: Sequence[Job]) -> Part | None:
+        """Takes a part to work on; ``None`` if it is done, or somebody else's just now.
+
+        Raises:
+            AuditError: if its journal is of another audit, or damaged.
+        """
+        lock = FileLock(self.work / f"part-{number:06d}.lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            return None
+        try:
+            # Looked at under the lock: whoever held it may just have finished.
+            if self.done(number):
+                _remove(lock)
+                return None
+            return Part(self, number, jobs, lock)
+        except BaseException:
+            lock.release()
+            raise
+
+    def clear(self) -> None:
+        """Deletes what only an unfinished audit needs."""
+        shutil.rmtree(self.work, ignore_errors=True)
+
+    def _result(self, number: int) -> Path:
+        return self.folder / RESULTS / f"part-{number:06d}.parquet"
+
+
+class Part:
+    """A part that this process works on. Made by :meth:`Store.claim`."""
+
+    def __init__(self, store: Store, number: int, jobs: Sequence[Job], lock: FileLock) -> None:
+        self._store, self._number, self._lock = store, number, lock
+        self._journal_path = store.work / f"part-{number:06d}.jsonl"
+        self._images = [job.image for job in jobs]
+        self._key = content_hash([[job.image, job.prompt, job.seed] for job in jobs])
+        self._rows: dict[int, dict[str, Any]] = {}
+        self._read_journal()
+        #: What is still to be made.
+        self.missing = [job for job in jobs if job.image not in self._rows]
+        #: How many were found made.
+        self.found = len(self._rows)
+        #: Whether all of it is there, and the part left to nobody.
+        self.finished = False
+        if not self.missing:
+            self._finish()
+
+    def _read_journal(self) -> None:
+        header = json.dumps({"key": self._key}).encode() + b"\n"
+        content = self._journal_path.read_bytes() if self._journal_path.exists() else b""
+        whole = content[: content.rfind(b"\n") + 1]
+        if not whole:
+            write_whole(self._journal_path, header)
+            return
+        first, *lines = whole.splitlines(keepends=True)
+        if first != header:
+            raise AuditError(f"{self._journal_path} is the journal of other images: delete it to make these anew")
+        kept = len(first)
+        for line in lines:
+            try:
+                self._rows |= {row["image"]: row for row in json.loads(line)}
+            except (ValueError, KeyError, TypeError):
+                break  # what a failing disk garbled is made anew, with all after it
+            kept += len(line)
+        # Appending is to go on after the last whole batch.
+        if kept < len(content):
+            os.truncate(self._journal_path, kept)
+
+    def add(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Keeps a batch for good: when this returns, no kill takes it away. Rows that are there already are not taken again.
+
+        Raises:
+            OSError: if the disk is full; the batch then counts as not made.
+        """
+        new = [dict(row) for row in rows if row["image"] not in self._rows]
+        if not new:
+            return
+        for row in new:
+            png = row.pop(PNG, None)
+            row["file"] = None if png is None else self._save_image(row["image"], png)
+        with open(self._journal_path, "ab") as stream:
+            stream.write(json.dumps(new, separators=(",", ":"), allow_nan=False).encode() + b"\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        self._rows |= {row["image"]: row for row in new}
+        if len(self._rows) == len(self._images):
+            self._finish()
+
+    def release(self) -> None:
+        """Leaves the part to others; nothing of it is lost."""
+        self._lock.release()
+
+    def _save_image(self, image: int, png: bytes) -> str:
+        name = f"{IMAGES}/{self._number:06d}/{image:08d}.png"
+        path = self._store.folder / name
+        path.parent.mkdir(exist_ok=True)
+        write_whole(path, png)
+        return name
+
+    def _finish(self) -> None:
+        write_part(self._store._result(self._number), [self._rows[image] for image in self._images])
+        self._journal_path.unlink(missing_ok=True)
+        self.finished = True
+        _remove(self._lock)
+
+
+def _remove(lock: FileLock) -> None:
+    """Lets go of the lock of a finished part. Whoever holds the deleted file's lock meanwhile finds the part done."""
+    lock.release()
+    Path(lock.lock_file).unlink(missing_ok=True)

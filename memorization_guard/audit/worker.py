@@ -1,0 +1,209 @@
+"""What makes the images of an audit: a model, loaded once, that samples batch after batch and says what was seen of each."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import __version__, evidence
+from ..detection import Thresholds
+from ..diffusers import calibrate, guard
+from ..fingerprint import file_fingerprint, fingerprint
+from ..pipelines import Lora, load_pipeline, model_path
+from ..profile import StabilityProfile
+from ..trace import Trace
+from . import AuditError
+from .plan import Job
+from .store import PNG
+
+#: Which images are kept.
+KEEP = ("none", "flagged", "all")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How the images of an audit are made; goes to every worker.
+
+    Attributes:
+        model, config, loras, device, dtype: as for :func:`memorization_guard.pipelines.load_pipeline`.
+        steps, guidance: of every run. height, width: pixels, or the model's own size.
+        thresholds: constants of detection. mitigate: whether to correct. stop: whether a batch ends once all of it triggered.
+        keep: which images are kept, one of :data:`KEEP`; flagged are those that triggered.
+    """
+
+    model: str
+    config: str | None = None
+    loras: tuple[Lora, ...] = ()
+    device: str = "auto"
+    dtype: str = "auto"
+    steps: int = 50
+    guidance: float = 7.5
+    height: int | None = None
+    width: int | None = None
+    thresholds: Thresholds = field(default_factory=Thresholds)
+    mitigate: bool = False
+    stop: bool = False
+    keep: str = "flagged"
+
+    def sampling(self) -> dict[str, Any]:
+        """What a pipeline is called with."""
+        size = {name: value for name, value in (("height", self.height), ("width", self.width)) if value is not None}
+        return {"num_inference_steps": self.steps, "guidance_scale": self.guidance, **size}
+
+    def files(self) -> dict[str, str]:
+        """Fingerprints of the model's files, by name; empty if it is not on this machine."""
+        path = model_path(self.model)
+        if path.is_file():
+            return {path.name: file_fingerprint(path)}
+        chosen = (file for file in sorted(path.rglob("*")) if file.suffix in (".safetensors", ".json") and file.is_file())
+        return {file.relative_to(path).as_posix(): file_fingerprint(file) for file in chosen}
+
+    def lora_files(self) -> list[dict[str, Any]]:
+        """Name, weight and fingerprint of every LoRA."""
+        return [
+            {"file": lora.file.name, "weight": lora.weight, "fingerprint": file_fingerprint(lora.file)} for lora in self.loras
+        ]
+
+
+class Worker:
+    """A loaded model.
+
+    Raises:
+        ModelError: if it cannot be loaded.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._recipe = recipe
+        self._pipe = load_pipeline(
+            recipe.model, config=recipe.config, loras=recipe.loras, device=recipe.device, dtype=recipe.dtype
+        )
+        # It would hand out black images in place of what is to be looked at.
+        if getattr(self._pipe, "safety_checker", None) is not None:
+            self._pipe.safety_checker = None
+        self._wanted: Callable[[], list[int]] = list
+        if (vae := getattr(self._pipe, "vae", None)) is not None:
+            self._decode_all, vae.decode = vae.decode, self._decode
+
+    def describe(self) -> dict[str, Any]:
+        """What was loaded, and on what: JSON-ready."""
+        import diffusers
+
+        pipe = self._pipe
+        scheduler = {"class": type(pipe.scheduler).__name__, **pipe.scheduler.config}
+        on_cuda = pipe.device.type == "cuda"
+        return {
+            "pipeline": type(pipe).__name__,
+            "components": {
+                name: fingerprint(part) for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)
+            },
+            "files": self._recipe.files(),
+            "loras": self._recipe.lora_files(),
+            "scheduler": json.loads(json.dumps(scheduler, default=repr)),
+            "dtype": str(pipe.dtype).removeprefix("torch."),
+            "device": torch.cuda.get_device_name(pipe.device) if on_cuda else pipe.device.type,
+            "versions": {
+                "memorization-guard": __version__,
+                "diffusers": diffusers.__version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
+        }
+
+    def calibrate(
+        self, prompts: Sequence[str], *, batch_size: int, seed: int, state: Path | None = None, progress: bool = False
+    ) -> StabilityProfile:
+        """A profile for this recipe; arguments and errors as for :func:`memorization_guard.diffusers.calibrate`."""
+        return calibrate(
+            self._pipe,
+            list(prompts),
+            batch_size=batch_size,
+            seed=seed,
+            state=state,
+            progress=progress,
+            **self._recipe.sampling(),
+        )
+
+    def sample(self, jobs: Sequence[Job], profile: StabilityProfile) -> list[dict[str, Any]]:
+        """Makes a batch of images, and returns a row of ``dataset.SCHEMA`` for each; a kept image as PNG in ``store.PNG``.
+
+        Raises:
+            AuditError: if the profile does not fit, or a run was not watched.
+        """
+        recipe = self._recipe
+        with guard(self._pipe, profile, recipe.mitigate, recipe.thresholds, stop=recipe.stop) as run:
+            self._wanted = lambda: [n for n, trace in enumerate(run.traces) if self._keeps(trace)]
+            output = self._pipe(
+                [job.prompt for job in jobs],
+                generator=[torch.Generator().manual_seed(job.seed) for job in jobs],
+                output_type="latent" if recipe.keep == "none" else "pil",
+                **recipe.sampling(),
+            )
+            traces = run.traces
+        if len(traces) != len(jobs):
+            raise AuditError(f"{len(jobs)} prompts gave {len(traces)} traces: see the log for what went wrong")
+        # The first batch tells: no days of runs that cannot be scored.
+        if not (check := profile.check(traces[0].settings)).valid:
+            raise AuditError(str(check))
+        rows = []
+        for number, (job, trace) in enumerate(zip(jobs, traces, strict=True)):
+            row = _row(job, trace)
+            if self._keeps(trace):
+                row[PNG] = self._png(job, trace, output.images[number])
+            rows.append(row)
+        return rows
+
+    def _keeps(self, trace: Trace) -> bool:
+        return self._recipe.keep == "all" or (self._recipe.keep == "flagged" and trace.trigger_step is not None)
+
+    def _decode(self, latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """In place of the autoencoder's: decodes the images that are kept, and hands the pipeline black ones for the rest."""
+        wanted = self._wanted()
+        if len(wanted) == len(latents) or latents.ndim != 4:
+            return self._decode_all(latents, *args, **kwargs)
+        pixels = latents.new_zeros(len(latents), 3, 8, 8)
+        if wanted:
+            kwargs.pop("generator", None)  # one an image of the whole batch, and decoding draws nothing
+            made = self._decode_all(latents[wanted], *args, **(kwargs | {"return_dict": False}))[0]
+            pixels = made.new_zeros(len(latents), *made.shape[1:])
+            pixels[wanted] = made
+        if kwargs.get("return_dict", True):
+            from diffusers.models.autoencoders.vae import DecoderOutput
+
+            return DecoderOutput(sample=pixels)
+        return (pixels,)
+
+    @staticmethod
+    def _png(job: Job, trace: Trace, image: Any) -> bytes:
+        settings = {"prompt": job.prompt, "seed": job.seed, **trace.settings.to_dict()}
+        record = evidence.record(
+            [trace], pixels=[evidence.pixel_hash(image)], settings=settings, settings_in=evidence.SETTINGS_KEY
+        )
+        return evidence.png(image, record, settings)
+
+
+def _row(job: Job, trace: Trace) -> dict[str, Any]:
+    data = trace.to_dict()
+    settings = data["settings"]
+    numbers = ("score", "joint_score", "tail_probability", "local_score", "uncalibrated_score")
+    return {
+        "image": job.image,
+        "row": job.row,
+        "prompt": job.prompt,
+        "kind": job.kind,
+        "seed": job.seed,
+        "verdict": trace.verdict,
+        **{name: data[name] for name in numbers},
+        "trigger_step": trace.trigger_step,
+        "nonfinite_step": trace.nonfinite_step,
+        "steps": trace.steps,
+        "corrected_steps": int(trace.mitigated.sum()),
+        "note": trace.note,
+        "settings": settings,
+        "trace": json.dumps(data, separators=(",", ":"), allow_nan=False),
+    }
