@@ -408,8 +408,8 @@ def test_events_are_small_and_in_order_and_the_last_one_is_the_trace(bench: Any,
 
 def test_the_trace_travels_with_the_picture(bench: Any, finish: Any) -> None:
     result = finish(b := bench("trace"), b.ksampler())
-    (entries,) = json.loads(result.metadata["memorization_guard"]).values()
-    assert Trace.from_dict(entries[0]["traces"][0]).verdict == result.runs[0][0].verdict
+    (record,) = json.loads(result.metadata["memorization_guard"]).values()
+    assert Trace.from_dict(record["traces"][0]).verdict == result.runs[0][0].verdict
 
 
 def test_a_cached_result_keeps_its_report(bench: Any, finish: Any, server: Any) -> None:

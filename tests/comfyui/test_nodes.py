@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
-from memorization_guard import StabilityProfile, Trace
+from memorization_guard import StabilityProfile, Trace, evidence
 from memorization_guard.lab import prompts
 
 REFERENCES = prompts("reference")[:12]
@@ -278,6 +283,60 @@ def test_two_runs_of_one_image_are_two_rows_of_its_graph(batch: Any, server: Any
     run.wait()
     assert [len(entry["traces"]) for entry in run.outputs(report)["memorization_guard"]] == [1, 1]
     assert run.images(picture)[0].size == (640, 600)
+
+
+def saved(run: Any, node: Any, folder: Path) -> list[Path]:
+    """The files that Save Image or Preview Image wrote, under ComfyUI's folder."""
+    return [folder / place["type"] / place["subfolder"] / place["filename"] for place in run.outputs(node)["images"]]
+
+
+def test_the_evidence_belongs_to_every_image_of_a_batch_and_to_no_other(batch: Any, server: Any, tmp_path: Path) -> None:
+    g = batch(texts=(EXACT[1],))
+    g.settings |= {"steps": 8, "seed": 77}
+    several = g.node("RepeatLatentBatch", samples=g.settings["latent_image"], amount=3)
+    samplers = [g.node("KSampler", **(g.settings | changes)) for changes in ({"latent_image": several[0]}, {"seed": 78})]
+    decoded = [g.node("VAEDecode", samples=sampler[0], vae=g.lab[2]) for sampler in samplers]
+    reports = [g.node("MemorizationGuardReport", trace=g.guard[1], image=image[0]) for image in decoded]
+    saves = [g.node("SaveImage", images=report[1], filename_prefix="evidence") for report in reports]
+    # Passed on so that this Save Image writes the records of both reports.
+    late = g.node("SaveImage", images=g.node("ImageBatch", image1=reports[1][1], image2=reports[0][1])[0], filename_prefix="e")
+    run = server.queue(g.prompt(), {"extra_pnginfo": {}})
+    run.wait()
+    files = saved(run, saves[0], server.folder)
+    assert len(files) == 3
+    for number, file in enumerate(files):
+        found = evidence.verify(file)
+        assert (found.pixels, found.settings, found.unaltered, found.belongs) == ("match", "match", True, "match")
+        assert (found.image, found.batch, found.runs) == (number, 3, (f"sampler {samplers[0].id}",))
+    assert evidence.verify(saved(run, saves[1], server.folder)[0]).runs == (f"sampler {samplers[1].id}",)
+    places = [(found.image, found.batch) for found in map(evidence.verify, saved(run, late, server.folder))]
+    assert places == [(0, 1), (0, 3), (1, 3), (2, 3)]
+
+    call = [sys.executable, "-m", "memorization_guard", "verify"]
+    told = subprocess.run([*call, files[1]], capture_output=True, text=True, check=True)
+    assert "image 2 of a batch of 3\nImage 2, sampler" in told.stdout
+    with Image.open(files[1]) as image:
+        text = PngInfo()
+        for name, value in image.text.items():
+            text.add_text(name, value)
+        red, green, blue = image.getpixel((3, 3))
+        image.putpixel((3, 3), (red ^ 1, green, blue))
+        image.save(tmp_path / "changed.png", pnginfo=text)
+    told = subprocess.run([*call, tmp_path / "changed.png"], capture_output=True, text=True)
+    assert told.returncode == 1, told.stdout + told.stderr
+    assert "does NOT belong" in told.stdout
+
+
+def test_without_an_image_the_evidence_says_that_pixels_are_not_known(batch: Any, server: Any) -> None:
+    g = batch(texts=(EXACT[1],))
+    sampler = g.node("KSampler", **(g.settings | {"steps": 8, "seed": 79}))
+    report = g.node("MemorizationGuardReport", trace=g.guard[1], latent=sampler[0])
+    image = g.node("VAEDecode", samples=report[0], vae=g.lab[2])
+    save = g.node("SaveImage", images=image[0], filename_prefix="evidence")
+    run = server.queue(g.prompt(), {"extra_pnginfo": {}})
+    run.wait()
+    found = evidence.verify(saved(run, save, server.folder)[0])
+    assert (found.pixels, found.settings, found.belongs, len(found.traces)) == ("unknown", "match", "unknown", 1)
 
 
 def gate(g: Any, image: Any, **changes: Any) -> tuple[Any, Any, Any]:
