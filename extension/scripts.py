@@ -208,6 +208,7 @@ def register() -> None:
     script_callbacks.on_ui_settings(add_settings)
     script_callbacks.on_before_ui(xyz.add_axes)
     script_callbacks.on_app_started(lambda _, app: add_route(app, LIVE, _is_running))
+    script_callbacks.on_before_image_saved(_before_image_saved)
     script_callbacks.on_image_saved(_image_saved)
 
 
@@ -215,7 +216,12 @@ def _is_running(task: str) -> bool:
     return task == progress.current_task or task in progress.pending_tasks
 
 
+def _before_image_saved(params: Any) -> None:
+    if (session := getattr(params.p, SESSION, None)) is not None:
+        session.before_save(params, in_image=shared.opts.enable_pnginfo)
+
+
 def _image_saved(params: Any) -> None:
     session = getattr(params.p, SESSION, None)
     if session is not None and setting("save_trace"):
-        session.save_trace(params.filename)
+        session.save_trace(params)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
 from collections.abc import Mapping
@@ -10,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..memorization_guard import RunSettings, StabilityMonitor, StabilityProfile, StepEvent, Thresholds, Trace, graph
+from ..memorization_guard import RunSettings, StabilityMonitor, StabilityProfile, StepEvent, Thresholds, Trace, evidence, graph
 from ..memorization_guard.files import write_whole
 from ..memorization_guard.report import summary
 from ..memorization_guard.trace import rarity
@@ -139,6 +140,7 @@ class Session:
         self._said: set[str] = set()
         #: The image that the host is about to save, as (batch, number in it).
         self.saving: tuple[int, int] | None = None
+        self._saved: tuple[Any, _Evidence] | None = None
 
     def new_monitor(self, p: Any, settings: RunSettings) -> StabilityMonitor:
         """Begins a run of ``p``'s sampler."""
@@ -219,18 +221,37 @@ class Session:
         """The stability graphs of an image as pictures, one a run."""
         return [graph.image(trace) for _, trace in self.runs_of(batch, index)]
 
-    def save_trace(self, image_file: str) -> None:
-        """Writes the traces of the image that is being saved beside it, whole or not at all."""
+    def before_save(self, params: Any, in_image: bool) -> None:
+        """Gives the image that the host is about to save its evidence record.
+
+        Args:
+            params: the host's ``ImageSaveParams``.
+            in_image: whether the record may stand in the image itself, where that is a PNG.
+        """
+        self._saved = None
         if self.saving is None:
             return  # a mask, a grid, or an image of before
-        content = self._written(*self.saving)
+        found = self.runs_of(*self.saving)
         self.saving = None
+        if not found:
+            return
+        record = _Evidence(self, params, [(trace, self._title("", run.hires)) for run, trace in found])
+        self._saved = params, record
+        if in_image and Path(params.filename).suffix.lower() == ".png":
+            params.pnginfo[evidence.KEY] = record
+
+    def save_trace(self, params: Any) -> None:
+        """Writes the evidence record of the image that was saved with ``params`` beside it, whole or not at all."""
+        if self._saved is None or self._saved[0] is not params:
+            return
+        content = str(self._saved[1])
+        self._saved = None
         if not content:
             return
         try:
-            write_whole(Path(image_file).with_suffix(".stability.json"), json.dumps(content))
+            write_whole(Path(params.filename).with_suffix(evidence.SIDECAR), content)
         except OSError as error:
-            log.warning("Memorization Guard could not save the trace of %s: %s", image_file, error)
+            log.warning("Memorization Guard could not save the trace of %s: %s", params.filename, error)
 
     def tell_verdicts(self, p: Any) -> None:
         """Says below the images which of them are suspicious."""
@@ -253,3 +274,34 @@ class Session:
             self._live.send(self._task, {"kind": kind, "run": name, **data})
         except Exception:
             log.warning("Memorization Guard could not show the graph of this run.", exc_info=True)
+
+
+class _Evidence:
+    """The evidence record of an image that is being saved; as text, it is the record's JSON, empty where that failed.
+
+    It is made when the text is asked for. By then whatever changes the image has done so: other extensions, and Forge, which
+    hides the infotext in the pixels after the last of them.
+    """
+
+    def __init__(self, session: Session, params: Any, found: list[tuple[Trace, str]]) -> None:
+        self._session = session
+        self._params = params
+        self._found = found
+
+    def __str__(self) -> str:
+        return self._text
+
+    @functools.cached_property
+    def _text(self) -> str:
+        try:
+            record = evidence.record(
+                [trace for trace, _ in self._found],
+                runs=[run for _, run in self._found],
+                pixels=[evidence.pixel_hash(self._params.image)],
+                settings=self._params.pnginfo.get("parameters"),
+                settings_in="parameters",
+            )
+            return json.dumps(record, allow_nan=False)
+        except Exception as error:  # the image is to be saved all the same
+            self._session.say(self._params.p, f"no evidence in the image: {type(error).__name__}: {error}")
+            return ""

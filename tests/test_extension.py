@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
-from memorization_guard import RunSettings, Thresholds
+from memorization_guard import RunSettings, Thresholds, evidence
 
 ROOT = Path(__file__).parents[1]
 
@@ -224,19 +226,71 @@ def test_a_hires_pass_is_told_apart(session):
     assert [run["hires"] for run in one.report(p)[0]] == [False, True]
 
 
-def test_a_trace_is_saved_beside_the_image_that_is_being_saved(session, tmp_path):
+class Saving:
+    """As much of the host's ``ImageSaveParams`` as a session looks at, and its way of writing a file."""
+
+    def __init__(self, p, filename, color="red"):
+        self.p, self.filename = p, str(filename)
+        self.image = Image.new("RGB", (8, 8), color)
+        self.pnginfo = {"parameters": "a fox\nSteps: 3"}
+
+    def save(self, session_, in_image=True):
+        session_.before_save(self, in_image)
+        self.image.putpixel((0, 0), (1, 2, 3))  # as an extension that comes later
+        chunks = PngInfo()
+        for name, value in self.pnginfo.items():
+            chunks.add_text(name, str(value))
+        self.image.save(self.filename, pnginfo=chunks)
+        session_.save_trace(self)
+        return Path(self.filename)
+
+
+def test_evidence_is_saved_in_the_image_that_is_being_saved_and_beside_it(session, tmp_path):
+    p = Processing(batch_size=2)
+    one = session.Session(session.Options(), None, live=None, task=None)
+    sample(one, p)
+    grid = Saving(p, tmp_path / "grid.png").save(one)
+    assert list(tmp_path.iterdir()) == [grid]
+    one.saving = 0, 1
+    file = Saving(p, tmp_path / "00001-1.png").save(one)
+    beside = tmp_path / "00001-1.stability.json"
+    assert json.loads(beside.read_text(encoding="utf-8")) == json.loads(Image.open(file).text[evidence.KEY])
+    found = evidence.verify(file)
+    assert (found.pixels, found.settings, found.unaltered, found.image, found.batch) == ("match", "match", True, 0, 1)
+    assert found.traces[0].update_norm == pytest.approx(one.runs[0].traces[1].update_norm, rel=1e-6)
+    mask = Saving(p, tmp_path / "00001-1-mask.png").save(one)
+    assert evidence.KEY not in Image.open(mask).text
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_where_the_host_writes_no_infotext_or_no_png_evidence_lies_beside_the_image_only(session, tmp_path):
     p = Processing()
     one = session.Session(session.Options(), None, live=None, task=None)
     sample(one, p)
-    one.save_trace(str(tmp_path / "grid.png"))
-    assert not list(tmp_path.iterdir())
+    p.is_hr_pass = True
+    sample(one, p)
     one.saving = 0, 0
-    one.save_trace(str(tmp_path / "00001-1.png"))
-    (file,) = tmp_path.iterdir()
-    assert file.name == "00001-1.stability.json"
-    assert json.loads(file.read_text(encoding="utf-8"))[0]["trace"]["verdict"] == "unscored"
-    one.save_trace(str(tmp_path / "00001-1-mask.png"))
-    assert len(list(tmp_path.iterdir())) == 1
+    file = Saving(p, tmp_path / "a.png").save(one, in_image=False)
+    assert evidence.KEY not in Image.open(file).text
+    assert evidence.verify(file).runs == ("", "hires")
+    one.saving = 0, 0
+    saving = Saving(p, tmp_path / "b.jpg")
+    assert evidence.verify(saving.save(one)).pixels == "unknown"
+    assert evidence.KEY not in saving.pnginfo
+
+
+def test_evidence_that_fails_is_said_and_the_image_saved(session, tmp_path):
+    p = Processing()
+    one = session.Session(session.Options(), None, live=None, task=None)
+    sample(one, p)
+    for name in ("a.png", "b.png"):
+        one.saving = 0, 0
+        saving = Saving(p, tmp_path / name)
+        saving.pnginfo["parameters"] = {("no", "text"): 1}
+        assert saving.save(one).exists()
+    assert len(list(tmp_path.iterdir())) == 2
+    assert [comment for comment in p.comments if "no evidence in the image" in comment] == list(p.comments)
+    assert len(p.comments) == 1
 
 
 def test_a_trace_that_cannot_be_saved_is_said_and_loses_nothing(session, tmp_path, caplog):
@@ -244,7 +298,9 @@ def test_a_trace_that_cannot_be_saved_is_said_and_loses_nothing(session, tmp_pat
     one = session.Session(session.Options(), None, live=None, task=None)
     sample(one, p)
     one.saving = 0, 0
-    one.save_trace(str(tmp_path / "missing" / "image.png"))
+    saving = Saving(p, tmp_path / "missing" / "image.png")
+    one.before_save(saving, True)
+    one.save_trace(saving)
     assert "could not save the trace" in caplog.text
 
 

@@ -1,13 +1,17 @@
 """Generations in the real hosts: what the guard sees and does, and that it leaves nothing behind."""
 
 import json
+import subprocess
+import sys
 import threading
 import time
 
 import numpy as np
 import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
-from memorization_guard import StabilityProfile, Thresholds, Trace, lab
+from memorization_guard import StabilityProfile, Thresholds, Trace, evidence, lab
 from memorization_guard.trace import rarity
 
 TITLE = "Memorization Guard"
@@ -422,11 +426,63 @@ def test_traces_and_graphs_beside_the_image(host, profile):
     files = sorted(folder.rglob("*.stability.json"))
     assert len(files) == 2
     # What follows from the rounded numbers of a list can differ in the last digit: both are read once.
-    saved = [Trace.from_dict(json.loads(file.read_text(encoding="utf-8"))[0]["trace"]).to_dict() for file in files]
+    saved = [Trace.from_dict(json.loads(file.read_text(encoding="utf-8"))["traces"][0]).to_dict() for file in files]
     told = [runs[0].to_dict() for runs in answer.traces]
     assert sorted(map(json.dumps, saved)) == sorted(map(json.dumps, told))
     assert all(file.with_name(file.name.replace(".stability.json", ".png")).exists() for file in files)
     assert [image.size for image in answer.images[-2:]] == [(640, 300)] * 2
+
+
+def test_saved_images_carry_their_evidence_and_what_else_is_saved_does_not(host, profile, tmp_path):
+    folder = host.data / "evidence"
+    options = {
+        "samples_save": True,
+        "grid_save": True,
+        "save_images_before_highres_fix": True,
+        "outdir_txt2img_samples": str(folder),
+        "outdir_txt2img_grids": str(folder),
+        "save_to_dirs": False,
+        "grid_save_to_dirs": False,
+    }
+    hires = {"enable_hr": True, "hr_scale": 1.5, "denoising_strength": 0.6, "hr_upscaler": "Latent"}
+    with host.options(**options):
+        answer = host.make("trace", profile, save_images=True, batch_size=2, **hires)
+    files = sorted(folder.iterdir())
+    carrying = [file for file in files if evidence.KEY in Image.open(file).text]
+    assert len(files) == 5, files
+    assert [file for file in files if "grid" not in file.name and "before" not in file.name] == carrying
+    for file, runs in zip(carrying, answer.traces, strict=True):
+        found = evidence.verify(file)
+        assert (found.pixels, found.settings, found.unaltered, found.runs) == ("match", "match", True, ("", "hires"))
+        assert [trace.to_dict() for trace in found.traces] == [trace.to_dict() for trace in runs]
+
+    call = [sys.executable, "-m", "memorization_guard", "verify"]
+    told = subprocess.run([*call, carrying[0]], capture_output=True, text=True, check=True)
+    assert "the trace belongs to this image" in told.stdout
+    with Image.open(carrying[0]) as image:
+        text = PngInfo()
+        for name, value in image.text.items():
+            text.add_text(name, value)
+        red, *others = image.getpixel((3, 3))
+        image.putpixel((3, 3), (red ^ 1, *others))
+        image.save(tmp_path / "changed.png", pnginfo=text)
+    told = subprocess.run([*call, tmp_path / "changed.png"], capture_output=True, text=True)
+    assert told.returncode == 1, told.stdout + told.stderr
+    assert "does NOT belong" in told.stdout
+
+
+def test_evidence_respects_that_the_host_is_to_write_no_infotext_and_lies_beside_other_formats(host):
+    options = {"samples_save": True, "save_to_dirs": False, "memorization_guard_save_trace": True}
+    for name, more in (("bare", {"enable_pnginfo": False}), ("lossy", {"samples_format": "jpg"})):
+        folder = host.data / name
+        with host.options(outdir_txt2img_samples=str(folder), **options, **more):
+            host.make(*TRACE, save_images=True)
+        (file,) = [file for file in folder.iterdir() if file.suffix != ".json"]
+        assert evidence.KEY not in getattr(Image.open(file), "text", {})
+        found = evidence.verify(file)
+        assert found.found_in.name == f"{file.stem}.stability.json"
+        assert found.pixels == ("match" if name == "bare" else "unknown")
+    assert "no evidence in the image" not in host.said()
 
 
 # ------------------------------------------------------------------------------------------------- the dropdown's script
