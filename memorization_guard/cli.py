@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -31,12 +32,21 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__.split("\n")[0])
 
 
+class Images(str, Enum):
+    """Which images an audit keeps."""
+
+    none = "none"
+    flagged = "flagged"
+    all = "all"
+
+
 class UsageError(Exception):
     """Something the user can put right; the message says what and how."""
 
 
 @contextmanager
 def _one_line_errors() -> Iterator[None]:
+    from .audit import AuditError
     from .calibration import CalibrationError
     from .evaluation import EvaluationError
     from .pipelines import ModelError
@@ -44,7 +54,7 @@ def _one_line_errors() -> Iterator[None]:
 
     try:
         yield
-    except (UsageError, CalibrationError, EvaluationError, ModelError, ProfileError, FileNotFoundError) as error:
+    except (UsageError, AuditError, CalibrationError, EvaluationError, ModelError, ProfileError, FileNotFoundError) as error:
         _fail(str(error))
     except OSError as error:
         _fail(f"{error.filename or 'output'}: {error.strerror or error}")
@@ -74,13 +84,15 @@ def _writable(path: Path | None) -> None:
 def _sampling_errors() -> Iterator[None]:
     """What a pipeline or the guard refuses (a size, a scheduler, a full GPU) in one line as well."""
     from .calibration import CalibrationError
+    from .profile import ProfileError
 
     try:
         yield
-    except CalibrationError:
+    except (CalibrationError, ProfileError):
         raise
-    except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
-        raise UsageError(f"sampling failed: {error}") from error
+    except (ValueError, TypeError, RuntimeError, NotImplementedError, MemoryError) as error:
+        hint = " (a smaller --batch-size needs less)" if "memory" in f"{type(error).__name__} {error}".lower() else ""
+        raise UsageError(f"sampling failed: {error or type(error).__name__}{hint}") from error
 
 
 @contextmanager
@@ -567,6 +579,169 @@ def _print_evaluation(result: dict[str, Any]) -> None:
         copies = group["copies"]
         share = f", {copies['rate']['mean']:.1%} of {copies['images']} compared are copies" if copies else ""
         print(f"{group['name']}: {group['triggered']['mean']:.1%} of {group['images']} images triggered{share}")
+
+
+@app.command()
+def audit(
+    model: Model,
+    prompts: Annotated[Path, typer.Argument(help="Prompts to audit with: .txt, .jsonl, .csv or .parquet; any number.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results; a new one, or that of this audit.")],
+    profile: Annotated[Path | None, typer.Option(help="Stability profile; without one, one is made first.")] = None,
+    reference: Annotated[
+        Path | None, typer.Option(help="In place of --profile: prompts to make one with; our own 64 if not given.")
+    ] = None,
+    column: Annotated[
+        str | None, typer.Option(help="Key or column of the prompts, if it is not caption, prompt or text.")
+    ] = None,
+    seeds_per_prompt: Annotated[int, typer.Option(min=1, help="Images of each prompt.")] = 1,
+    images: Annotated[Images, typer.Option(help="Which images to keep; flagged are those that triggered.")] = Images.flagged,
+    mitigate: Annotated[bool, typer.Option("--mitigate", help="Steer away from what triggers.")] = False,
+    stop: Annotated[
+        bool, typer.Option("--stop", help="End a batch as soon as all of its images have triggered; saves steps.")
+    ] = False,
+    false_alarms: Annotated[
+        float, typer.Option(min=1e-6, max=0.5, help="Share of ordinary images that may trigger; each is a false alarm.")
+    ] = 0.001,
+    ray: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Work on a Ray cluster: its address, auto, or local to start one.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="With --ray: number of workers; one a GPU, or without GPUs one a node.")
+    ] = None,
+    steps: Steps = 50,
+    guidance: Guidance = 7.5,
+    batch_size: BatchSize = 4,
+    seed: Seed = 0,
+    height: Side = None,
+    width: Side = None,
+    config: Config = None,
+    lora: LoraFiles = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Find out which prompts of a list a model answers with a training image.
+
+    Kill it whenever you like and call it again: it goes on where it stopped.
+    A finished audit does nothing when called again. Several calls in one
+    folder at once, on one machine, share the work.
+
+    Writes a row an image as Parquet to OUTPUT/results, and OUTPUT/report.html.
+    """
+    with _one_line_errors(), _audit_packages():
+        if profile is not None and reference is not None:
+            raise UsageError("give either --profile or --reference, prompts to make a profile with")
+        if workers is not None and ray is None:
+            raise UsageError("--workers is for --ray; on one machine call the same command once a GPU")
+        from .audit.plan import Plan
+        from .audit.run import Local
+        from .audit.run import audit as run_audit
+        from .audit.worker import Recipe
+        from .detection import Thresholds
+        from .pipelines import Lora
+        from .prompts import enough, reference_prompts
+
+        recipe = Recipe(
+            model=str(model),
+            config=None if config is None else str(config),
+            loras=tuple(Lora.parse(text) for text in lora or ()),
+            device=device,
+            dtype=dtype,
+            steps=steps,
+            guidance=guidance,
+            height=height,
+            width=width,
+            thresholds=Thresholds(false_alarms=false_alarms),
+            mitigate=mitigate,
+            stop=stop,
+            keep=images.value,
+        )
+        known = [] if profile is not None else reference_prompts() if reference is None else _read_prompts(reference)
+        plan = Plan.of(prompts, column=column, seeds_per_prompt=seeds_per_prompt, seed=seed)
+
+        def hands() -> Any:
+            if ray is None:
+                return Local(recipe)
+            from .audit.cluster import Cluster
+
+            return Cluster(recipe, address=ray, workers=workers)
+
+        with _kept_in(output), _sampling_errors():
+            worked = run_audit(
+                recipe,
+                plan,
+                output,
+                hands,
+                profile=profile,
+                reference=enough(known) if known else (),
+                reference_from="ours" if reference is None else reference.name,
+                batch_size=batch_size,
+            )
+        if not worked:
+            print(f"{output} is finished: nothing was left to do")
+        _print_audit(output)
+
+
+@contextmanager
+def _audit_packages() -> Iterator[None]:
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        extra = {"pyarrow": "audit", "filelock": "audit", "ray": "cluster"}.get(str(error.name).split(".")[0])
+        if extra is None:
+            raise
+        raise UsageError(f'{error.name} is missing: pip install "memorization-guard[{extra}]"') from None
+
+
+@contextmanager
+def _kept_in(folder: Path) -> Iterator[None]:
+    """Says that nothing is lost when an audit is interrupted or fails."""
+    from .audit import AuditError
+    from .audit.dataset import MANIFEST
+
+    kept = f"; what was made is kept in {folder}: call again to go on"
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"memorization-guard: interrupted{kept if (folder / MANIFEST).exists() else ''}", file=sys.stderr)
+        raise typer.Exit(130) from None
+    except AuditError:
+        raise
+    except (UsageError, OSError) as error:
+        reason = f"{error.filename or folder}: {error.strerror or error}" if isinstance(error, OSError) else str(error)
+        raise UsageError(f"{reason}{kept if (folder / MANIFEST).exists() else ''}") from error
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(help="Folder of an audit, finished or not.")]) -> None:
+    """Make the report of an audit anew, from its results."""
+    with _one_line_errors(), _audit_packages():
+        from .audit.report import write_report
+
+        write_report(folder)
+        _print_audit(folder)
+
+
+def _print_audit(folder: Path) -> None:
+    from rich.table import Table
+
+    from .audit.dataset import REPORT, RESULTS
+    from .audit.report import summarize
+
+    summary = summarize(folder)
+    for warning in summary["warnings"]:
+        print(f"memorization-guard: {warning}", file=sys.stderr)
+    table = Table(title="triggered; in brackets 95 % intervals")
+    for name in ("", "of", "triggered", "rate", "by chance alone"):
+        table.add_column(name, justify="left" if not name else "right")
+    rates = [("images", summary["triggered"]), ("prompts", summary["prompts_triggered"])]
+    rates += [(f"images, {kind['kind'] or 'no kind'}", kind["triggered"]) for kind in summary["kinds"][:8]]
+    for name, rate in rates:
+        interval = "-" if rate["interval"] is None else " ({:.2%}-{:.2%})".format(*rate["interval"])
+        share = "-" if rate["rate"] is None else f"{rate['rate']:.2%}{interval}"
+        chance = "-" if rate["chance"] is None else f"{rate['chance']:.1f}"
+        table.add_row(name, f"{rate['of']:,}", f"{rate['count']:,}", share, chance)
+    Console().print(table)
+    print(f"{folder / REPORT} shows the worst prompts; {folder / RESULTS} holds a row an image.")
 
 
 @app.command()

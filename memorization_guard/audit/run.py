@@ -16,10 +16,10 @@ from ..files import write_whole
 from ..profile import StabilityProfile
 from ..trace import STATEMENT
 from . import AuditError
-from .dataset import FORMAT, FORMAT_VERSION, PROFILE, REPORT
+from .dataset import FORMAT, FORMAT_VERSION, MANIFEST, PROFILE, REPORT, read_manifest
 from .plan import Job, Plan
 from .report import write_report
-from .store import Part, Store
+from .store import Part, Store, clear
 from .worker import Recipe, Worker
 
 #: Seconds between two looks at what another process has in hand.
@@ -36,6 +36,10 @@ class Batch:
 
 class Workers(Protocol):
     """Those who sample: :class:`Local`, or ``cluster.Cluster``."""
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
 
     def describe(self) -> dict[str, Any]:
         """As :meth:`Worker.describe`; the same of all of them, but for the device."""
@@ -57,6 +61,8 @@ class Workers(Protocol):
 
 class Local:
     """One worker in this process."""
+
+    count = 1
 
     def __init__(self, recipe: Recipe) -> None:
         self._worker = Worker(recipe)
@@ -114,15 +120,17 @@ def audit(
         AuditError: if the folder is of another audit, or the profile does not fit.
         OSError: if the disk is full; what was made so far is kept.
     """
-    store = Store(folder)
     asked = _asked(recipe, plan, profile, reference, reference_from)
-    if (manifest := store.manifest()) is not None:
+    if (folder / MANIFEST).exists():
+        manifest = read_manifest(folder)
         _same(folder, manifest, asked)
         if manifest["finished"]:
-            store.clear()
+            # Stopped after its last image, it may have left these.
+            clear(folder)
             if not (folder / REPORT).exists():
                 write_report(folder)
             return False
+    store = Store(folder)
     hands = workers()
     try:
         # Whoever comes second waits here until the first has calibrated.
@@ -133,11 +141,11 @@ def audit(
     finally:
         hands.close()
     with store.alone():
-        manifest = store.manifest()
-        if manifest is not None and not manifest["finished"]:
+        manifest = read_manifest(folder)
+        if not manifest["finished"]:
             store.write_manifest(manifest | {"finished": _now()})
             write_report(folder)
-    store.clear()
+    clear(folder)
     return True
 
 
@@ -152,7 +160,7 @@ def _sample(hands: Workers, parts: _Parts, profile: StabilityProfile, images: in
             batch, rows = made
             batch.part.add(rows)
             flagged += sum(row["trigger_step"] is not None for row in rows)
-            bar.set_postfix(flagged=flagged, refresh=False)
+            bar.set_postfix(flagged=flagged, workers=hands.count, refresh=False)
             bar.update(len(rows))
         bar.update(parts.take_found())
 
@@ -268,7 +276,8 @@ def _begun(
     """The manifest: what stands in the folder, if it is of the same weights, or else a new one, with its profile."""
     loaded = hands.describe()
     about = {name: loaded[name] for name in ("pipeline", "components", "files", "loras", "scheduler", "dtype")}
-    if (manifest := store.manifest()) is not None:
+    if (store.folder / MANIFEST).exists():
+        manifest = read_manifest(store.folder)
         _same(store.folder, manifest, {"model": about})
         if loaded["device"] not in manifest["devices"]:
             manifest["devices"].append(loaded["device"])

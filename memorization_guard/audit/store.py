@@ -20,13 +20,18 @@ from filelock import FileLock, Timeout
 from ..files import write_whole
 from ..fingerprint import content_hash
 from . import AuditError
-from .dataset import IMAGES, MANIFEST, RESULTS, read_manifest, write_part
+from .dataset import IMAGES, MANIFEST, RESULTS, write_part
 from .plan import Job
 
 WORK = ".work"
 
 #: Key under which a row brings its image as PNG; the file's name takes its place.
 PNG = "png"
+
+
+def clear(folder: Path) -> None:
+    """Deletes what only an unfinished audit needs."""
+    shutil.rmtree(folder / WORK, ignore_errors=True)
 
 
 class Store:
@@ -56,13 +61,6 @@ class Store:
         with FileLock(self.work / "audit.lock"):
             yield
 
-    def manifest(self) -> dict[str, Any] | None:
-        """The manifest, or ``None`` in a new folder."""
-        try:
-            return read_manifest(self.folder)
-        except FileNotFoundError:
-            return None
-
     def write_manifest(self, manifest: Mapping[str, Any]) -> None:
         """Puts the manifest in place of the one before."""
         write_whole(self.folder / MANIFEST, json.dumps(manifest, indent=1, allow_nan=False) + "\n")
@@ -91,10 +89,6 @@ class Store:
         except BaseException:
             lock.release()
             raise
-
-    def clear(self) -> None:
-        """Deletes what only an unfinished audit needs."""
-        shutil.rmtree(self.work, ignore_errors=True)
 
     def _result(self, number: int) -> Path:
         return self.folder / RESULTS / f"part-{number:06d}.parquet"

@@ -1,0 +1,242 @@
+"""The workers of an audit on a Ray cluster: one a GPU, each with the model loaded once.
+
+Workers hand their rows to this process, and it alone writes to the audit's folder: no file system has to be shared, and a
+batch counts once, when its rows have come back; until then it can be given to another.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..pipelines import ModelError
+from ..profile import StabilityProfile
+from . import AuditError
+from .plan import Job
+from .run import Batch
+from .worker import Recipe, Worker
+
+log = logging.getLogger(__name__)
+
+#: Batches that a worker has at once: the one it works on, and the next, so that it does not wait for us.
+AHEAD = 2
+#: How often a batch is given out before it is taken for the cause of its failing.
+TRIES = 5
+#: Seconds between two looks at whether nodes have joined.
+LOOK = 10.0
+
+
+class _Hand:
+    """What runs on a node: a :class:`Worker` that loads its model when first asked, so that what is wrong can be told."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._recipe = recipe
+        self._worker: Worker | None = None
+
+    def _loaded(self) -> Worker:
+        self._worker = self._worker or Worker(self._recipe)
+        return self._worker
+
+    def describe(self) -> dict[str, Any]:
+        return self._loaded().describe()
+
+    def calibrate(self, prompts: Sequence[str], batch_size: int, seed: int) -> StabilityProfile:
+        return self._loaded().calibrate(prompts, batch_size=batch_size, seed=seed)
+
+    def sample(self, jobs: Sequence[Job], profile: StabilityProfile) -> list[dict[str, Any]]:
+        return self._loaded().sample(jobs, profile)
+
+
+class Cluster:
+    """As ``run.Workers`` says, on Ray.
+
+    A worker that dies, with its node or without, is started anew wherever there is room, and its batches are given to others
+    meanwhile; nodes that join get workers. One that cannot load the model, or loads another one than the first, is left out.
+
+    Args:
+        recipe: how images are made; the model must lie at the same path on every node.
+        address: of the cluster, ``"auto"`` for the one that this machine is part of, or ``"local"`` to start one.
+        workers: how many; if not given one a GPU, or one a node where there are none.
+
+    Raises:
+        AuditError: if there is no such cluster.
+    """
+
+    def __init__(self, recipe: Recipe, *, address: str, workers: int | None = None) -> None:
+        # What a cluster of ours would send to Ray's makers.
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        import ray
+
+        self._ray = ray
+        options: dict[str, Any] = {"include_dashboard": False} if address == "local" else {"address": address}
+        try:
+            ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise AuditError(f"there is no Ray cluster at {address} ({error}): start one with 'ray start --head'") from None
+        self._recipe, self._wanted = ray.put(recipe), workers
+        self._starting: dict[Any, Any] = {}  # what new workers were asked to begin with -> worker
+        self._ready: list[Any] = []
+        self._started = 0
+        self._yardstick: dict[str, Any] | None = None
+        self._looked = -LOOK
+        self._grow()
+
+    @property
+    def count(self) -> int:
+        """Workers that have loaded the model."""
+        return len(self._ready)
+
+    def describe(self) -> dict[str, Any]:
+        """Of the first worker that is there."""
+        while self._yardstick is None:
+            self._welcome()
+        return self._yardstick
+
+    def calibrate(self, prompts: Sequence[str], *, batch_size: int, seed: int, state: Path) -> StabilityProfile:
+        """On one worker, some minutes; begun anew if that dies."""
+        return self._on_one(lambda hand: hand.calibrate.remote(list(prompts), batch_size, seed))
+
+    def trial(self, job: Job, profile: StabilityProfile) -> None:
+        """As ``run.Workers`` says."""
+        self._on_one(lambda hand: hand.sample.remote([job], profile))
+
+    def sample(
+        self, batches: Iterator[Batch | None], profile: StabilityProfile
+    ) -> Iterator[tuple[Batch, list[dict[str, Any]]] | None]:
+        """Every batch with its rows, in the order in which they come back.
+
+        Raises:
+            AuditError: if the profile does not fit, or a batch fails again and again.
+            ModelError: if no worker can load the model.
+        """
+        shared = self._ray.put(profile)
+        failed: deque[Batch] = deque()
+        tries: Counter[int] = Counter()  # by a batch's first image
+        flying: dict[Any, tuple[Any, Batch]] = {}
+        more = True
+        while more or failed or flying:
+            self._grow()
+            load = Counter(hand for hand, _ in flying.values())
+            # First a batch for everybody, then a second.
+            for hand in [hand for level in range(AHEAD) for hand in self._ready if load[hand] <= level]:
+                if failed:
+                    batch: Batch | None = failed.popleft()
+                else:
+                    try:
+                        batch = next(batches)
+                    except StopIteration:
+                        more = False
+                        break
+                if batch is None:
+                    break
+                flying[hand.sample.remote(batch.jobs, shared)] = hand, batch
+            if not flying and self._ready and more:
+                # All that is left is in another process's hands.
+                yield None
+                continue
+            open_ = [*flying, *self._starting]
+            self._ray.wait(open_, num_returns=1, timeout=LOOK, fetch_local=False)
+            for answer in self._ray.wait(open_, num_returns=len(open_), timeout=0, fetch_local=False)[0]:
+                if answer in self._starting:
+                    self._settle(answer)
+                    continue
+                hand, batch = flying.pop(answer)
+                try:
+                    yield batch, self._ray.get(answer)
+                    continue
+                except self._ray.exceptions.RayTaskError as error:
+                    if isinstance(error.cause, AuditError):
+                        raise error.cause from None
+                    reason: Exception = error.cause
+                    # What it ran into may have left its device unusable.
+                    self._ray.kill(hand, no_restart=False)
+                except self._ray.exceptions.RayError as error:
+                    reason = error
+                self._lost(hand, reason)
+                failed.append(batch)
+                tries[batch.jobs[0].image] += 1
+                if tries[batch.jobs[0].image] == TRIES:
+                    images = f"images {batch.jobs[0].image} to {batch.jobs[-1].image}"
+                    raise AuditError(f"{images} failed {TRIES} times, at last with: {_first_line(reason)}")
+
+    def _on_one(self, ask: Callable[[Any], Any]) -> Any:
+        for _ in range(TRIES):
+            while not self._ready:
+                self._welcome()
+            hand = self._ready[0]
+            try:
+                return self._ray.get(ask(hand))
+            except self._ray.exceptions.RayTaskError as error:
+                raise error.cause from None
+            except self._ray.exceptions.RayError as error:
+                self._lost(hand, error)
+        raise AuditError(f"{TRIES} workers were lost one after the other: see Ray's logs")
+
+    def _grow(self) -> None:
+        """Starts workers on what the cluster has had since the last look."""
+        if (now := time.monotonic()) - self._looked < LOOK:
+            return
+        self._looked = now
+        gpus = int(self._ray.cluster_resources().get("GPU", 0))
+        wanted = self._wanted or gpus or sum(node["Alive"] for node in self._ray.nodes())
+        actor = self._ray.remote(_Hand).options(
+            num_gpus=1 if gpus else 0, num_cpus=1, max_restarts=-1, scheduling_strategy="SPREAD"
+        )
+        for _ in range(self._started, wanted):
+            self._begin(actor.remote(self._recipe))
+        self._started = max(self._started, wanted)
+
+    def _begin(self, hand: Any) -> None:
+        """Has a worker, new or started anew, load the model; however long it takes until there is a place for it."""
+        self._starting[hand.describe.options(max_task_retries=-1).remote()] = hand
+
+    def _welcome(self) -> None:
+        """Waits a while for workers that load the model."""
+        self._grow()
+        for answer in self._ray.wait(list(self._starting), num_returns=1, timeout=LOOK)[0]:
+            self._settle(answer)
+
+    def _settle(self, answer: Any) -> None:
+        """A worker has loaded the model, or has not."""
+        hand = self._starting.pop(answer)
+        try:
+            found = self._ray.get(answer)
+        except self._ray.exceptions.RayTaskError as error:
+            return self._leave_out(hand, str(error.cause))
+        except self._ray.exceptions.RayError as error:
+            log.warning("A worker was lost while it loaded the model: %s", _first_line(error))
+            return self._begin(hand)
+        first = self._yardstick = self._yardstick or found
+        for name in ("pipeline", "components", "loras", "scheduler", "dtype", "versions"):
+            if found[name] != first[name]:
+                return self._leave_out(hand, f"its {name} differ: {found[name]}, the first worker's {first[name]}")
+        return self._ready.append(hand)
+
+    def _leave_out(self, hand: Any, reason: str) -> None:
+        """For good: what is wrong with its node would be wrong with the next worker there too."""
+        self._ray.kill(hand)
+        if not self._starting and not self._ready:
+            raise ModelError(reason)
+        log.warning("A worker is left out: %s", reason)
+
+    def _lost(self, hand: Any, error: Exception) -> None:
+        """A worker has died, and is started anew wherever there is room."""
+        if hand in self._ready:  # the first of its batches to fail tells
+            log.warning("A worker was lost, and its work is given to others: %s", _first_line(error))
+            self._ready.remove(hand)
+            self._begin(hand)
+
+    def close(self) -> None:
+        """Stops the workers, and leaves the cluster."""
+        for hand in [*self._ready, *self._starting.values()]:
+            self._ray.kill(hand)
+        self._ray.shutdown()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
