@@ -1,5 +1,6 @@
 """Evidence: a record is found with its image, and what was changed since is found out."""
 
+import hashlib
 import io
 import json
 from pathlib import Path
@@ -72,6 +73,22 @@ def test_an_image_and_its_record_belong_together(file):
     assert (result.image, result.batch, result.runs, result.found_in) == (0, 1, ("",), file)
     assert result.traces[0].to_dict()["steps"] == trace.to_dict()["steps"]
     assert recorded()["statement"] == STATEMENT
+
+
+def test_the_document_names_every_field(request):
+    text = (request.config.rootpath / "docs" / "evidence.md").read_text(encoding="utf-8")
+    assert [name for name in recorded() if f'"{name}"' not in text] == []
+    assert evidence.NO_SIGNATURE in text
+    assert STATEMENT in text
+
+
+def test_the_hashes_are_those_that_the_document_describes():
+    pixels = np.arange(18, dtype=np.uint8).reshape(2, 3, 3)
+    assert evidence.pixel_hash(pixels) == hashlib.sha256(b"3x2 RGB " + bytes(range(18))).hexdigest()
+    record = recorded()
+    assert record["settings"] == hashlib.sha256(json.dumps(MADE_WITH, sort_keys=True).encode()).hexdigest()
+    known = record.pop("content_hash")
+    assert known == hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def test_one_pixel_that_changed_is_found_out(file):
