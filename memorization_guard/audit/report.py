@@ -59,8 +59,8 @@ _COLUMNS = (
     "file",
 )
 
-#: -log10 of the tail probabilities at which their distribution is counted.
-_LEVELS = np.arange(0, 9.05, 0.1)
+#: -log10 of the tail probabilities at which their distribution is counted; rarer is said to be less than one in a million.
+_LEVELS = np.arange(0, 6.05, 0.1)
 
 
 def summarize(folder: Path) -> dict[str, Any]:
@@ -161,7 +161,7 @@ class _Totals:
 
     def add(self, batch: pa.RecordBatch) -> None:
         self.images += len(batch)
-        self.corrected += int((_numbers(batch, "corrected_steps") > 0).sum())
+        self.corrected += int((numbers(batch, "corrected_steps") > 0).sum())
         encoded = batch["kind"].dictionary_encode()
         codes = np.array([self.kinds.setdefault(kind, len(self.kinds)) for kind in encoded.dictionary.to_pylist()], np.int32)
         indices = pc.fill_null(encoded.indices, -1).to_numpy(zero_copy_only=False)
@@ -177,11 +177,11 @@ class _Totals:
             notes = batch["note"].filter(pa.array(verdicts == "unscored")).to_pylist()
             for note, number in Counter(note or "no reason was recorded" for note in notes).items():
                 self.notes[note if note in self.notes or len(self.notes) < 1000 else "other reasons"] += number
-        tails = _numbers(batch, "tail_probability")
+        tails = numbers(batch, "tail_probability")
         tails = tails[np.isfinite(tails)]
         self.with_tail += len(tails)
         # Rounding must not put a share just below the level that it is.
-        reached = np.searchsorted(_LEVELS, -np.log10(np.clip(tails, 1e-9, 1.0)) + 1e-9, "right")
+        reached = np.searchsorted(_LEVELS, -np.log10(np.clip(tails, 1e-7, 1.0)) + 1e-9, "right")
         self.tails += np.bincount(reached, minlength=len(_LEVELS) + 1)[1:][::-1].cumsum()[::-1]
 
     def _joined(self) -> tuple[list[np.ndarray], np.ndarray]:
@@ -207,7 +207,7 @@ class _Rarest:
         self._bound = math.inf
 
     def add(self, batch: pa.RecordBatch) -> None:
-        tails = _numbers(batch, "tail_probability", missing=2.0)
+        tails = numbers(batch, "tail_probability", missing=2.0)
         near = tails <= self._bound
         if not near.all():
             batch = batch.filter(pa.array(near))
@@ -216,22 +216,23 @@ class _Rarest:
         if self._count > 3 * self._limit:
             table = self.table()
             self._kept, self._count = table.to_batches(), len(table)
-            self._bound = float(_numbers(table, "tail_probability", missing=2.0)[-1])
+            self._bound = float(numbers(table, "tail_probability", missing=2.0)[-1])
 
     def table(self) -> pa.Table:
         """Those rows, the rarest first."""
         schema = pa.schema([dataset.SCHEMA.field(name) for name in _COLUMNS])
         table = pa.Table.from_batches(self._kept) if self._kept else schema.empty_table()
         keys = (
-            _numbers(table, "image"),
-            -_numbers(table, "uncalibrated_score", missing=-math.inf),
-            -_numbers(table, "joint_score", missing=-math.inf),
-            _numbers(table, "tail_probability", missing=2.0),
+            numbers(table, "image"),
+            -numbers(table, "uncalibrated_score", missing=-math.inf),
+            -numbers(table, "joint_score", missing=-math.inf),
+            numbers(table, "tail_probability", missing=2.0),
         )
         return table.take(pa.array(np.lexsort(keys)[: self._limit])).combine_chunks()
 
 
-def _numbers(rows: pa.RecordBatch | pa.Table, column: str, missing: float = math.nan) -> np.ndarray:
+def numbers(rows: pa.RecordBatch | pa.Table, column: str, missing: float = math.nan) -> np.ndarray:
+    """A column of numbers, with ``missing`` where there is none: ``[rows]`` float64."""
     values = pc.fill_null(rows[column].cast(pa.float64()), missing)
     return np.asarray(values.to_numpy(zero_copy_only=False) if isinstance(values, pa.Array) else values.to_numpy())
 
@@ -406,10 +407,10 @@ def verdict_tag(verdict: str) -> str:
 
 
 def rate_text(share: float | None) -> str:
-    """A share in percent, with two digits of its distance from 0 or 100, whichever is nearer."""
+    """A share, or a difference of shares, in percent, with two digits of how far it is from 0 or 100, whichever is nearer."""
     if share is None:
         return "-"
-    edge = 100 * min(share, 1 - share)
+    edge = 100 * min(abs(share), 1 - abs(share))
     places = max(1, 1 - math.floor(math.log10(edge))) if edge > 1e-9 else 0
     return f"{100 * share:.{places}f} %"
 
@@ -555,11 +556,13 @@ def _tiles(summary_: Mapping[str, Any]) -> str:
     return f'<div class="tiles">{tiles}</div>'
 
 
+def rate_cell(rate: Mapping[str, Any]) -> str:
+    """A rate, or a difference of rates, with its interval as a cell of a table."""
+    return f'<td class="number">{rate_text(rate["rate"])} <span class="interval">{interval_text(rate["interval"])}</span></td>'
+
+
 def _rate_cells(rate: Mapping[str, Any]) -> str:
-    return (
-        f'<td class="number">{rate["count"]:,}</td><td class="number">{rate_text(rate["rate"])} '
-        f'<span class="interval">{interval_text(rate["interval"])}</span></td>'
-    )
+    return f'<td class="number">{rate["count"]:,}</td>{rate_cell(rate)}'
 
 
 def _rates_article(summary_: Mapping[str, Any]) -> str:
@@ -613,13 +616,11 @@ def _distribution(summary_: Mapping[str, Any], manifest: Mapping[str, Any]) -> s
         return ""
     tails, shares = np.array(found["tail_probability"]), np.array(found["share"])
     seen = shares > 0
-    lowest = 10.0 ** math.floor(math.log10(1 / found["images"]))
-    lowest = min(lowest, 1e-3)
-    end = max(float(-np.log10(tails[seen].min())), 4.0)
-    x = charts.Axis(0.0, math.ceil(end), charts.LEFT + 22, charts.RIGHT)
+    lowest = float(np.clip(10.0 ** -math.ceil(math.log10(found["images"])), 1e-6, 1e-3))
+    x = charts.Axis(0.0, 6.0, charts.LEFT, charts.RIGHT)
     y = charts.Axis(lowest, 1.0, charts.BOTTOM, charts.TOP, log=True)
     levels = -np.log10(tails)
-    straight = np.array([0.0, min(-math.log10(lowest), x.high)])
+    straight = np.array([0.0, -math.log10(lowest)])
     body = f'<path class="chance" d="{charts.points(x(straight), y(10.0**-straight))}"/>'
     if nominal is not None:
         at = float(x(-math.log10(nominal)))
@@ -634,9 +635,9 @@ def _distribution(summary_: Mapping[str, Any], manifest: Mapping[str, Any]) -> s
         x,
         y,
         "as far as 1 in ... ordinary images",
-        "share of images that are as rare or rarer",
+        "% of images that are as rare or rarer",
         x_label=_one_in,
-        y_label=_level_share,
+        y_label=lambda share: _level_share(share).removesuffix(" %"),
     )
     key = (
         f'<ul class="key"><li><svg width="34" height="10">{charts.line(1, "M1 5H33")}</svg>this audit</li>'
@@ -684,19 +685,19 @@ def _one_in(level: float) -> str:
 
 def _card(folder: Path, row: Mapping[str, Any], trace: Trace | None, found: _Found) -> str:
     about = [verdict_tag(row["verdict"])]
-    if row["tail_probability"] is not None:
+    if row["tail_probability"] is not None and trace is None:
         about.append(f"as far as {rarity(row['tail_probability'])} ordinary images")
     if found.summary["kinds"] and row["kind"] is not None:
         about.append(text(row["kind"]))
     about.append(f"seed {row['seed']}")
     about.append(f"image {row['image']}")
     return (
-        f"<article><h3>{_prompt(row['prompt'])}</h3><p class='about muted'>{' · '.join(about)}</p>"
+        f"<article><h3>{prompt_html(row['prompt'])}</h3><p class='about muted'>{' · '.join(about)}</p>"
         f'<div class="look"><div>{picture(folder, row["file"])}</div>{drawing(trace, str(row["image"]))}</div></article>'
     )
 
 
-def _prompt(prompt: str) -> str:
+def prompt_html(prompt: str) -> str:
     return text(prompt) if prompt.strip() else '<span class="muted">empty prompt</span>'
 
 
