@@ -276,12 +276,16 @@ class Session:
             log.warning("Memorization Guard could not show the graph of this run.", exc_info=True)
 
 
-class _Evidence:
-    """The evidence record of an image that is being saved; as text, it is the record's JSON, empty where that failed.
+class _Evidence(str):
+    """The evidence record of an image that is being saved: ``str()`` of it is the record's JSON, empty where that failed.
 
-    It is made when the text is asked for. By then whatever changes the image has done so: other extensions, and Forge, which
-    hides the infotext in the pixels after the last of them.
+    It is made when the host asks for that, to write it. By then whatever changes the image has done so: other extensions, and
+    Forge, which hides the infotext in the pixels after the last of them. To extensions that look at all texts of an image
+    it is an empty one.
     """
+
+    def __new__(cls, *_: Any) -> _Evidence:
+        return super().__new__(cls)
 
     def __init__(self, session: Session, params: Any, found: list[tuple[Trace, str]]) -> None:
         self._session = session

@@ -112,7 +112,7 @@ class Verification:
     """What :func:`verify` found.
 
     Attributes:
-        traces: those of this image; of the whole batch where it is not known which image of it this is.
+        traces: those of this image; of the whole batch where this is not known to be one image of it and no other.
         runs: for each trace what its run is called, or ``""``. images: the number of its image in the batch, from 0, or
             ``None`` where it speaks for all of them.
         pixels: whether the pixels are those that the record was made for; ``"unknown"`` where none were recorded, or where the
@@ -157,7 +157,7 @@ def verify(path: str | Path) -> Verification:
         raise FileNotFoundError(f"there is no image at {path}")
     kind, pixels, text = _read_image(path)
     found_in, source = path, text.get(KEY)
-    if source is None:
+    if not source:
         found_in = path.with_suffix(SIDECAR)
         if not found_in.is_file():
             raise ValueError(f"{path.name} carries no trace, and there is no {found_in.name} beside it")
@@ -235,7 +235,8 @@ def _check(data: Mapping[str, Any], kind: str, pixels: str, text: Mapping[str, s
     image, batch = None, None if known is None else len(known)
     state: Check = "unknown"
     if known is not None and pixels in known:
-        state, image = "match", known.index(pixels)
+        # Several images can be the same, as the black ones of a safety filter are.
+        state, image = "match", known.index(pixels) if known.count(pixels) == 1 else None
     elif known is not None:
         # JPEG and most WebP files do not keep pixels.
         state, image = "differ" if kind == "PNG" else "unknown", 0 if batch == 1 else None

@@ -173,6 +173,12 @@ def test_each_image_of_a_batch_finds_its_own_traces(tmp_path):
     assert (result.image, result.batch, result.belongs, len(result.traces)) == (None, 2, "differ", 5)
 
 
+def test_where_two_images_of_a_batch_are_the_same_the_traces_of_all_are_told(file):
+    images = [picture(0), picture(0), picture(1)]
+    result = evidence.verify(save(file, images[0], recorded(images)))
+    assert (result.image, result.batch, result.belongs, result.images) == (None, 3, "match", (0, 1, 2))
+
+
 def test_traces_are_one_an_image_where_their_number_says_so():
     assert recorded([picture(0), picture(1)])["images"] == [0, 1]
     assert recorded([picture()], traces(2))["images"] == [None, None]
@@ -228,7 +234,7 @@ def nested(depth):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "no JSON"),
+        ("", "carries no trace"),
         ("{", "no JSON"),
         (nested(100_000), "no JSON"),
         ("{}", "carries no trace"),
