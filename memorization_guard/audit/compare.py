@@ -405,10 +405,9 @@ def _page(result: Mapping[str, Any]) -> str:
         *(f"<p>{text(note)}</p>" for note in result["notes"]),
         _rates(result),
     ]
+    title = "Prompts to look at" if mitigation else "Prompts that changed most"
     if cards:
-        body.append(
-            f'<section id="changed"><h2>Prompts that changed most</h2><div class="cards wide">{"".join(cards)}</div></section>'
-        )
+        body.append(f'<section id="changed"><h2>{title}</h2><div class="cards wide">{"".join(cards)}</div></section>')
     body += [_prompts(name, result) for name in CHANGES if result[name]]
     body.append(report.details_page(*(dataset.read_manifest(folder) for folder in folders.values())))
     data = {"traces": report.packed({f"{name}{image}": t.to_dict() for name in "ab" for image, t in traces[name].items()})}
@@ -424,13 +423,15 @@ def _rates(result: Mapping[str, Any]) -> str:
         rows.append(f"<tr><td>{what}</td>{''.join(cells)}</tr>")
     columns = ("", "#triggered in A", "#triggered in B", "#B less A", *(f"#{title}" for title in _TITLES.values()))
     changed = result["prompts"]["became"] + result["prompts"]["no_longer"]
-    p = result["prompts"]["mcnemar"]
+    split = (
+        f" {count(changed, 'prompt')} changed; by chance alone they split into the two ways as unevenly with p = "
+        f"{result['prompts']['mcnemar']:.2g} (McNemar's exact test)."
+    )
     table = charts.table(columns, f"<tbody>{''.join(rows)}</tbody>")
     return (
         f'<article id="rates"><h2>Rates</h2>{table}'
-        f'<p class="muted">In small print 95 % intervals, of what other prompts of the same sort may give. Of '
-        f"{count(changed, 'prompt')} that changed, so uneven a split into the two ways comes by chance "
-        f"{'almost always' if p > 0.99 else f'with p = {p:.2g}'} (McNemar's exact test).</p></article>"
+        '<p class="muted">In small print 95 % intervals, of what other prompts of the same sort may give.'
+        f"{split if changed else ''}</p></article>"
     )
 
 
