@@ -55,8 +55,8 @@ class _Hand:
 class Cluster:
     """As ``run.Workers`` says, on Ray.
 
-    A worker that dies, with its node or without, is started anew wherever there is room, and its batches are given to others
-    meanwhile; nodes that join get workers. One that cannot load the model, or loads another one than the first, is left out.
+    Where a worker dies, with its node or without, its batches are given to others, and another is started wherever there is
+    room; nodes that join get workers. One that cannot load the model, or loads another than the first did, is left out.
 
     Args:
         recipe: how images are made; the model must lie at the same path on every node.
@@ -81,7 +81,7 @@ class Cluster:
         self._recipe, self._wanted = ray.put(recipe), workers
         self._starting: dict[Any, Any] = {}  # what new workers were asked to begin with -> worker
         self._ready: list[Any] = []
-        self._started = 0
+        self._left_out = self._stillborn = 0
         self._yardstick: dict[str, Any] | None = None
         self._looked = -LOOK
         self._grow()
@@ -139,6 +139,9 @@ class Cluster:
                 # All that is left is in another process's hands.
                 yield None
                 continue
+            if not flying and not self._ready:
+                self._welcome()
+                continue
             open_ = [*flying, *self._starting]
             self._ray.wait(open_, num_returns=1, timeout=LOOK, fetch_local=False)
             for answer in self._ray.wait(open_, num_returns=len(open_), timeout=0, fetch_local=False)[0]:
@@ -154,7 +157,7 @@ class Cluster:
                         raise error.cause from None
                     reason: Exception = error.cause
                     # What it ran into may have left its device unusable.
-                    self._ray.kill(hand, no_restart=False)
+                    self._ray.kill(hand)
                 except self._ray.exceptions.RayError as error:
                     reason = error
                 self._lost(hand, reason)
@@ -162,7 +165,7 @@ class Cluster:
                 tries[batch.jobs[0].image] += 1
                 if tries[batch.jobs[0].image] == TRIES:
                     images = f"images {batch.jobs[0].image} to {batch.jobs[-1].image}"
-                    raise AuditError(f"{images} failed {TRIES} times, at last with: {_first_line(reason)}")
+                    raise AuditError(f"{images} failed {TRIES} times, at last with: {_line(reason)}")
 
     def _on_one(self, ask: Callable[[Any], Any]) -> Any:
         for _ in range(TRIES):
@@ -178,26 +181,25 @@ class Cluster:
         raise AuditError(f"{TRIES} workers were lost one after the other: see Ray's logs")
 
     def _grow(self) -> None:
-        """Starts workers on what the cluster has had since the last look."""
+        """Starts workers in place of those that were lost, and on nodes that have joined."""
         if (now := time.monotonic()) - self._looked < LOOK:
             return
         self._looked = now
         gpus = int(self._ray.cluster_resources().get("GPU", 0))
-        wanted = self._wanted or gpus or sum(node["Alive"] for node in self._ray.nodes())
-        actor = self._ray.remote(_Hand).options(
-            num_gpus=1 if gpus else 0, num_cpus=1, max_restarts=-1, scheduling_strategy="SPREAD"
-        )
-        for _ in range(self._started, wanted):
-            self._begin(actor.remote(self._recipe))
-        self._started = max(self._started, wanted)
-
-    def _begin(self, hand: Any) -> None:
-        """Has a worker, new or started anew, load the model; however long it takes until there is a place for it."""
-        self._starting[hand.describe.options(max_task_retries=-1).remote()] = hand
+        nodes = sum(node["Alive"] and node["Resources"].get("CPU", 0) >= 1 for node in self._ray.nodes())
+        wanted = (self._wanted or gpus or nodes) - self._left_out
+        actor = self._ray.remote(_Hand).options(num_gpus=1 if gpus else 0, num_cpus=1, scheduling_strategy="SPREAD")
+        for _ in range(len(self._starting) + len(self._ready), wanted):
+            hand: Any = actor.remote(self._recipe)
+            self._starting[hand.describe.remote()] = hand
 
     def _welcome(self) -> None:
         """Waits a while for workers that load the model."""
         self._grow()
+        if not self._starting:
+            log.warning("The cluster has no room for a worker: waiting for a node.")
+            time.sleep(LOOK)
+            return
         for answer in self._ray.wait(list(self._starting), num_returns=1, timeout=LOOK)[0]:
             self._settle(answer)
 
@@ -209,27 +211,32 @@ class Cluster:
         except self._ray.exceptions.RayTaskError as error:
             return self._leave_out(hand, str(error.cause))
         except self._ray.exceptions.RayError as error:
-            log.warning("A worker was lost while it loaded the model: %s", _first_line(error))
-            return self._begin(hand)
+            self._stillborn += 1
+            if self._stillborn >= TRIES and not self._ready:
+                raise ModelError(
+                    f"workers die while they load the model, of too little memory perhaps: {_line(error)}"
+                ) from None
+            return log.warning("A worker was lost while it loaded the model: %s", _line(error))
         first = self._yardstick = self._yardstick or found
         for name in ("pipeline", "components", "loras", "scheduler", "dtype", "versions"):
             if found[name] != first[name]:
                 return self._leave_out(hand, f"its {name} differ: {found[name]}, the first worker's {first[name]}")
+        self._stillborn = 0
         return self._ready.append(hand)
 
     def _leave_out(self, hand: Any, reason: str) -> None:
-        """For good: what is wrong with its node would be wrong with the next worker there too."""
+        """For good, and its place with it: what is wrong with its node would be wrong with the next worker there too."""
         self._ray.kill(hand)
+        self._left_out += 1
         if not self._starting and not self._ready:
             raise ModelError(reason)
         log.warning("A worker is left out: %s", reason)
 
     def _lost(self, hand: Any, error: Exception) -> None:
-        """A worker has died, and is started anew wherever there is room."""
         if hand in self._ready:  # the first of its batches to fail tells
-            log.warning("A worker was lost, and its work is given to others: %s", _first_line(error))
+            log.warning("A worker was lost, and its work is given to others: %s", _line(error))
             self._ready.remove(hand)
-            self._begin(hand)
+            self._looked = -LOOK
 
     def close(self) -> None:
         """Stops the workers, and leaves the cluster."""
@@ -238,5 +245,5 @@ class Cluster:
         self._ray.shutdown()
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".split("\n")[0]
