@@ -1,4 +1,4 @@
-"""Small audits, made as the audit makes them but without a model: what a folder holds is given row by row."""
+"""A tiny model and lists for it, and audits of both that take seconds; audits without a model, given row by row."""
 
 import json
 
@@ -6,9 +6,47 @@ import numpy as np
 import pytest
 from PIL import Image
 
+pytest.importorskip("pyarrow")
+
 from memorization_guard import Thresholds, Trace
 from memorization_guard.audit import dataset
+from memorization_guard.audit.plan import Plan
+from memorization_guard.audit.run import Local, audit
+from memorization_guard.audit.worker import Recipe
 from memorization_guard.trace import STEP_FIELDS
+
+
+@pytest.fixture
+def model(tiny_pipe, tmp_path):
+    tiny_pipe.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    rows = [{"caption": f"a red cat {n}", "kind": "cat" if n % 2 else "dog"} for n in range(9)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def recipe(model):
+    return Recipe(model=str(model), steps=2, height=16, width=16, device="cpu")
+
+
+@pytest.fixture
+def run(recipe, prompts, tmp_path):
+    """An audit of the tiny model, as the command makes it; by keyword what is to be otherwise."""
+
+    def run_audit(folder=None, *, recipe=recipe, prompts=prompts, seeds_per_prompt=2, batch_size=4, workers=None, **options):
+        plan = Plan.of(prompts, seeds_per_prompt=seeds_per_prompt)
+        options = {"reference": [f"a blue dog in the sun {n}" for n in range(10)], "progress": False} | options
+        hands = workers or (lambda: Local(recipe))
+        return audit(recipe, plan, folder or tmp_path / "audit", hands, batch_size=batch_size, **options)
+
+    return run_audit
+
 
 MANIFEST = {
     "format": dataset.FORMAT,
