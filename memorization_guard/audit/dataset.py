@@ -7,6 +7,7 @@ DIR/
     images/              000000/00000007.png, ...: a folder a part
     report.html
     .work/               journals and locks of parts under way; gone once the audit is finished
+    .lock                held while an audit begins and ends
 """
 
 from __future__ import annotations

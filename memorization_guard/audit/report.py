@@ -1,7 +1,7 @@
 """The report of an audit: how much of what the model answers looks memorized, which prompts do, and what was audited.
 
 ``summarize`` reads the results once, some thousand rows at a time, without their traces; what it keeps are counts of each
-prompt (28 bytes) and the rarest rows. ``write_report`` draws them as one page that asks for no other file.
+prompt (28 bytes, for a moment four times as much) and the rarest rows. ``write_report`` draws them as one page that asks for no other file.
 """
 
 from __future__ import annotations
@@ -142,7 +142,10 @@ def grouped(keys: Sequence[np.ndarray], counts: np.ndarray) -> tuple[list[np.nda
         return list(keys), counts
     order = np.lexsort(list(keys))
     keys = [key[order] for key in keys]
-    first = np.concatenate([[True], np.any([key[1:] != key[:-1] for key in keys], axis=0)])
+    first = np.zeros(len(order), dtype=bool)
+    first[0] = True
+    for key in keys:
+        first[1:] |= key[1:] != key[:-1]
     starts = np.flatnonzero(first)
     return [key[starts] for key in keys], np.add.reduceat(counts[order], starts, axis=0)
 
@@ -158,6 +161,7 @@ class _Totals:
     tails: np.ndarray = field(default_factory=lambda: np.zeros(len(_LEVELS), dtype=np.int64))
     with_tail: int = 0
     _parts: list[tuple[list[np.ndarray], np.ndarray]] = field(default_factory=list)
+    _fresh: int = 0
 
     def add(self, batch: pa.RecordBatch) -> None:
         self.images += len(batch)
@@ -170,9 +174,10 @@ class _Totals:
         verdicts = np.array(batch["verdict"].to_pylist())
         counts = np.stack([verdicts == verdict for verdict in VERDICTS], axis=1).astype(np.uint32)
         self._parts.append(grouped([codes[indices], keys_of(batch["prompt"])], counts))
-        # Batches of one prompt are put together before they are many.
-        if len(self._parts) > 200:
-            self._parts = [self._joined()]
+        # Put together whenever as many have come again, so that no row is sorted often and prompts are not kept twice over.
+        self._fresh += len(self._parts[-1][1])
+        if self._fresh > max(1_000_000, len(self._parts[0][1])):
+            self._parts, self._fresh = [self._joined()], 0
         if (verdicts == "unscored").any():
             notes = batch["note"].filter(pa.array(verdicts == "unscored")).to_pylist()
             for note, number in Counter(note or "no reason was recorded" for note in notes).items():
@@ -185,8 +190,11 @@ class _Totals:
         self.tails += np.bincount(reached, minlength=len(_LEVELS) + 1)[1:][::-1].cumsum()[::-1]
 
     def _joined(self) -> tuple[list[np.ndarray], np.ndarray]:
-        keys = [np.concatenate([part[0][number] for part in self._parts]) for number in range(2)]
-        return grouped(keys, np.concatenate([part[1] for part in self._parts]))
+        parts, self._parts = self._parts, []
+        keys = [np.concatenate([part[0][number] for part in parts]) for number in range(2)]
+        counts = np.concatenate([part[1] for part in parts])
+        del parts  # of ten million prompts this is much
+        return grouped(keys, counts)
 
     def by_prompt(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Kind and key ``[n]`` of every prompt and kind, and the images of each verdict ``[n, verdicts]``."""
@@ -239,7 +247,7 @@ def numbers(rows: pa.RecordBatch | pa.Table, column: str, missing: float = math.
 
 def _summary(manifest: Mapping[str, Any], totals: _Totals, rows: pa.Table) -> dict[str, Any]:
     kinds, keys, counts = totals.by_prompt()
-    everyone = grouped([keys], counts)[1]
+    everyone = grouped([keys], counts)[1] if len(totals.kinds) > 1 else counts
     false_alarms = _false_alarms(manifest)
     rates = _rates(everyone, false_alarms)
     scored = rates["triggered"]["of"]

@@ -231,6 +231,7 @@ def _asked(recipe: Recipe, plan: Plan, profile: Path | None, reference: Sequence
             "mitigate": recipe.mitigate,
             "stop": recipe.stop,
             "images": recipe.keep,
+            "dtype": recipe.dtype,
         },
         "thresholds": recipe.thresholds.to_dict(),
         "profile": {

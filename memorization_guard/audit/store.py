@@ -20,10 +20,11 @@ from filelock import FileLock, Timeout
 from ..files import write_whole
 from ..fingerprint import content_hash
 from . import AuditError
-from .dataset import IMAGES, MANIFEST, RESULTS, write_part
+from .dataset import IMAGES, MANIFEST, PROFILE, REPORT, RESULTS, write_part
 from .plan import Job
 
 WORK = ".work"
+LOCK = ".lock"
 
 #: Key under which a row brings its image as PNG; the file's name takes its place.
 PNG = "png"
@@ -44,8 +45,10 @@ class Store:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        if folder.is_dir() and not (folder / MANIFEST).exists() and any(p.name != WORK for p in folder.iterdir()):
-            raise AuditError(f"{folder} is no audit, and holds files: name another folder")
+        # Before there is a manifest, another process may have begun to calibrate.
+        ours = (MANIFEST, PROFILE, RESULTS, IMAGES, REPORT)
+        if folder.is_dir() and any(p.name not in ours and not p.name.startswith(".") for p in folder.iterdir()):
+            raise AuditError(f"{folder} holds files that are of no audit: name another folder")
         for inside in (RESULTS, IMAGES, WORK):
             (folder / inside).mkdir(parents=True, exist_ok=True)
 
@@ -57,8 +60,8 @@ class Store:
     @contextmanager
     def alone(self) -> Iterator[None]:
         """No other process is in such a block at the same time; waits for one that is."""
-        self.work.mkdir(exist_ok=True)
-        with FileLock(self.work / "audit.lock"):
+        # Not in the folder of work, which goes when the audit is finished, while others may be waiting here.
+        with FileLock(self.folder / LOCK):
             yield
 
     def write_manifest(self, manifest: Mapping[str, Any]) -> None:
@@ -78,7 +81,8 @@ class Store:
         lock = FileLock(self.work / f"part-{number:06d}.lock", timeout=0)
         try:
             lock.acquire()
-        except Timeout:
+        except (Timeout, FileNotFoundError):
+            # It is in other hands; or they have just finished the audit, and the folder of work is gone.
             return None
         try:
             # Looked at under the lock: whoever held it may just have finished.
