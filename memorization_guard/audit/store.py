@@ -62,6 +62,7 @@ class Store:
         """No other process is in such a block at the same time; waits for one that is."""
         # Not in the folder of work, which goes when the audit is finished, while others may be waiting here.
         with FileLock(self.folder / LOCK):
+            _sweep(self.folder)
             yield
 
     def write_manifest(self, manifest: Mapping[str, Any]) -> None:
@@ -89,6 +90,9 @@ class Store:
             if self.done(number):
                 _remove(lock)
                 return None
+            _sweep(self._result(number).parent, self._result(number).name)
+            _sweep(self.folder / IMAGES / f"{number:06d}")
+            _sweep(self.work, f"part-{number:06d}.jsonl")
             return Part(self, number, jobs, lock)
         except BaseException:
             lock.release()
@@ -174,6 +178,12 @@ class Part:
         self._journal_path.unlink(missing_ok=True)
         self.finished = True
         _remove(self._lock)
+
+
+def _sweep(folder: Path, name: str = "*") -> None:
+    """Deletes what :func:`write_whole` has left beside ``name`` where it was killed."""
+    for leftover in folder.glob(f".{name}.*.part"):
+        leftover.unlink(missing_ok=True)
 
 
 def _remove(lock: FileLock) -> None:

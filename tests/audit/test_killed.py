@@ -1,0 +1,208 @@
+"""An audit that is killed, at whatever moment, loses the batch in flight and nothing else."""
+
+import errno
+import json
+import os
+import random
+import resource
+import signal
+import time
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from memorization_guard import RunSettings, StabilityProfile, Trace
+from memorization_guard.audit import AuditError
+from memorization_guard.audit.dataset import PROFILE, read_manifest
+from memorization_guard.audit.plan import Plan
+from memorization_guard.audit.run import audit
+from memorization_guard.audit.store import PNG, Store
+from memorization_guard.audit.worker import Recipe
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked and killed")
+
+IMAGES, BATCH = 300, 4
+
+
+class Quick:
+    """Workers that make up their rows, and write down for which images they were asked."""
+
+    count = 1
+
+    def __init__(self, log):
+        self._log = log
+
+    def describe(self):
+        about = {"pipeline": "None", "components": {}, "files": {}, "loras": [], "scheduler": {}, "dtype": "float32"}
+        return about | {"device": "cpu", "versions": {}}
+
+    def trial(self, job, profile):
+        pass
+
+    def sample(self, batches, profile):
+        for batch in batches:
+            if batch is None:
+                yield None
+                continue
+            with open(self._log, "a") as log:
+                log.write("".join(f"{job.image}\n" for job in batch.jobs))
+            time.sleep(0.005)
+            yield batch, [row(job) for job in batch.jobs]
+
+    def close(self):
+        pass
+
+
+def row(job):
+    trace = Trace(verdict="stable", sigma=np.ones(1), **{name: np.ones(1) for name in ("tail", "latent_norm", "update_norm")})
+    made = {"image": job.image, "row": job.row, "prompt": job.prompt, "kind": job.kind, "seed": job.seed, "verdict": "stable"}
+    numbers = dict.fromkeys(["score", "joint_score", "local_score", "uncalibrated_score"], 0.5)
+    made |= numbers | {"tail_probability": random.Random(job.seed).random()}
+    made |= {"trigger_step": None, "nonfinite_step": None, "steps": 1, "corrected_steps": 0, "note": None}
+    made |= {"settings": RunSettings(steps=1).to_dict(), "trace": json.dumps(trace.to_dict())}
+    if job.image % 7 == 0:
+        made[PNG] = f"image {job.image}".encode()
+    return made
+
+
+@pytest.fixture
+def begin(tmp_path):
+    """Starts a process that audits, and gives its number."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("".join(f"a prompt, the {n}th\n" for n in range(IMAGES)))
+    profile = tmp_path / "profile.safetensors"
+    StabilityProfile(mean=np.ones((1, 3)), std=np.ones((1, 3)), count=9).save(profile)
+
+    def run(folder="audit", file_limit=None):
+        if (child := os.fork()) != 0:
+            return child
+        code = 1
+        try:
+            os.close(2)
+            if file_limit is not None:
+                signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+                resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+            recipe, plan = Recipe(model="none"), Plan.of(prompts)
+            audit(
+                recipe,
+                plan,
+                tmp_path / folder,
+                lambda: Quick(tmp_path / "asked.log"),
+                profile=profile,
+                batch_size=BATCH,
+                progress=False,
+            )
+            code = 0
+        except OSError as error:
+            code = error.errno
+        finally:
+            os._exit(code)
+
+    return run
+
+
+def code(child):
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def results(folder):
+    return pq.read_table(folder / "results").to_pylist()
+
+
+def asked(tmp_path):
+    return [int(line) for line in (tmp_path / "asked.log").read_text().split()]
+
+
+def test_killed_at_random_moments(begin, tmp_path):
+    assert code(begin("whole")) == 0
+    whole = results(tmp_path / "whole")
+    assert [one["image"] for one in whole] == list(range(IMAGES))
+    (tmp_path / "asked.log").unlink()
+
+    moments, kills = random.Random(0), 0
+    while True:
+        child = begin()
+        time.sleep(moments.uniform(0.01, 0.12))
+        if os.waitpid(child, os.WNOHANG)[0]:
+            break
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        kills += 1
+    assert kills >= 5
+    assert read_manifest(tmp_path / "audit")["finished"] or code(begin()) == 0
+    assert results(tmp_path / "audit") == whole
+    assert set(asked(tmp_path)) == set(range(IMAGES))
+    assert len(asked(tmp_path)) - IMAGES <= kills * BATCH, "more was made twice than the batches in flight"
+    for one in whole:
+        kept = one["image"] % 7 == 0
+        assert (one["file"] is not None) == kept
+        assert not kept or (tmp_path / "audit" / one["file"]).read_bytes() == f"image {one['image']}".encode()
+    assert (tmp_path / "audit" / PROFILE).exists()
+    assert not (tmp_path / "audit" / ".work").exists()
+    assert not list((tmp_path / "audit").rglob("*.part")), "half a file is left over"
+
+
+def test_two_processes_of_which_one_is_killed_again_and_again(begin, tmp_path):
+    moments, steady = random.Random(1), begin()
+    kills = 0
+    while not os.waitpid(steady, os.WNOHANG)[0]:
+        other = begin()
+        time.sleep(moments.uniform(0.02, 0.2))
+        os.kill(other, signal.SIGKILL)
+        os.waitpid(other, 0)
+        kills += 1
+    assert [one["image"] for one in results(tmp_path / "audit")] == list(range(IMAGES))
+    assert len(asked(tmp_path)) - IMAGES <= kills * BATCH
+    assert read_manifest(tmp_path / "audit")["finished"]
+
+
+def test_a_full_disk_stops_it_and_loses_nothing(begin, tmp_path):
+    assert code(begin("whole")) == 0
+    # No file may grow beyond this: a journal is cut off in the middle of a batch, as on a full disk.
+    assert code(begin(file_limit=30_000)) == errno.EFBIG
+    before = len(asked(tmp_path))
+    journals = list((tmp_path / "audit" / ".work").glob("*.jsonl"))
+    assert not journals[0].read_bytes().endswith(b"\n")
+    assert code(begin()) == 0
+    assert results(tmp_path / "audit") == results(tmp_path / "whole")
+    assert len(asked(tmp_path)) - before <= IMAGES
+
+
+def test_a_journal_of_other_images_is_not_taken(tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a\nb\n")
+    jobs = next(Plan.of(prompts).parts(64))
+    store = Store(tmp_path / "audit")
+    part = store.claim(0, jobs)
+    assert store.claim(0, jobs) is None, "a part is claimed twice"
+    part.add([row(jobs[0])])
+    part.release()
+    again = store.claim(0, jobs)
+    assert (again.found, [job.image for job in again.missing]) == (1, [1])
+    again.release()
+    prompts.write_text("a\nc\n")
+    with pytest.raises(AuditError, match="journal of other images"):
+        store.claim(0, next(Plan.of(prompts).parts(64)))
+
+
+def test_a_garbled_journal_costs_what_follows(tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("".join(f"{n}\n" for n in range(9)))
+    jobs = next(Plan.of(prompts).parts(64))
+    store = Store(tmp_path / "audit")
+    part = store.claim(0, jobs)
+    for job in jobs[:6]:
+        part.add([row(job)])
+        part.add([row(job)])  # a batch that comes twice counts once
+    part.release()
+    journal = next((tmp_path / "audit" / ".work").glob("*.jsonl"))
+    lines = journal.read_bytes().splitlines(keepends=True)
+    assert len(lines) == 7
+    lines[4] = lines[4].replace(b'"', b"\0", 3)
+    journal.write_bytes(b"".join(lines))
+    part = store.claim(0, jobs)
+    assert [job.image for job in part.missing] == [3, 4, 5, 6, 7, 8]
+    part.add([row(job) for job in jobs[3:]])
+    assert store.done(0)
+    assert [one["image"] for one in results(tmp_path / "audit")] == list(range(9))
