@@ -1,7 +1,8 @@
 """The report of an audit: how much of what the model answers looks memorized, which prompts do, and what was audited.
 
 ``summarize`` reads the results once, some thousand rows at a time, without their traces; what it keeps are counts of each
-prompt (28 bytes, for a moment four times as much) and the rarest rows. ``write_report`` draws them as one page that asks for no other file.
+prompt (28 bytes, for a moment six times as much) and the rarest rows. ``write_report`` draws them as one page that asks for no
+other file.
 """
 
 from __future__ import annotations
