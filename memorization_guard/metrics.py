@@ -103,14 +103,14 @@ def clustered_rate(events: np.ndarray, sizes: np.ndarray) -> dict[str, Any]:
     count, of, prompts = events.sum(), sizes.sum(), len(sizes)
     if not prompts:
         return {"count": 0, "of": 0, "rate": None, "interval": None, "effective": 0.0}
-    rate, effective = count / of, float(prompts)
+    rate, effective = float(count / of), float(prompts)
     if 0 < count < of and 1 < prompts < of:
         variance = prompts / (prompts - 1) * np.square(events - rate * sizes).sum() / of**2
         effective = rate * (1 - rate) / max(variance, 1e-300) * (_Z / _t_quantile(prompts - 1)) ** 2
     effective = float(np.clip(effective, 1.0, of))
     center = (rate + _Z**2 / (2 * effective)) / (1 + _Z**2 / effective)
     half = _Z * math.sqrt(rate * (1 - rate) / effective + (_Z / (2 * effective)) ** 2) / (1 + _Z**2 / effective)
-    interval = [max(0.0, center - half) if count else 0.0, min(1.0, center + half) if count < of else 1.0]
+    interval = [max(0.0, float(center - half)) if count else 0.0, min(1.0, float(center + half)) if count < of else 1.0]
     return {"count": int(count), "of": int(of), "rate": float(rate), "interval": interval, "effective": effective}
 
 
