@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -75,8 +76,9 @@ class Cluster:
         self._ray = ray
         options: dict[str, Any] = {"include_dashboard": False} if address == "local" else {"address": address}
         try:
+            _knock(address)
             ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             raise AuditError(f"there is no Ray cluster at {address} ({error}): start one with 'ray start --head'") from None
         self._recipe, self._wanted = ray.put(recipe), workers
         self._starting: dict[Any, Any] = {}  # what new workers were asked to begin with -> worker
@@ -135,19 +137,17 @@ class Cluster:
                 if batch is None:
                     break
                 flying[hand.sample.remote(batch.jobs, shared)] = hand, batch
-            if not flying and self._ready and more:
-                # All that is left is in another process's hands.
-                yield None
-                continue
             if not flying and not self._ready:
                 self._welcome()
                 continue
-            open_ = [*flying, *self._starting]
-            self._ray.wait(open_, num_returns=1, timeout=LOOK, fetch_local=False)
-            for answer in self._ray.wait(open_, num_returns=len(open_), timeout=0, fetch_local=False)[0]:
-                if answer in self._starting:
-                    self._settle(answer)
-                    continue
+            if not flying:
+                if more:  # all that is left is in another process's hands
+                    yield None
+                    self._settle_arrived()
+                continue
+            self._ray.wait([*flying, *self._starting], num_returns=1, timeout=LOOK, fetch_local=False)
+            self._settle_arrived()
+            for answer in self._ray.wait(list(flying), num_returns=len(flying), timeout=0, fetch_local=False)[0]:
                 hand, batch = flying.pop(answer)
                 try:
                     yield batch, self._ray.get(answer)
@@ -200,8 +200,13 @@ class Cluster:
             log.warning("The cluster has no room for a worker: waiting for a node.")
             time.sleep(LOOK)
             return
-        for answer in self._ray.wait(list(self._starting), num_returns=1, timeout=LOOK)[0]:
-            self._settle(answer)
+        self._ray.wait(list(self._starting), num_returns=1, timeout=LOOK)
+        self._settle_arrived()
+
+    def _settle_arrived(self) -> None:
+        if self._starting:
+            for answer in self._ray.wait(list(self._starting), num_returns=len(self._starting), timeout=0)[0]:
+                self._settle(answer)
 
     def _settle(self, answer: Any) -> None:
         """A worker has loaded the model, or has not."""
@@ -243,6 +248,13 @@ class Cluster:
         for hand in [*self._ready, *self._starting.values()]:
             self._ray.kill(hand)
         self._ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Whether anybody answers at ``HOST:PORT``; Ray itself tries for minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 def _line(error: Exception) -> str:
