@@ -1,4 +1,4 @@
-"""The console command: ``memorization-guard demo | calibrate | trace | evaluate | verify``.
+"""The console command: ``memorization-guard demo | calibrate | trace | evaluate | audit | report | compare | verify``.
 
 What a user can get wrong ends in one line on standard error and exit code 2; ``verify`` has codes for its answers too.
 diffusers is imported when a command runs, so that ``--help`` need not wait for it.
@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from .trace import Trace
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__.split("\n")[0])
+
+
+#: Prompts that a comparison names in the terminal, of each sort.
+LISTED = 10
 
 
 class Images(str, Enum):
@@ -719,6 +723,53 @@ def report(folder: Annotated[Path, typer.Argument(help="Folder of an audit, fini
 
         write_report(folder)
         _print_audit(folder)
+
+
+@app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(metavar="DIR_A", help="Folder of an audit: the base model, or without mitigation.")],
+    b: Annotated[Path, typer.Argument(metavar="DIR_B", help="Folder of another: the fine-tune, or with mitigation.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write the comparison here: .html, .json, .csv or .parquet.")
+    ] = None,
+) -> None:
+    """Find out which prompts became memorized from one audit to another."""
+    with _one_line_errors(), _audit_packages():
+        _writable(output)
+        if output is not None and output.suffix not in (".html", ".json", ".csv", ".parquet"):
+            raise UsageError(f"{output.name}: a comparison is written as .html, .json, .csv or .parquet")
+        from .audit.compare import compare as compare_audits
+        from .audit.compare import write_comparison
+
+        result = compare_audits(a, b)
+        if output is not None:
+            write_comparison(result, output)
+        _print_comparison(result)
+
+
+def _print_comparison(result: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    for warning in result["warnings"]:
+        print(f"memorization-guard: {warning}", file=sys.stderr)
+    pairs = result["pairs"]
+    table = Table(title=f"{pairs['images']:,} images of {pairs['prompts']:,} prompts that are in both")
+    for name in ("", "became memorized", "no longer", "stays", "never", "difference"):
+        table.add_column(name, justify="left" if not name else "right")
+    for name in ("images", "prompts"):
+        found = result[name]
+        change = "-"
+        if found["difference"]["rate"] is not None:
+            change = "{:+.2%} ({:+.2%} to {:+.2%})".format(found["difference"]["rate"], *found["difference"]["interval"])
+        table.add_row(name, *(f"{found[sort]:,}" for sort in ("became", "no_longer", "stays", "never")), change)
+    Console().print(table)
+    for title, rows in (("became memorized", result["became"]), ("no longer", result["no_longer"])):
+        for row in rows[:LISTED]:
+            print(f"{title}: {_printable(row['prompt'])}")
+        if len(rows) > LISTED:
+            print(f"{title}: {len(rows) - LISTED:,} more; --output names them")
+    for note in result["notes"]:
+        print(note)
 
 
 def _print_audit(folder: Path) -> None:
