@@ -30,6 +30,8 @@ pytestmark = pytest.mark.xdist_group("ray")
 def nodes():
     """A head without room for workers, and nodes with room for one each."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    # Ray's workers give way to everything else, and here that is the rest of the tests.
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 (Ray's spelling)
     from ray.cluster_utils import Cluster as LocalCluster
 
     made = LocalCluster(initialize_head=True, head_node_args={"num_cpus": 0})
@@ -137,7 +139,7 @@ def test_no_cluster_is_said(recipe):
 
 
 def test_an_audit_survives_the_loss_of_a_worker_and_of_a_node(nodes, run, recipe, prompts, tmp_path, monkeypatch):
-    """With the real worker and a real model: a worker is killed, and a node goes and another comes, while it runs."""
+    """With the real worker and a real model: a worker is killed and a node goes while it runs."""
     prompts.write_text("".join(f'{{"caption": "a red cat {n}"}}\n' for n in range(200)))
     run(tmp_path / "alone", recipe=recipe, prompts=prompts, seeds_per_prompt=1)
     taken = nodes.add_node(num_cpus=1)
@@ -151,7 +153,6 @@ def test_an_audit_survives_the_loss_of_a_worker_and_of_a_node(nodes, run, recipe
         os.kill(int(found[0]), signal.SIGKILL)
         lost.append("worker")
         nodes.remove_node(taken, allow_graceful=False)
-        nodes.add_node(num_cpus=1)
         lost.append("node")
 
     thread = threading.Thread(target=disturb)

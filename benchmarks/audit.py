@@ -1,0 +1,179 @@
+"""An audit of the lab model for real: killed on the way, alone or on a Ray cluster of several nodes in this machine.
+
+    python benchmarks/audit.py kill --output DIR [--kills 3]
+    python benchmarks/audit.py cluster --output DIR [--nodes 3]
+    python benchmarks/audit.py throughput --output DIR [--workers 1 2 3]
+
+``kill`` makes 2,000 images (500 prompts of the evaluation split, four seeds) and kills the process with SIGKILL at random
+moments; ``cluster`` makes the same on nodes of one core each, kills a worker, takes a node away and adds one. Both print how
+long it took, how many images were kept at each kill, how many rows and different images there are at the end, and the rates
+by kind of prompt. ``throughput`` times 400 images of 10 steps on so many workers, and what one process does without Ray.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from memorization_guard.audit.report import summarize
+from memorization_guard.lab import prompts
+
+#: Prompts of each group; 500 of them.
+COUNTS = {"exact": 30, "template": 24, "rare": 30, "ordinary": 416}
+
+
+def lists(folder: Path) -> tuple[Path, Path]:
+    """The list that is audited, and the reference prompts."""
+    folder.mkdir(parents=True, exist_ok=True)
+    audited, reference = folder / "prompts.jsonl", folder / "reference.txt"
+    rows = [
+        {"prompt": text, "kind": group} for group, count in COUNTS.items() for text in prompts(group, "evaluation")[:count]
+    ]
+    # As a user's list is: in no order.
+    random.Random(0).shuffle(rows)
+    audited.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    reference.write_text("\n".join(prompts("reference")[:50]) + "\n", encoding="utf-8")
+    return audited, reference
+
+
+def command(folder: Path, *more: str) -> list[str]:
+    audited, reference = lists(folder)
+    call = [sys.executable, "-m", "memorization_guard", "audit", "lab", str(audited), "-o", str(folder / "audit")]
+    return [*call, "--reference", str(reference), "--seeds-per-prompt", "4", "--batch-size", "8", *more]
+
+
+def kept(folder: Path) -> int:
+    """Images that no kill takes away any more."""
+    done = sum(pq.read_metadata(part).num_rows for part in (folder / "audit" / "results").glob("part-*.parquet"))
+    journals = (folder / "audit" / ".work").glob("part-*.jsonl")
+    lines = [line for journal in journals for line in journal.read_bytes().split(b"\n")[1:] if line]
+    return done + sum(len(json.loads(line)) for line in lines if line.endswith(b"]"))
+
+
+def told(folder: Path, began: float) -> None:
+    images = pq.read_table(folder / "audit" / "results", columns=["image"])["image"].to_pylist()
+    print(f"{time.time() - began:.0f} s; {len(images)} rows, {len(set(images))} different images, 0 to {max(images)}")
+    summary = summarize(folder / "audit")
+    for rate in [{"kind": "all", **summary}, *summary["kinds"]]:
+        images, per_prompt = rate["triggered"], rate["prompts_triggered"]
+        low, high = images["interval"]
+        print(
+            f"{rate['kind']}: {images['count']} of {images['of']} images triggered, {images['rate']:.2%} ({low:.2%} to "
+            f"{high:.2%}); {per_prompt['count']} of {per_prompt['of']} prompts"
+        )
+
+
+def kill(folder: Path, kills: int) -> None:
+    moments, began = random.Random(0), time.time()
+    for number in range(kills + 1):
+        start = time.time()
+        process = subprocess.Popen(command(folder))
+        if number < kills:
+            # The third of the time that is left to each, or thereabouts, counted from the first image.
+            goal = kept(folder) + moments.randint(300, 700)
+            while process.poll() is None and kept(folder) < goal:
+                time.sleep(moments.uniform(0.2, 0.8))
+            process.send_signal(signal.SIGKILL)
+        process.wait()
+        print(f"\ncall {number + 1}: {time.time() - start:.0f} s, exit code {process.returncode}, {kept(folder)} images kept")
+    told(folder, began)
+
+
+@contextmanager
+def nodes(count: int) -> Iterator[tuple[Any, list[Any]]]:
+    """A Ray cluster in this machine: a head without workers, and nodes of one core."""
+    # Ray's workers give way to everything else in the machine, which is not what is to be measured.
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    try:
+        yield cluster, [cluster.add_node(num_cpus=1) for _ in range(count)]
+    finally:
+        cluster.shutdown()
+
+
+def workers() -> list[int]:
+    """Processes that sample for a cluster."""
+    return [int(line) for line in subprocess.run(["pgrep", "-f", "ray::_Hand"], capture_output=True).stdout.split()]
+
+
+def on_cluster(folder: Path, count: int) -> None:
+    with nodes(count) as (cluster, members):
+        began = time.time()
+        process = subprocess.Popen(command(folder, "--ray", cluster.address))
+        done = 0
+        while process.poll() is None:
+            time.sleep(1)
+            images = kept(folder)
+            if done == 0 and images > 500:
+                os.kill(workers()[0], signal.SIGKILL)
+                print(f"\n{time.time() - began:.0f} s, {images} images: a worker killed")
+                done = 1
+            elif done == 1 and images > 1000:
+                cluster.remove_node(members[-1], allow_graceful=False)
+                print(f"\n{time.time() - began:.0f} s, {images} images: a node taken away")
+                done = 2
+            elif done == 2 and images > 1300:
+                cluster.add_node(num_cpus=1)
+                print(f"\n{time.time() - began:.0f} s, {images} images: a node added")
+                done = 3
+        print(f"\nexit code {process.returncode}")
+        told(folder, began)
+
+
+def throughput(folder: Path, counts: list[int]) -> None:
+    for count in [0, *counts]:
+        place = folder / f"workers-{count}"
+        shutil.rmtree(place, ignore_errors=True)
+        call = [*command(place), "--steps", "10", "--seeds-per-prompt", "1"]
+        if count == 0:
+            rate(call, place)
+            continue
+        with nodes(count) as (cluster, _):
+            rate([*call, "--ray", cluster.address], place)
+
+
+def rate(call: list[str], place: Path) -> None:
+    """Prints how fast images come, from the hundredth to the five hundredth."""
+    process = subprocess.Popen(call, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    marks: list[tuple[float, int]] = []
+    while process.poll() is None:
+        time.sleep(0.1)
+        marks.append((time.perf_counter(), kept(place)))
+    inside = [mark for mark in marks if 100 <= mark[1] < 500]
+    (first, few), (last, many) = inside[0], inside[-1]
+    print(f"{place.name}: {(many - few) / (last - first):.2f} images a second")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("kill", "cluster", "throughput"))
+    parser.add_argument("--output", type=Path, required=True, help="a new folder")
+    parser.add_argument("--kills", type=int, default=3)
+    parser.add_argument("--nodes", type=int, default=3)
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 3])
+    options = parser.parse_args()
+    if options.what == "kill":
+        kill(options.output, options.kills)
+    elif options.what == "cluster":
+        on_cluster(options.output, options.nodes)
+    else:
+        throughput(options.output, options.workers)
+
+
+if __name__ == "__main__":
+    main()
