@@ -3,11 +3,14 @@
     python benchmarks/audit.py kill --output DIR [--kills 3]
     python benchmarks/audit.py cluster --output DIR [--nodes 3]
     python benchmarks/audit.py throughput --output DIR [--workers 1 2 3]
+    python benchmarks/audit.py driver --output DIR [--images 20000]
 
 ``kill`` makes 2,000 images (500 prompts of the evaluation split, four seeds) and kills the process with SIGKILL at random
 moments; ``cluster`` makes the same on nodes of one core each, kills a worker, takes a node away and adds one. Both print how
 long it took, how many images were kept at each kill, how many rows and different images there are at the end, and the rates
 by kind of prompt. ``throughput`` times 400 images of 10 steps on so many workers, and what one process does without Ray.
+``driver`` times what bounds any number of workers: the one process that keeps their rows, given them at once; and the reading
+of a list of ten million prompts.
 """
 
 from __future__ import annotations
@@ -16,20 +19,27 @@ import argparse
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 
+from memorization_guard.audit import cluster
+from memorization_guard.audit.plan import Job, Plan
 from memorization_guard.audit.report import summarize
-from memorization_guard.lab import prompts
+from memorization_guard.audit.run import Batch, audit
+from memorization_guard.audit.worker import Recipe, Worker
+from memorization_guard.lab import PROFILE, prompts
+from memorization_guard.profile import StabilityProfile
 
 #: Prompts of each group; 500 of them.
 COUNTS = {"exact": 30, "template": 24, "rare": 30, "ordinary": 416}
@@ -99,11 +109,11 @@ def nodes(count: int) -> Iterator[tuple[Any, list[Any]]]:
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
     try:
-        yield cluster, [cluster.add_node(num_cpus=1) for _ in range(count)]
+        yield made, [made.add_node(num_cpus=1) for _ in range(count)]
     finally:
-        cluster.shutdown()
+        made.shutdown()
 
 
 def workers() -> list[int]:
@@ -112,9 +122,9 @@ def workers() -> list[int]:
 
 
 def on_cluster(folder: Path, count: int) -> None:
-    with nodes(count) as (cluster, members):
+    with nodes(count) as (made, members):
         began = time.time()
-        process = subprocess.Popen(command(folder, "--ray", cluster.address))
+        process = subprocess.Popen(command(folder, "--ray", made.address))
         done = 0
         while process.poll() is None:
             time.sleep(1)
@@ -124,11 +134,11 @@ def on_cluster(folder: Path, count: int) -> None:
                 print(f"\n{time.time() - began:.0f} s, {images} images: a worker killed")
                 done = 1
             elif done == 1 and images > 1000:
-                cluster.remove_node(members[-1], allow_graceful=False)
+                made.remove_node(members[-1], allow_graceful=False)
                 print(f"\n{time.time() - began:.0f} s, {images} images: a node taken away")
                 done = 2
             elif done == 2 and images > 1300:
-                cluster.add_node(num_cpus=1)
+                made.add_node(num_cpus=1)
                 print(f"\n{time.time() - began:.0f} s, {images} images: a node added")
                 done = 3
         print(f"\nexit code {process.returncode}")
@@ -143,8 +153,8 @@ def throughput(folder: Path, counts: list[int]) -> None:
         if count == 0:
             rate(call, place)
             continue
-        with nodes(count) as (cluster, _):
-            rate([*call, "--ray", cluster.address], place)
+        with nodes(count) as (made, _):
+            rate([*call, "--ray", made.address], place)
 
 
 def rate(call: list[str], place: Path) -> None:
@@ -159,18 +169,105 @@ def rate(call: list[str], place: Path) -> None:
     print(f"{place.name}: {(many - few) / (last - first):.2f} images a second")
 
 
+class Instant:
+    """Workers that take no time: the images are 64 real ones, again and again."""
+
+    count = 1
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._worker = Worker(recipe)
+        jobs = [Job(n, n, text, None, n) for n, text in enumerate(prompts("ordinary")[:64])]
+        known = StabilityProfile.load(PROFILE)
+        self._rows = [row for n in range(0, 64, 8) for row in self._worker.sample(jobs[n : n + 8], known)]
+
+    def describe(self) -> dict[str, Any]:
+        return self._worker.describe()
+
+    def trial(self, job: Job, profile: StabilityProfile) -> None:
+        pass
+
+    def sample(
+        self, batches: Iterator[Batch | None], profile: StabilityProfile
+    ) -> Iterator[tuple[Batch, list[dict[str, Any]]] | None]:
+        for batch in filter(None, batches):
+            yield batch, self.rows(batch.jobs)
+
+    def rows(self, jobs: Sequence[Job]) -> list[dict[str, Any]]:
+        names = ("image", "row", "prompt", "seed")
+        return [self._rows[job.image % 64] | {name: getattr(job, name) for name in names} for job in jobs]
+
+    def close(self) -> None:
+        pass
+
+
+def keep(place: Path, source: Path, batch_size: int, hands: Any, where: str) -> None:
+    """Prints how fast rows are kept that come at once."""
+    shutil.rmtree(place, ignore_errors=True)
+    plan, recipe = Plan.of(source), Recipe(model="lab", device="cpu")
+    start = time.perf_counter()
+    audit(recipe, plan, place, lambda: hands, profile=PROFILE, batch_size=batch_size, progress=False)
+    rate = plan.images / (time.perf_counter() - start)
+    size = sum(part.stat().st_size for part in (place / "results").iterdir()) / plan.images
+    print(f"batches of {batch_size}{where}: {rate:.0f} images a second, {size:.0f} bytes an image in the results")
+
+
+class InstantHand:
+    """The same on a Ray cluster: rows take no time to make, but have to come here."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._instant = Instant(recipe)
+
+    def describe(self) -> dict[str, Any]:
+        return self._instant.describe()
+
+    def sample(self, jobs: list[Job], profile: StabilityProfile) -> list[dict[str, Any]]:
+        return self._instant.rows(jobs)
+
+
+def driver(folder: Path, images: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    small, large = folder / "prompts.txt", folder / "ten-million.txt"
+    small.write_text(
+        "".join(f"{text}, the {n}th\n" for n, text in zip(range(images), cycle(prompts("ordinary")), strict=False))
+    )
+    recipe = Recipe(model="lab", device="cpu")
+    for batch_size in (4, 16, 64):
+        keep(folder / f"batch-{batch_size}", small, batch_size, Instant(recipe), "")
+    cluster._Hand = InstantHand  # type: ignore[assignment, misc]
+    with nodes(1) as (made, _):
+        for batch_size in (4, 16):
+            hands = cluster.Cluster(recipe, address=made.address)
+            hands.describe()
+            hands.trial = lambda *_: None  # type: ignore[method-assign]
+            keep(folder / f"ray-{batch_size}", small, batch_size, hands, " from a worker on Ray")
+    with open(large, "w") as stream:
+        for n, text in zip(range(10_000_000), cycle(prompts("ordinary")), strict=False):
+            stream.write(f"{text}, the {n}th\n")
+    start = time.perf_counter()
+    plan = Plan.of(large)
+    scanned = time.perf_counter() - start
+    parts = sum(1 for _ in plan.parts(plan.part_size))
+    print(f"ten million prompts: read in {scanned:.0f} s, gone through again in {time.perf_counter() - start - scanned:.0f} s")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(f"{parts} parts; peak memory {peak:.0f} MB, most of it torch and the model")
+    large.unlink()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("kill", "cluster", "throughput"))
+    parser.add_argument("what", choices=("kill", "cluster", "throughput", "driver"))
     parser.add_argument("--output", type=Path, required=True, help="a new folder")
     parser.add_argument("--kills", type=int, default=3)
     parser.add_argument("--nodes", type=int, default=3)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--images", type=int, default=20_000)
     options = parser.parse_args()
     if options.what == "kill":
         kill(options.output, options.kills)
     elif options.what == "cluster":
         on_cluster(options.output, options.nodes)
+    elif options.what == "driver":
+        driver(options.output, options.images)
     else:
         throughput(options.output, options.workers)
 

@@ -99,7 +99,9 @@ class Cluster:
             self._welcome()
         return self._yardstick
 
-    def calibrate(self, prompts: Sequence[str], *, batch_size: int, seed: int, state: Path) -> StabilityProfile:
+    def calibrate(
+        self, prompts: Sequence[str], *, batch_size: int, seed: int, state: Path, progress: bool
+    ) -> StabilityProfile:
         """On one worker, some minutes; begun anew if that dies."""
         return self._on_one(lambda hand: hand.calibrate.remote(list(prompts), batch_size, seed))
 

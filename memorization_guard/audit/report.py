@@ -738,7 +738,7 @@ def _table_data(rows: pa.Table, summary_: Mapping[str, Any]) -> dict[str, Any]:
         "prompt": prompt_codes,
         "kind": kind_codes if summary_["kinds"] else None,
         "verdict": [order[verdict] for verdict in rows["verdict"].to_pylist()],
-        "tail": _digits(rows, "tail_probability", 3),
+        "tail": _digits(rows, "tail_probability", 5),
         "score": _digits(rows, "score", 4),
         "trigger": rows["trigger_step"].to_pylist(),
         "corrected": rows["corrected_steps"].to_pylist() if summary_["corrected"] else None,

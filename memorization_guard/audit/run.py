@@ -17,6 +17,7 @@ from ..profile import StabilityProfile
 from ..trace import STATEMENT
 from . import AuditError
 from .dataset import FORMAT, FORMAT_VERSION, MANIFEST, PROFILE, REPORT, read_manifest
+from .dataset import parts as finished_parts
 from .plan import Job, Plan
 from .report import write_report
 from .store import Part, Store, clear
@@ -44,7 +45,9 @@ class Workers(Protocol):
     def describe(self) -> dict[str, Any]:
         """As :meth:`Worker.describe`; the same of all of them, but for the device."""
 
-    def calibrate(self, prompts: Sequence[str], *, batch_size: int, seed: int, state: Path) -> StabilityProfile:
+    def calibrate(
+        self, prompts: Sequence[str], *, batch_size: int, seed: int, state: Path, progress: bool
+    ) -> StabilityProfile:
         """As :meth:`Worker.calibrate`."""
 
     def trial(self, job: Job, profile: StabilityProfile) -> None:
@@ -71,9 +74,11 @@ class Local:
         """As :class:`Workers` says."""
         return self._worker.describe()
 
-    def calibrate(self, prompts: Sequence[str], *, batch_size: int, seed: int, state: Path) -> StabilityProfile:
+    def calibrate(
+        self, prompts: Sequence[str], *, batch_size: int, seed: int, state: Path, progress: bool
+    ) -> StabilityProfile:
         """Goes on where an interrupted calibration stopped."""
-        return self._worker.calibrate(prompts, batch_size=batch_size, seed=seed, state=state, progress=True)
+        return self._worker.calibrate(prompts, batch_size=batch_size, seed=seed, state=state, progress=progress)
 
     def trial(self, job: Job, profile: StabilityProfile) -> None:
         """As :class:`Workers` says."""
@@ -124,7 +129,8 @@ def audit(
     if (folder / MANIFEST).exists():
         manifest = read_manifest(folder)
         _same(folder, manifest, asked)
-        if manifest["finished"]:
+        # A part may have been deleted since, to be made anew.
+        if manifest["finished"] and len(finished_parts(folder)) * manifest["part_size"] >= manifest["images"]:
             # Stopped after its last image, it may have left these.
             clear(folder)
             if not (folder / REPORT).exists():
@@ -135,16 +141,14 @@ def audit(
     try:
         # Whoever comes second waits here until the first has calibrated.
         with store.alone():
-            manifest = _begun(store, hands, asked, profile, reference, plan, batch_size)
+            manifest = _begun(store, hands, asked, profile, reference, plan, batch_size, progress)
         with _Parts(store, plan.parts(manifest["part_size"]), batch_size) as parts:
             _sample(hands, parts, StabilityProfile.load(folder / PROFILE), plan.images, progress)
     finally:
         hands.close()
     with store.alone():
-        manifest = read_manifest(folder)
-        if not manifest["finished"]:
-            store.write_manifest(manifest | {"finished": _now()})
-            write_report(folder)
+        store.write_manifest(read_manifest(folder) | {"finished": _now()})
+        write_report(folder)
     clear(folder)
     return True
 
@@ -273,6 +277,7 @@ def _begun(
     reference: Sequence[str],
     plan: Plan,
     batch_size: int,
+    progress: bool,
 ) -> dict[str, Any]:
     """The manifest: what stands in the folder, if it is of the same weights, or else a new one, with its profile."""
     loaded = hands.describe()
@@ -292,7 +297,7 @@ def _begun(
         write_whole(target, profile.read_bytes())
     else:
         state = store.work / "calibration.json"
-        stability = hands.calibrate(reference, batch_size=batch_size, seed=plan.seed, state=state)
+        stability = hands.calibrate(reference, batch_size=batch_size, seed=plan.seed, state=state, progress=progress)
         stability.save(target)
     manifest = {
         "format": FORMAT,

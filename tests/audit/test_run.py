@@ -12,7 +12,7 @@ from PIL import Image
 
 from memorization_guard import StabilityProfile, Trace, evidence
 from memorization_guard.audit import AuditError
-from memorization_guard.audit.dataset import MANIFEST, PROFILE, SCHEMA, read_manifest, write_part
+from memorization_guard.audit.dataset import MANIFEST, PROFILE, SCHEMA, read_manifest, scan
 from memorization_guard.audit.run import Local
 from memorization_guard.audit.worker import Worker
 from memorization_guard.calibration import CalibrationError
@@ -244,13 +244,13 @@ def test_half_precision_is_part_of_what_an_audit_is(run, recipe):
         run()
 
 
-def test_a_damaged_part_is_named(run, tmp_path):
-    from memorization_guard.audit.dataset import scan
-
+def test_a_damaged_part_is_named_and_made_anew_once_it_is_deleted(run, tmp_path):
     run()
     part = next((tmp_path / "audit" / "results").iterdir())
     part.write_bytes(part.read_bytes()[:100])
     with pytest.raises(AuditError, match=r"part-000000\.parquet cannot be read.*delete it"):
         list(scan(tmp_path / "audit", ["image"]))
-    with pytest.raises((KeyError, TypeError, ValueError)):
-        write_part(part, [{"image": "x"}])
+    part.unlink()
+    assert run() is True
+    assert [row["image"] for row in rows(tmp_path / "audit")] == list(range(18))
+    assert run() is False
