@@ -158,8 +158,6 @@ class Cluster:
                     if isinstance(error.cause, AuditError):
                         raise error.cause from None
                     reason: Exception = error.cause
-                    # What it ran into may have left its device unusable.
-                    self._ray.kill(hand)
                 except self._ray.exceptions.RayError as error:
                     reason = error
                 self._lost(hand, reason)
@@ -244,6 +242,8 @@ class Cluster:
             log.warning("A worker was lost, and its work is given to others: %s", _line(error))
             self._ready.remove(hand)
             self._looked = -LOOK
+            # It may only be out of reach, or what it ran into may have left its device unusable.
+            self._ray.kill(hand)
 
     def close(self) -> None:
         """Stops the workers, and leaves the cluster."""

@@ -140,6 +140,7 @@ def test_no_cluster_is_said(recipe):
 
 def test_an_audit_survives_the_loss_of_a_worker_and_of_a_node(nodes, run, recipe, prompts, tmp_path, monkeypatch):
     """With the real worker and a real model: a worker is killed and a node goes while it runs."""
+    monkeypatch.setattr(cluster, "TRIES", 5)  # a batch may well be lost with both
     prompts.write_text("".join(f'{{"caption": "a red cat {n}"}}\n' for n in range(200)))
     run(tmp_path / "alone", recipe=recipe, prompts=prompts, seeds_per_prompt=1)
     taken = nodes.add_node(num_cpus=1)
