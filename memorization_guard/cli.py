@@ -645,8 +645,9 @@ def audit(
         from .prompts import enough, reference_prompts
 
         recipe = Recipe(
-            model=str(model),
-            config=None if config is None else str(config),
+            # Workers on a cluster stand in another folder.
+            model=str(model.absolute() if model.exists() else model),
+            config=None if config is None else str(config.absolute()),
             loras=tuple(Lora.parse(text) for text in lora or ()),
             device=device,
             dtype=dtype,

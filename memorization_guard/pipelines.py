@@ -21,7 +21,7 @@ class Lora:
     """A LoRA and the weight it is added with.
 
     Attributes:
-        file: ``.safetensors`` file.
+        file: ``.safetensors`` file; :meth:`parse` makes its path absolute.
         weight: factor of its change to the model; 1 is as it was trained.
     """
 
@@ -49,7 +49,7 @@ class Lora:
             raise ModelError(f"there is no LoRA at {name}")
         if Path(name).suffix.lower() != ".safetensors":
             raise ModelError(f"{name} is no .safetensors file: other LoRAs can run code when opened, convert it first")
-        return cls(Path(name), factor)
+        return cls(Path(name).absolute(), factor)
 
 
 def load_pipeline(
@@ -149,7 +149,7 @@ def _merge(pipe: Any, lora: Lora) -> None:
         raise ModelError('LoRAs need peft: pip install "memorization-guard[audit]"') from None
     try:
         # The folder and the name apart, and a local one: diffusers looks for anything else on the hub.
-        pipe.load_lora_weights(str(lora.file.absolute().parent), weight_name=lora.file.name, local_files_only=True)
+        pipe.load_lora_weights(str(lora.file.parent), weight_name=lora.file.name, local_files_only=True)
         pipe.fuse_lora(lora_scale=lora.weight)
         pipe.unload_lora_weights()
     except Exception as error:

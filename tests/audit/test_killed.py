@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import random
-import resource
 import signal
 import time
 
@@ -20,6 +19,7 @@ from memorization_guard.audit.run import audit
 from memorization_guard.audit.store import PNG, Store
 from memorization_guard.audit.worker import Recipe
 
+resource = pytest.importorskip("resource")
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked and killed")
 
 IMAGES, BATCH = 300, 4
