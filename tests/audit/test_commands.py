@@ -1,6 +1,7 @@
 """The commands audit, report and compare: what they write, and what they say when something is wrong."""
 
 import copy
+import errno
 import json
 import subprocess
 import sys
@@ -8,10 +9,12 @@ import sys
 import pytest
 
 pytest.importorskip("typer")
+import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from memorization_guard.audit.dataset import read_manifest
+from memorization_guard.audit.worker import Worker
 from memorization_guard.cli import app
 
 
@@ -115,6 +118,42 @@ def test_what_is_wrong_is_one_line(call, model, prompts, tmp_path, monkeypatch, 
     assert message in lines[-1]
     assert lines[-1].startswith("memorization-guard: ")
     assert not (tmp_path / "audit" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), 2, "a smaller --batch-size needs less"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "part-000000.jsonl"),
+            2,
+            "part-000000.jsonl: No space left on device",
+        ),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_where_it_stops_it_says_that_nothing_is_lost(
+    call, model, prompts, reference, tmp_path, monkeypatch, error, code, message
+):
+    command = ("audit", model, prompts, "-o", tmp_path / "audit", "--reference", reference, "--batch-size", 4, *QUICK)
+    sample = Worker.sample
+
+    def once(worker, jobs, profile):
+        if jobs[0].image:
+            raise error
+        return sample(worker, jobs, profile)
+
+    monkeypatch.setattr(Worker, "sample", once)
+    result = call(*command)
+    assert result.exit_code == code, result.output
+    last = result.stderr.strip().splitlines()[-1]
+    assert message in last
+    assert f"what was made is kept in {tmp_path / 'audit'}: call again to go on" in last
+
+    seen = []
+    monkeypatch.setattr(Worker, "sample", lambda worker, jobs, profile: seen.append(jobs) or sample(worker, jobs, profile))
+    assert call(*command).exit_code == 0
+    assert [job.image for jobs in seen for job in jobs] == [4, 5, 6, 7, 8]
 
 
 def test_no_audit_is_said(call, tmp_path):
