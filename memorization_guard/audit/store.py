@@ -36,10 +36,9 @@ def clear(folder: Path) -> None:
 
 
 class Store:
-    """The folder of an audit, to be written to; made if need be.
+    """The folder of an audit, to be written to.
 
     Raises:
-        OSError: if the folder cannot be made or written to.
         AuditError: if it holds other files, and is no audit.
     """
 
@@ -49,8 +48,6 @@ class Store:
         ours = (MANIFEST, PROFILE, RESULTS, IMAGES, REPORT)
         if folder.is_dir() and any(p.name not in ours and not p.name.startswith(".") for p in folder.iterdir()):
             raise AuditError(f"{folder} holds files that are of no audit: name another folder")
-        for inside in (RESULTS, IMAGES, WORK):
-            (folder / inside).mkdir(parents=True, exist_ok=True)
 
     @property
     def work(self) -> Path:
@@ -59,7 +56,13 @@ class Store:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """No other process is in such a block at the same time; waits for one that is."""
+        """No other process is in such a block at the same time; waits for one that is. Makes the folder if need be.
+
+        Raises:
+            OSError: if it cannot be made or written to.
+        """
+        for inside in (RESULTS, IMAGES, WORK):
+            (self.folder / inside).mkdir(parents=True, exist_ok=True)
         # Not in the folder of work, which goes when the audit is finished, while others may be waiting here.
         with FileLock(self.folder / LOCK):
             _sweep(self.folder)

@@ -118,6 +118,8 @@ def test_what_is_wrong_is_one_line(call, model, prompts, tmp_path, monkeypatch, 
     assert message in lines[-1]
     assert lines[-1].startswith("memorization-guard: ")
     assert not (tmp_path / "audit" / "manifest.json").exists()
+    if "--width" not in arguments:
+        assert not (tmp_path / "audit").exists(), "a folder was made for nothing"
 
 
 @pytest.mark.parametrize(

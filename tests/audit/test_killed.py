@@ -174,6 +174,8 @@ def test_a_journal_of_other_images_is_not_taken(tmp_path):
     prompts.write_text("a\nb\n")
     jobs = next(Plan.of(prompts).parts(64))
     store = Store(tmp_path / "audit")
+    with store.alone():
+        pass
     part = store.claim(0, jobs)
     assert store.claim(0, jobs) is None, "a part is claimed twice"
     part.add([row(jobs[0])])
@@ -191,6 +193,8 @@ def test_a_garbled_journal_costs_what_follows(tmp_path):
     prompts.write_text("".join(f"{n}\n" for n in range(9)))
     jobs = next(Plan.of(prompts).parts(64))
     store = Store(tmp_path / "audit")
+    with store.alone():
+        pass
     part = store.claim(0, jobs)
     for job in jobs[:6]:
         part.add([row(job)])
