@@ -7,7 +7,6 @@ after every batch, so that an interrupted evaluation goes on from there. ``evalu
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 import os
@@ -28,7 +27,7 @@ from tqdm.auto import tqdm
 
 from .diffusers import guard
 from .files import write_whole
-from .fingerprint import content_hash, fingerprint
+from .fingerprint import content_hash, file_hash, fingerprint
 from .metrics import detection_with_intervals, rate_with_interval, roc_points
 from .profile import StabilityProfile
 from .prompts import stream_prompts
@@ -390,16 +389,8 @@ def _identity(
         str(pipe.dtype),
         [type(pipe.scheduler).__name__, dict(pipe.scheduler.config)],
         list(SIGNALS),
-        [] if copies is None else [_file_hash(file) for file in [copies.file, *sorted(files)]],
+        [] if copies is None else [file_hash(file) for file in [copies.file, *sorted(files)]],
     ]
-
-
-def _file_hash(file: Path) -> str:
-    digest = hashlib.sha256()
-    with open(file, "rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 @contextmanager

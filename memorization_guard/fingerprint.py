@@ -67,3 +67,16 @@ def file_fingerprint(path: str | os.PathLike[str]) -> str:
             stream.seek(max(0, size - FILE_BLOCK) * number // (FILE_BLOCKS - 1))
             digest.update(stream.read(FILE_BLOCK))
     return digest.hexdigest()[:16]
+
+
+def file_hash(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a whole file, in hexadecimal; a second a gigabyte, or so.
+
+    Raises:
+        OSError: if the file cannot be read.
+    """
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -76,3 +76,21 @@ def tiny_pipe(tokenizer, tiny_parts):
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@pytest.fixture
+def model(tiny_pipe, tmp_path):
+    """The folder of the same."""
+    tiny_pipe.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def call():
+    """Calls a command as typed, in this process."""
+    pytest.importorskip("typer")
+    from typer.testing import CliRunner
+
+    from memorization_guard.cli import app
+
+    return lambda *arguments: CliRunner().invoke(app, [str(argument) for argument in arguments])

@@ -16,23 +16,6 @@ from memorization_guard.evidence import NO_SIGNATURE, SETTINGS_KEY, pixel_hash, 
 from memorization_guard.trace import STATEMENT
 
 pytest.importorskip("typer")
-from typer.testing import CliRunner
-
-from memorization_guard.cli import app
-
-
-@pytest.fixture
-def call():
-    def run(*arguments):
-        return CliRunner().invoke(app, [str(a) for a in arguments])
-
-    return run
-
-
-@pytest.fixture
-def model(tiny_pipe, tmp_path):
-    tiny_pipe.save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
 
 
 @pytest.fixture

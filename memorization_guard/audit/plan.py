@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 from ..evaluation import SEED_STRIDE
+from ..fingerprint import file_hash
 from ..prompts import stream_prompts
 from . import AuditError
 
@@ -68,11 +68,7 @@ class Plan:
             raise AuditError(str(error)) from None
         if not rows:
             raise AuditError(f"{path} holds no prompt")
-        digest = hashlib.sha256()
-        with open(path, "rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-        return cls(path, column, digest.hexdigest(), rows, seeds_per_prompt, seed)
+        return cls(path, column, file_hash(path), rows, seeds_per_prompt, seed)
 
     @property
     def images(self) -> int:

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from tqdm.auto import tqdm
 
 from ..files import write_whole
+from ..fingerprint import file_hash
 from ..profile import StabilityProfile
 from ..trace import STATEMENT
 from . import AuditError
@@ -20,7 +21,7 @@ from .dataset import FORMAT, FORMAT_VERSION, MANIFEST, PROFILE, REPORT, read_man
 from .dataset import parts as finished_parts
 from .plan import Job, Plan
 from .report import write_report
-from .store import Part, Store, clear
+from .store import Part, Store, clear, untidy
 from .worker import Recipe, Worker
 
 #: Seconds between two looks at what another process has in hand.
@@ -131,10 +132,7 @@ def audit(
         _same(folder, manifest, asked)
         # A part may have been deleted since, to be made anew.
         if manifest["finished"] and len(finished_parts(folder)) * manifest["part_size"] >= manifest["images"]:
-            # Stopped after its last image, it may have left these.
-            clear(folder)
-            if not (folder / REPORT).exists():
-                write_report(folder)
+            _tidy(folder)
             return False
     store = Store(folder)
     hands = workers()
@@ -167,6 +165,16 @@ def _sample(hands: Workers, parts: _Parts, profile: StabilityProfile, images: in
             bar.set_postfix(flagged=flagged, workers=hands.count, refresh=False)
             bar.update(len(rows))
         bar.update(parts.take_found())
+
+
+def _tidy(folder: Path) -> None:
+    """Does what a finished audit that was killed after its last image has not come to."""
+    if untidy(folder):
+        with Store(folder).alone():
+            pass  # which sweeps
+        clear(folder)
+    if not (folder / REPORT).exists():
+        write_report(folder)
 
 
 class _Parts:
@@ -240,7 +248,7 @@ def _asked(recipe: Recipe, plan: Plan, profile: Path | None, reference: Sequence
         "thresholds": recipe.thresholds.to_dict(),
         "profile": {
             "from": reference_from if profile is None else profile.name,
-            "sha256": None if profile is None else _sha256(profile),
+            "sha256": None if profile is None else file_hash(profile),
             "reference_sha256": None if profile is not None else hashlib.sha256("\n".join(reference).encode()).hexdigest(),
         },
     }
@@ -307,7 +315,7 @@ def _begun(
         "finished": None,
         **asked,
         "model": asked["model"] | about,
-        "profile": asked["profile"] | {"file": PROFILE, "sha256": _sha256(target), "reference_runs": stability.count},
+        "profile": asked["profile"] | {"file": PROFILE, "sha256": file_hash(target), "reference_runs": stability.count},
         "images": plan.images,
         "part_size": plan.part_size,
         "devices": [loaded["device"]],
@@ -319,7 +327,3 @@ def _begun(
 
 def _now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

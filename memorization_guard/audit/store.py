@@ -35,6 +35,11 @@ def clear(folder: Path) -> None:
     shutil.rmtree(folder / WORK, ignore_errors=True)
 
 
+def untidy(folder: Path) -> bool:
+    """Whether there is anything in the folder of a finished audit that is not of its results."""
+    return (folder / WORK).exists() or any(folder.glob(".*.part"))
+
+
 class Store:
     """The folder of an audit, to be written to.
 

@@ -17,12 +17,6 @@ from memorization_guard.trace import STEP_FIELDS
 
 
 @pytest.fixture
-def model(tiny_pipe, tmp_path):
-    tiny_pipe.save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
-
-
-@pytest.fixture
 def prompts(tmp_path):
     path = tmp_path / "prompts.jsonl"
     rows = [{"caption": f"a red cat {n}", "kind": "cat" if n % 2 else "dog"} for n in range(9)]

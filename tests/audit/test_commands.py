@@ -11,19 +11,9 @@ import pytest
 pytest.importorskip("typer")
 import torch
 from safetensors.torch import save_file
-from typer.testing import CliRunner
 
 from memorization_guard.audit.dataset import read_manifest
 from memorization_guard.audit.worker import Worker
-from memorization_guard.cli import app
-
-
-@pytest.fixture
-def call():
-    def run(*arguments):
-        return CliRunner().invoke(app, [str(a) for a in arguments])
-
-    return run
 
 
 @pytest.fixture

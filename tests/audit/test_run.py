@@ -116,9 +116,13 @@ def test_a_finished_audit_does_nothing_when_called_again(run, tmp_path):
 
     assert run(workers=nobody) is False
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "audit").rglob("*")} == before
+    # As it is left by a kill while the report was written.
     (tmp_path / "audit" / "report.html").unlink()
+    (tmp_path / "audit" / ".report.html.x.part").write_text("<!doc")
+    (tmp_path / "audit" / ".work").mkdir()
     assert run(workers=nobody) is False
     assert (tmp_path / "audit" / "report.html").exists()
+    assert sorted(tmp_path.glob("audit/*")) == sorted(path for path in before if path.parent == tmp_path / "audit")
 
 
 class Fragile(Local):
