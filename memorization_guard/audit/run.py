@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -200,25 +200,20 @@ class _Parts:
 
     def batches(self) -> Iterator[Batch | None]:
         """``None`` where others have in hand all that is left: they may finish it, or die and leave it."""
-        elsewhere: list[tuple[int, list[Job]]] = []
-        for number, jobs in enumerate(self._parts):
-            if self._store.done(number):
-                self._found += len(jobs)
-            elif (part := self._store.claim(number, jobs)) is None:
-                elsewhere.append((number, jobs))
-            else:
-                yield from self._of(part)
-        while elsewhere:
-            yield None
-            left = []
-            for number, jobs in elsewhere:
+        parts: Iterable[tuple[int, list[Job]]] = enumerate(self._parts)
+        while True:
+            elsewhere = []
+            for number, jobs in parts:
                 if self._store.done(number):
                     self._found += len(jobs)
                 elif (part := self._store.claim(number, jobs)) is None:
-                    left.append((number, jobs))
+                    elsewhere.append((number, jobs))
                 else:
                     yield from self._of(part)
-            elsewhere = left
+            if not elsewhere:
+                return
+            yield None
+            parts = elsewhere
 
     def _of(self, part: Part) -> Iterator[Batch]:
         self._found += part.found

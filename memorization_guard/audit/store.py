@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from ..files import write_whole
 from ..fingerprint import content_hash
 from . import AuditError
-from .dataset import IMAGES, MANIFEST, PROFILE, REPORT, RESULTS, write_part
+from .dataset import IMAGES, MANIFEST, PROFILE, RESULTS, write_part
 from .plan import Job
 
 WORK = ".work"
@@ -44,14 +44,15 @@ class Store:
     """The folder of an audit, to be written to.
 
     Raises:
-        AuditError: if it holds other files, and is no audit.
+        AuditError: if it is no audit, and holds other files.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        # Before there is a manifest, another process may have begun to calibrate.
-        ours = (MANIFEST, PROFILE, RESULTS, IMAGES, REPORT)
-        if folder.is_dir() and any(p.name not in ours and not p.name.startswith(".") for p in folder.iterdir()):
+        # Another process may have begun, and be calibrating.
+        ours = (PROFILE, RESULTS, IMAGES, WORK, LOCK)
+        new = folder.is_dir() and not (folder / MANIFEST).exists()
+        if new and any(p.name not in ours and p.suffix != ".part" for p in folder.iterdir()):
             raise AuditError(f"{folder} holds files that are of no audit: name another folder")
 
     @property

@@ -255,6 +255,7 @@ def test_a_damaged_part_is_named_and_made_anew_once_it_is_deleted(run, tmp_path)
     with pytest.raises(AuditError, match=r"part-000000\.parquet cannot be read.*delete it"):
         list(scan(tmp_path / "audit", ["image"]))
     part.unlink()
+    (tmp_path / "audit" / "comparison.html").write_text("of this audit with another")
     assert run() is True
     assert [row["image"] for row in rows(tmp_path / "audit")] == list(range(18))
     assert run() is False
