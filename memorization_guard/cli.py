@@ -146,7 +146,7 @@ Side = Annotated[int | None, typer.Option(min=8, help="Pixels; the model's own s
 @app.command()
 def calibrate(
     model: Model,
-    prompts: Annotated[Path, typer.Option(help="Reference prompts that are not memorized: .txt or .jsonl.")],
+    prompts: Annotated[Path, typer.Option(help="Reference prompts that are not memorized: .txt, .jsonl, .csv or .parquet.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The profile to write (.safetensors).")],
     steps: Steps = 50,
     guidance: Guidance = 7.5,
@@ -424,8 +424,8 @@ def _print_table(comparisons: list[Comparison]) -> None:
 @app.command()
 def evaluate(
     model: Model,
-    memorized: Annotated[Path, typer.Option(help="Prompts known to be memorized: .txt or .jsonl.")],
-    ordinary: Annotated[Path, typer.Option(help="Ordinary prompts, 500 or so: .txt or .jsonl.")],
+    memorized: Annotated[Path, typer.Option(help="Prompts known to be memorized: .txt, .jsonl, .csv or .parquet.")],
+    ordinary: Annotated[Path, typer.Option(help="Ordinary prompts, 500 or so, in such a list.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="REPORT: writes REPORT.html and REPORT.json.")],
     reference: Annotated[
         Path | None, typer.Option(help="Prompts to calibrate a profile with, 50 or so, in neither of the other lists.")
