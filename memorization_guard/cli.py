@@ -100,13 +100,8 @@ def _sampling_errors() -> Iterator[None]:
 
 
 @contextmanager
-def _resumable(*states: Path) -> Iterator[None]:
-    """Says where the runs so far are kept when sampling is interrupted or fails."""
-
-    def kept() -> str:
-        files = " and ".join(str(state) for state in states if state.exists())
-        return f"; the runs so far are in {files}: call again to go on" if files else ""
-
+def _resumable(kept: Callable[[], str]) -> Iterator[None]:
+    """Says what is kept when sampling is interrupted or fails; ``kept`` ends the sentence."""
     try:
         yield
     except KeyboardInterrupt:
@@ -114,6 +109,11 @@ def _resumable(*states: Path) -> Iterator[None]:
         raise typer.Exit(130) from None
     except UsageError as error:
         raise UsageError(f"{error}{kept()}") from error
+
+
+def _runs_in(*states: Path) -> str:
+    files = " and ".join(str(state) for state in states if state.exists())
+    return f"; the runs so far are in {files}: call again to go on" if files else ""
 
 
 def _load(model: Path, config: Path | None, loras: list[str] | None, device: str, dtype: str) -> Any:
@@ -168,7 +168,7 @@ def calibrate(
 
         state = output.with_name(output.name + ".partial.json")
         size = _size(height, width)
-        with _resumable(state), _sampling_errors():
+        with _resumable(lambda: _runs_in(state)), _sampling_errors():
             profile = make_profile(
                 pipe,
                 texts,
@@ -274,9 +274,7 @@ def _write_outputs(
     if plot is not None:
         contents.append((plot, _graph(found, plot)))
     if image is not None:
-        pixels = [evidence.pixel_hash(picture)]
-        record = evidence.record([found], pixels=pixels, settings=settings, settings_in=evidence.SETTINGS_KEY)
-        contents.append((image, evidence.png(picture, record, settings)))
+        contents.append((image, evidence.own_png(picture, found, settings)))
     _write_all(contents)
 
 
@@ -505,7 +503,7 @@ def evaluate(
 
         options: dict[str, Any] = {"batch_size": batch_size, "seed": seed, **_size(height, width)}
         options |= {"num_inference_steps": steps, "guidance_scale": guidance}
-        with _resumable(state, reference_state), _sampling_errors():
+        with _resumable(lambda: _runs_in(state, reference_state)), _sampling_errors():
             if stability is None:
                 stability = make_profile(pipe, known, state=reference_state, **options)
             samples = sample_lists(
@@ -670,7 +668,7 @@ def audit(
 
             return Cluster(recipe, address=ray, workers=workers)
 
-        with _kept_in(output), _sampling_errors():
+        with _resumable(lambda: _images_in(output)), _disk_errors(output), _sampling_errors():
             worked = run_audit(
                 recipe,
                 plan,
@@ -683,7 +681,9 @@ def audit(
             )
         if not worked:
             print(f"{output} is finished: nothing was left to do")
-        _print_audit(output)
+        from .audit.report import summarize
+
+        _print_audit(output, summarize(output))
 
 
 @contextmanager
@@ -698,22 +698,18 @@ def _audit_packages() -> Iterator[None]:
 
 
 @contextmanager
-def _kept_in(folder: Path) -> Iterator[None]:
-    """Says that nothing is lost when an audit is interrupted or fails."""
-    from .audit import AuditError
-    from .audit.dataset import MANIFEST
-
-    kept = f"; what was made is kept in {folder}: call again to go on"
+def _disk_errors(folder: Path) -> Iterator[None]:
+    """A full disk, and what else goes wrong with files, in one line as well."""
     try:
         yield
-    except KeyboardInterrupt:
-        print(f"memorization-guard: interrupted{kept if (folder / MANIFEST).exists() else ''}", file=sys.stderr)
-        raise typer.Exit(130) from None
-    except AuditError:
-        raise
-    except (UsageError, OSError) as error:
-        reason = f"{error.filename or folder}: {error.strerror or error}" if isinstance(error, OSError) else str(error)
-        raise UsageError(f"{reason}{kept if (folder / MANIFEST).exists() else ''}") from error
+    except OSError as error:
+        raise UsageError(f"{error.filename or folder}: {error.strerror or error}") from error
+
+
+def _images_in(folder: Path) -> str:
+    from .audit.dataset import MANIFEST
+
+    return f"; what was made is kept in {folder}: call again to go on" if (folder / MANIFEST).exists() else ""
 
 
 @app.command()
@@ -722,8 +718,7 @@ def report(folder: Annotated[Path, typer.Argument(help="Folder of an audit, fini
     with _one_line_errors(), _audit_packages():
         from .audit.report import write_report
 
-        write_report(folder)
-        _print_audit(folder)
+        _print_audit(folder, write_report(folder))
 
 
 @app.command()
@@ -773,13 +768,11 @@ def _print_comparison(result: dict[str, Any]) -> None:
         print(note)
 
 
-def _print_audit(folder: Path) -> None:
+def _print_audit(folder: Path, summary: dict[str, Any]) -> None:
     from rich.table import Table
 
     from .audit.dataset import REPORT, RESULTS
-    from .audit.report import summarize
 
-    summary = summarize(folder)
     for warning in summary["warnings"]:
         print(f"memorization-guard: {warning}", file=sys.stderr)
     table = Table(title="triggered; in brackets 95 % intervals")

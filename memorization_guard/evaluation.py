@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 
 from .diffusers import guard
 from .files import write_whole
-from .fingerprint import content_hash, file_hash, fingerprint
+from .fingerprint import component_fingerprints, content_hash, file_hash
 from .metrics import detection_with_intervals, rate_with_interval, roc_points
 from .profile import StabilityProfile
 from .prompts import stream_prompts
@@ -378,14 +378,13 @@ def _identity(
 ) -> list[Any]:
     """All that the samples depend on, besides the profile."""
     files = {file for prompt, *_ in jobs for file in prompt.images} if copies is not None else set()
-    parts = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
     return [
         [
             (prompt.text, prompt.kind, memorized, seed, [file.name for file in prompt.images])
             for prompt, memorized, seed in jobs
         ],
         {key: repr(value) for key, value in pipe_kwargs.items()},
-        {name: fingerprint(part) for name, part in parts.items()},
+        component_fingerprints(pipe),
         str(pipe.dtype),
         [type(pipe.scheduler).__name__, dict(pipe.scheduler.config)],
         list(SIGNALS),

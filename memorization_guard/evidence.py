@@ -107,6 +107,11 @@ def png(image: Image.Image, record: Mapping[str, Any], settings: Any = None) -> 
     return buffer.getvalue()
 
 
+def own_png(image: Image.Image, trace: Trace, settings: Any) -> bytes:
+    """An image of our own making as PNG, with the record of its one run and the settings it was made with (JSON-ready)."""
+    return png(image, record([trace], pixels=[pixel_hash(image)], settings=settings, settings_in=SETTINGS_KEY), settings)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Verification:
     """What :func:`verify` found.

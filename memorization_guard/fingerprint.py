@@ -46,6 +46,11 @@ def fingerprint(model: nn.Module | Mapping[str, Tensor]) -> str | None:
     return digest.hexdigest()[:16]
 
 
+def component_fingerprints(pipe: Any) -> dict[str, str | None]:
+    """:func:`fingerprint` of every network of a diffusers pipeline, by name."""
+    return {name: fingerprint(part) for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+
+
 def content_hash(content: Any) -> str:
     """SHA-256 of JSON-ready content, whatever the order of its keys; what JSON does not know counts as it prints."""
     return hashlib.sha256(json.dumps(content, default=repr, sort_keys=True).encode()).hexdigest()

@@ -1,7 +1,12 @@
 """Tiny pipelines with random weights, and one thread, so that tests running side by side do not fight for cores."""
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
+
+CHROMIUM = "/usr/bin/chromium"
 
 torch.set_num_threads(1)
 
@@ -94,3 +99,31 @@ def call():
     from memorization_guard.cli import app
 
     return lambda *arguments: CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium, which asks for nothing by itself."""
+
+    def absent(what):
+        if os.environ.get("CI"):
+            pytest.fail(f"{what}, and in CI it has to be")
+        pytest.skip(what)
+
+    if not Path(CHROMIUM).exists():
+        absent(f"{CHROMIUM} is not there")
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        absent("playwright is not installed")
+    switches = [
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--no-first-run",
+    ]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=switches)
+        yield browser
+        browser.close()

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -18,7 +17,6 @@ from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.testclient import TestClient
 
 ROOT = Path(__file__).parent.parent
-CHROMIUM = "/usr/bin/chromium"
 HOSTILE = "<img src=x onerror=\"document.title='broken'\">"
 
 
@@ -255,32 +253,6 @@ window.finish = (tab) => {
   localStorage.removeItem(`${tab}_task_id`);
 };
 </script><script type="module" src="file=guard/javascript/memorization_guard.mjs?17.5"></script>"""
-
-
-@pytest.fixture(scope="module")
-def browser():
-    def absent(what):
-        if os.environ.get("CI"):
-            pytest.fail(f"{what}, and in CI it has to be")
-        pytest.skip(what)
-
-    if not Path(CHROMIUM).exists():
-        absent(f"{CHROMIUM} is not there")
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError:
-        absent("playwright is not installed")
-    switches = [
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-background-networking",
-        "--disable-component-update",
-        "--no-first-run",
-    ]
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=switches)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from .. import charts
 from ..charts import count, text
@@ -104,12 +103,12 @@ def compare(a: Path, b: Path) -> dict[str, Any]:
     for name, folder, manifest, side, paired, events in zip(
         "ab", (a, b), manifests, sides, (first, second), triggered, strict=True
     ):
-        settings, planned = _mapping(manifest.get("settings")), manifest.get("images")
+        settings = dataset.mapping(manifest.get("settings"))
         corrected = int((paired.triggered & paired.corrected).sum())
         result[name] = {
             "folder": str(folder),
-            "model": _mapping(manifest.get("model")).get("name"),
-            "finished": bool(manifest.get("finished")) and (not isinstance(planned, int) or side.read >= planned),
+            "model": dataset.mapping(manifest.get("model")).get("name"),
+            "finished": dataset.is_finished(manifest, side.read),
             "images": side.read,
             "prompts": len(np.unique(side.keys)),
             "mitigate": bool(settings.get("mitigate")),
@@ -166,9 +165,7 @@ def write_comparison(result: Mapping[str, Any], path: Path) -> None:
         writer.writerows(rows)
         write_whole(path, sheet.getvalue())
     elif suffix == ".parquet":
-        sink = pa.BufferOutputStream()
-        pq.write_table(pa.Table.from_pylist(rows, schema=_ROW), sink, compression="zstd")
-        write_whole(path, sink.getvalue().to_pybytes())
+        dataset.write_table(path, rows, _ROW)
     else:
         raise ValueError(f"a comparison is written as .html, .json, .csv or .parquet, and {path.name} is none of them")
 
@@ -229,7 +226,7 @@ def _read(folder: Path) -> _Images:
             keys=keys,
             seeds=seeds,
             image=image,
-            triggered=pc.is_in(verdict, pa.array(["mild", "strong"])).to_numpy(zero_copy_only=False),
+            triggered=pc.is_in(verdict, pa.array(dataset.TRIGGERED)).to_numpy(zero_copy_only=False),
             scored=pc.not_equal(verdict, "unscored").to_numpy(zero_copy_only=False),
             corrected=corrected > 0,
             tail=tail,
@@ -310,16 +307,12 @@ def _look_up(folder: Path, images: np.ndarray, columns: Sequence[str]) -> dict[i
     return found
 
 
-def _mapping(value: object) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
 def _differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
     """``compared`` and ``warnings`` from two manifests."""
     mine, theirs = report.facts(a), report.facts(b)
     compared, warnings = [], []
     models = mine.get("model") != theirs.get("model")
-    profiles = [_mapping(manifest.get("profile")) for manifest in (a, b)]
+    profiles = [dataset.mapping(manifest.get("profile")) for manifest in (a, b)]
     # The same file, or made from the same prompts and then not the same to the last digit.
     same = any(profiles[0].get(name) == profiles[1].get(name) is not None for name in ("sha256", "reference_sha256"))
     for section in ("model", "settings", "thresholds", "prompts", *(() if same else ("profile",))):

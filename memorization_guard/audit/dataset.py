@@ -32,6 +32,9 @@ RESULTS = "results"
 IMAGES = "images"
 REPORT = "report.html"
 
+#: Verdicts of images that triggered.
+TRIGGERED = ("mild", "strong")
+
 _SETTINGS = pa.struct(
     [
         ("model", pa.string()),
@@ -95,10 +98,26 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def write_part(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes a part, whole or not at all; ``rows`` have the columns of :data:`SCHEMA`."""
+def mapping(value: object) -> dict[str, Any]:
+    """A chapter of a manifest, empty where there is none."""
+    return value if isinstance(value, dict) else {}
+
+
+def planned_images(manifest: Mapping[str, Any]) -> int | None:
+    """How many images the audit is to have; ``None`` where the manifest does not tell."""
+    planned = manifest.get("images")
+    return planned if isinstance(planned, int) else None
+
+
+def is_finished(manifest: Mapping[str, Any], images: int) -> bool:
+    """Whether an audit that holds ``images`` images was finished, and still has them all."""
+    return bool(manifest.get("finished")) and images >= (planned_images(manifest) or 0)
+
+
+def write_table(path: Path, rows: Sequence[Mapping[str, Any]], schema: pa.Schema = SCHEMA) -> None:
+    """Writes rows with the columns of ``schema`` as Parquet, whole or not at all."""
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(list(rows), schema=SCHEMA), sink, compression="zstd")
+    pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), sink, compression="zstd")
     write_whole(path, sink.getvalue().to_pybytes())
 
 

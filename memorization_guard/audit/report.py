@@ -252,8 +252,7 @@ def _summary(manifest: Mapping[str, Any], totals: _Totals, rows: pa.Table) -> di
     false_alarms = _false_alarms(manifest)
     rates = _rates(everyone, false_alarms)
     scored = rates["triggered"]["of"]
-    planned = manifest.get("images") if isinstance(manifest.get("images"), int) else None
-    finished = bool(manifest.get("finished")) and (planned is None or totals.images >= planned)
+    planned, finished = dataset.planned_images(manifest), dataset.is_finished(manifest, totals.images)
 
     named = {code: kind for kind, code in totals.kinds.items()}
     by_kind = []
@@ -283,14 +282,14 @@ def _summary(manifest: Mapping[str, Any], totals: _Totals, rows: pa.Table) -> di
         warnings.append(
             f"{totals.images - scored:,} of {count(totals.images, 'image')} could not be scored; rates are of the rest."
         )
-    reference = _mapping(manifest.get("profile")).get("reference_runs")
+    reference = dataset.mapping(manifest.get("profile")).get("reference_runs")
     return {
         "finished": finished,
         "images": totals.images,
         "planned": planned,
         "prompts": len(everyone),
         "scored": scored,
-        "model": _mapping(manifest.get("model")).get("name"),
+        "model": dataset.mapping(manifest.get("model")).get("name"),
         "false_alarms": false_alarms,
         **rates,
         "verdicts": {
@@ -314,7 +313,7 @@ def _summary(manifest: Mapping[str, Any], totals: _Totals, rows: pa.Table) -> di
 
 def _rates(counts: np.ndarray, false_alarms: float | None) -> dict[str, Any]:
     """``triggered`` and ``prompts_triggered`` from images of each verdict ``[prompts, verdicts]``."""
-    triggered = counts[:, [VERDICTS.index("mild"), VERDICTS.index("strong")]].sum(axis=1)
+    triggered = counts[:, [VERDICTS.index(verdict) for verdict in dataset.TRIGGERED]].sum(axis=1)
     scored = counts.sum(axis=1) - counts[:, VERDICTS.index("unscored")]
     images = clustered_rate(triggered, scored)
     prompts = clustered_rate(triggered > 0, scored > 0)
@@ -326,7 +325,7 @@ def _rates(counts: np.ndarray, false_alarms: float | None) -> dict[str, Any]:
 def _false_alarms(manifest: Mapping[str, Any]) -> float | None:
     """The nominal share of ordinary images that trigger; ``None`` where it is not what an image triggers by."""
     try:
-        thresholds = Thresholds.from_dict(_mapping(manifest.get("thresholds")))
+        thresholds = Thresholds.from_dict(dataset.mapping(manifest.get("thresholds")))
     except ValueError:
         return None
     return None if thresholds.published or "thresholds" not in manifest else thresholds.false_alarms
@@ -341,10 +340,6 @@ def _worst(rows: pa.Table) -> list[dict[str, Any]]:
             if len(found) == WORST:
                 return list(found.values())
     return list(found.values())
-
-
-def _mapping(value: object) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
 
 
 # -------------------------------------------------------------------------------------------------------- pieces of two pages
@@ -412,7 +407,7 @@ def script() -> str:
 
 def verdict_tag(verdict: str) -> str:
     """A verdict, marked if it is one of memorization."""
-    return f'<span class="{"bad" if verdict in ("mild", "strong") else "muted"}">{text(verdict)}</span>'
+    return f'<span class="{"bad" if verdict in dataset.TRIGGERED else "muted"}">{text(verdict)}</span>'
 
 
 def rate_text(share: float | None) -> str:
@@ -667,7 +662,7 @@ def _distribution(summary_: Mapping[str, Any], manifest: Mapping[str, Any]) -> s
             else "."
         ),
     ]
-    settings = _mapping(manifest.get("settings"))
+    settings = dataset.mapping(manifest.get("settings"))
     if settings.get("stop") or settings.get("mitigate"):
         what = "stopped" if settings.get("stop") else "corrected"
         notes.append(

@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from ..files import write_whole
 from ..fingerprint import content_hash
 from . import AuditError
-from .dataset import IMAGES, MANIFEST, PROFILE, RESULTS, write_part
+from .dataset import IMAGES, MANIFEST, PROFILE, RESULTS, write_table
 from .plan import Job
 
 WORK = ".work"
@@ -183,7 +183,7 @@ class Part:
         return name
 
     def _finish(self) -> None:
-        write_part(self._store._result(self._number), [self._rows[image] for image in self._images])
+        write_table(self._store._result(self._number), [self._rows[image] for image in self._images])
         self._journal_path.unlink(missing_ok=True)
         self.finished = True
         _remove(self._lock)

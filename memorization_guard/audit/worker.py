@@ -14,16 +14,13 @@ import torch
 from .. import __version__, evidence
 from ..detection import Thresholds
 from ..diffusers import calibrate, guard
-from ..fingerprint import file_fingerprint, fingerprint
+from ..fingerprint import component_fingerprints, file_fingerprint
 from ..pipelines import Lora, load_pipeline, model_path
 from ..profile import StabilityProfile
 from ..trace import Trace
 from . import AuditError
 from .plan import Job
 from .store import PNG
-
-#: Which images are kept.
-KEEP = ("none", "flagged", "all")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +31,7 @@ class Recipe:
         model, config, loras, device, dtype: as for :func:`memorization_guard.pipelines.load_pipeline`.
         steps, guidance: of every run. height, width: pixels, or the model's own size.
         thresholds: constants of detection. mitigate: whether to correct. stop: whether a batch ends once all of it triggered.
-        keep: which images are kept, one of :data:`KEEP`; flagged are those that triggered.
+        keep: which images are kept: ``"none"``, ``"flagged"`` (those that triggered) or ``"all"``.
     """
 
     model: str
@@ -99,9 +96,7 @@ class Worker:
         on_cuda = pipe.device.type == "cuda"
         return {
             "pipeline": type(pipe).__name__,
-            "components": {
-                name: fingerprint(part) for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)
-            },
+            "components": component_fingerprints(pipe),
             "files": self._recipe.files(),
             "loras": self._recipe.lora_files(),
             "scheduler": json.loads(json.dumps(scheduler, default=repr)),
@@ -181,10 +176,7 @@ class Worker:
     @staticmethod
     def _png(job: Job, trace: Trace, image: Any) -> bytes:
         settings = {"prompt": job.prompt, "seed": job.seed, **trace.settings.to_dict()}
-        record = evidence.record(
-            [trace], pixels=[evidence.pixel_hash(image)], settings=settings, settings_in=evidence.SETTINGS_KEY
-        )
-        return evidence.png(image, record, settings)
+        return evidence.own_png(image, trace, settings)
 
 
 def _row(job: Job, trace: Trace) -> dict[str, Any]:

@@ -116,7 +116,7 @@ def audits(tmp_path_factory):
         manifest = MANIFEST | {"images": len(rows)} | changes
         (folder / dataset.MANIFEST).write_text(json.dumps({k: v for k, v in manifest.items() if v is not ...}))
         for number, start in enumerate(range(0, len(rows), part)):
-            dataset.write_part(folder / dataset.RESULTS / f"part-{number:06}.parquet", rows[start : start + part])
+            dataset.write_table(folder / dataset.RESULTS / f"part-{number:06}.parquet", rows[start : start + part])
         for file, color in (pictures or {}).items():
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (600, 400), color).save(folder / file)

@@ -2,9 +2,7 @@
 
 import csv
 import json
-import os
 import re
-from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -17,7 +15,6 @@ from memorization_guard.audit import compare as module
 from memorization_guard.audit.compare import compare, write_comparison
 from memorization_guard.metrics import clustered_difference, clustered_rate, mcnemar
 
-CHROMIUM = "/usr/bin/chromium"
 HOSTILE = "<img src=x onerror=\"document.title='broken'\"> & </script><!--"
 SETTINGS = {"steps": 20, "guidance_scale": 7.5, "seeds_per_prompt": 2, "mitigate": False, "stop": False}
 
@@ -243,20 +240,6 @@ def test_a_comparison_is_written_by_its_suffix(pair, tmp_path):
     assert pq.read_table(tmp_path / "c.parquet").to_pylist() == [row for name in module.CHANGES for row in found[name]]
     with pytest.raises(ValueError, match=r"\.csv or \.parquet"):
         write_comparison(found, tmp_path / "c.txt")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if not Path(CHROMIUM).exists():
-        if os.environ.get("CI"):
-            pytest.fail("Chromium has to be there in CI")
-        pytest.skip("Chromium is not there")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        yield browser
-        browser.close()
 
 
 @pytest.mark.parametrize("width", [1280, 390])

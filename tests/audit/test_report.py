@@ -1,10 +1,8 @@
 """The report of an audit: its figures, its intervals, and its page in a real browser."""
 
 import json
-import os
 import re
 from html.parser import HTMLParser
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,8 +15,6 @@ from memorization_guard.audit import dataset, report
 from memorization_guard.metrics import _t_quantile, clustered_rate
 from memorization_guard.trace import STATEMENT
 
-CHROMIUM = "/usr/bin/chromium"
-SWITCHES = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--no-first-run"]
 HOSTILE = "<img src=x onerror=\"document.title='broken'\"> & </script><!-- \x07 ' \u2028"
 
 
@@ -291,20 +287,6 @@ def test_shares_are_told_with_the_digits_that_matter():
 
 
 # ------------------------------------------------------------------------------------------------------------- the browser
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if not Path(CHROMIUM).exists():
-        if os.environ.get("CI"):
-            pytest.fail("Chromium has to be there in CI")
-        pytest.skip("Chromium is not there")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=SWITCHES)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
