@@ -38,8 +38,8 @@ from memorization_guard.audit.plan import Job, Plan
 from memorization_guard.audit.report import summarize
 from memorization_guard.audit.run import Batch, audit
 from memorization_guard.audit.worker import Recipe, Worker
+from memorization_guard.core.profile import StabilityProfile
 from memorization_guard.lab import PROFILE, prompts
-from memorization_guard.profile import StabilityProfile
 
 #: Prompts of each group; 500 of them.
 COUNTS = {"exact": 30, "template": 24, "rare": 30, "ordinary": 416}

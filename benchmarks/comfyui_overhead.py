@@ -92,7 +92,7 @@ def inside() -> None:
 
     # Everything of ours that a run goes through; the network's evaluation is not inside any of it.
     for owner, names in (
-        (module("memorization_guard.kdiffusion").SamplerWatch, ("_guarded", "saw_guidance", "__init__")),
+        (module("memorization_guard.adapters.kdiffusion").SamplerWatch, ("_guarded", "saw_guidance", "__init__")),
         (module("nodes.sampling")._Guard, ("_begin", "_end")),
     ):
         for name in names:

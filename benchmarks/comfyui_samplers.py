@@ -56,7 +56,7 @@ class Lab:
 
     def __init__(self, module: Any) -> None:
         self.sampling, self.lab = module("nodes.sampling"), module("memorization_guard.lab")
-        self.calibration = module("memorization_guard.calibration")
+        self.calibration = module("memorization_guard.core.calibration")
         self.model, self.clip, self.vae, _ = module("nodes.lab").LoadLabModel.execute().args
 
     def sample(self, prompts: list[str], sampler: str, seed: int, **guard: Any) -> tuple[Any, Any, Any]:
@@ -145,7 +145,7 @@ def main() -> None:
     lab = Lab(module)
     changed = {"false_alarms": arguments.false_alarms, "steering_guidance": arguments.steering_guidance}
     changed = {name: value for name, value in changed.items() if value is not None}
-    thresholds = module("memorization_guard.detection").Thresholds(**changed)
+    thresholds = module("memorization_guard.core.detection").Thresholds(**changed)
     import comfy.samplers
     from comfyui_version import __version__
 

@@ -21,10 +21,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from memorization_guard.diffusers import guard
-from memorization_guard.evaluation import SIGNALS
+from memorization_guard.evaluation.evaluate import SIGNALS
+from memorization_guard.evaluation.statistics import detection_with_intervals
 from memorization_guard.files import write_whole
 from memorization_guard.lab import Lab
-from memorization_guard.metrics import detection_with_intervals
 
 #: Our scores, by name: of one trace, higher on memorized images.
 OURS = {

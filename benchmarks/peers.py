@@ -27,11 +27,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
 from memorization_guard import StabilityProfile
+from memorization_guard.core.noise_level import NoiseLevel, sample_norm
 from memorization_guard.diffusers import calibrate
 from memorization_guard.lab import MODEL, Lab
 from memorization_guard.lab.evaluate import FIRST_SEED, SEEDS
 from memorization_guard.lab.world import DATA
-from memorization_guard.parameterization import NoiseLevel, sample_norm
 
 GUIDANCE = 7.5
 
@@ -463,6 +463,6 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def interval(values: dict[str, Any], name: str, digits: int = 3) -> str:
-    """A figure of ``memorization_guard.metrics`` with its interval, for people."""
+    """A figure of ``memorization_guard.evaluation.statistics`` with its interval, for people."""
     low, high = values[f"{name}_95"]
     return f"{values[name]:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"

@@ -23,13 +23,13 @@ import torch
 from tqdm import tqdm
 
 from memorization_guard import Calibrator, StabilityProfile, Thresholds, Trace
-from memorization_guard.detection import planned_angles
+from memorization_guard.core.detection import planned_angles
+from memorization_guard.core.reference import STATISTICS, Reference, Region
 from memorization_guard.diffusers import guard
+from memorization_guard.evaluation.statistics import detection, detection_with_intervals
 from memorization_guard.files import write_whole
 from memorization_guard.lab import MODEL, Lab
 from memorization_guard.lab.world import DATA, more_captions
-from memorization_guard.metrics import detection, detection_with_intervals
-from memorization_guard.reference import STATISTICS, Reference, Region
 
 SAMPLERS: dict[str, Any] = {
     "PNDM": lambda c: diffusers.PNDMScheduler.from_config(c, skip_prk_steps=True),

@@ -34,10 +34,10 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, G
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from memorization_guard import ProfileError, StabilityProfile, Thresholds, Trace
+from memorization_guard.core.trace import STATEMENT, VERDICTS
 from memorization_guard.diffusers import copy_sharing_weights, guard
 from memorization_guard.lab import PROFILE as LAB_PROFILE
 from memorization_guard.pipelines import ModelError, load_pipeline, quiet_libraries
-from memorization_guard.trace import STATEMENT, VERDICTS
 
 log = logging.getLogger("serving")
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from ..memorization_guard.kdiffusion import SamplerWatch
-from ..memorization_guard.timesteps import TimestepWatch
+from ..memorization_guard.adapters.kdiffusion import SamplerWatch
+from ..memorization_guard.adapters.timesteps import TimestepWatch
 
 #: Whether this is Forge or reForge, which sample through a patcher of the UNet as ComfyUI does.
 HAS_UNET_PATCHER = importlib.util.find_spec("modules_forge") is not None

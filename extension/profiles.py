@@ -10,9 +10,9 @@ from typing import Any
 from modules import paths, processing, shared
 
 from ..memorization_guard import CalibrationError, StabilityProfile, Trace
-from ..memorization_guard.calibration import ReferenceRuns, told_left_out, unscheduled
+from ..memorization_guard.core.calibration import ReferenceRuns, told_left_out, unscheduled
+from ..memorization_guard.core.profile import EXTENSION, ProfileError, name_problem
 from ..memorization_guard.files import write_whole
-from ..memorization_guard.profile import EXTENSION, ProfileError, name_problem
 from ..memorization_guard.prompts import reference_prompts, typed_prompts
 from . import hosts, sampling
 from .session import CALIBRATING, SESSION

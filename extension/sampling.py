@@ -14,9 +14,9 @@ import torch
 from modules import shared
 
 from ..memorization_guard import NoiseLevel, RunSettings, StabilityMonitor
+from ..memorization_guard.adapters.kdiffusion import SamplerWatch, sampler_name, watched
+from ..memorization_guard.adapters.timesteps import TimestepScale, TimestepWatch
 from ..memorization_guard.fingerprint import content_hash, fingerprint
-from ..memorization_guard.kdiffusion import SamplerWatch, sampler_name, watched
-from ..memorization_guard.timesteps import TimestepScale, TimestepWatch
 from . import hosts
 
 log = logging.getLogger(__name__)

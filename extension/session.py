@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..memorization_guard import RunSettings, StabilityMonitor, StabilityProfile, StepEvent, Thresholds, Trace, evidence, graph
+from ..memorization_guard import RunSettings, StabilityMonitor, StabilityProfile, StepEvent, Thresholds, Trace, evidence
+from ..memorization_guard.core.trace import rarity
 from ..memorization_guard.files import write_whole
-from ..memorization_guard.report import summary
-from ..memorization_guard.trace import rarity
+from ..memorization_guard.reports import graph
+from ..memorization_guard.reports.html import summary
 
 if TYPE_CHECKING:
     from .live import LiveRuns

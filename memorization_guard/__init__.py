@@ -4,12 +4,12 @@ The core in this package needs torch, numpy and safetensors, and knows no host. 
 diffusers pipelines; ``memorization_guard.lab`` holds a small model that really memorizes.
 """
 
-from .calibration import CalibrationError, Calibrator
-from .detection import Thresholds
-from .monitor import StabilityMonitor, StepEvent
-from .parameterization import NoiseLevel
-from .profile import Mismatch, ProfileCheck, ProfileError, RunSettings, StabilityProfile
-from .trace import Trace, trace_schema
+from .core.calibration import CalibrationError, Calibrator
+from .core.detection import Thresholds
+from .core.monitor import StabilityMonitor, StepEvent
+from .core.noise_level import NoiseLevel
+from .core.profile import Mismatch, ProfileCheck, ProfileError, RunSettings, StabilityProfile
+from .core.trace import Trace, trace_schema
 
 __version__ = "0.1.0"
 

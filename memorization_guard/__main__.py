@@ -1,5 +1,5 @@
 """``python -m memorization_guard`` is the console command ``memorization-guard``."""
 
-from .cli import main
+from .cli.main import main
 
 main()

@@ -18,8 +18,8 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from .core.trace import STATEMENT, Trace
 from .fingerprint import content_hash
-from .trace import STATEMENT, Trace
 
 FORMAT = "memorization-guard.evidence"
 FORMAT_VERSION = 1

@@ -11,7 +11,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from .calibration import MIN_RUNS, CalibrationError
+from .core.calibration import MIN_RUNS, CalibrationError
 
 #: Keys and columns that hold a prompt, in the order in which they are looked for.
 COLUMNS = ("caption", "prompt", "text")

@@ -25,8 +25,8 @@ from comfy_api.v0_0_2 import io
 from comfy_execution.graph_utils import ExecutionBlocker
 from torch import Tensor, nn
 
+from ..memorization_guard.core.profile import ProfileError, StabilityProfile
 from ..memorization_guard.lab import MODEL
-from ..memorization_guard.profile import ProfileError, StabilityProfile
 from .guard import CATEGORY, StabilityProfileType
 
 #: Reference runs of the lab model as ComfyUI samples it: euler, normal, 30 steps, cfg 7.5.

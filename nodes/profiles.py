@@ -15,8 +15,8 @@ import torch
 from comfy_api.v0_0_2 import io, ui
 
 from ..memorization_guard import StabilityProfile
-from ..memorization_guard.calibration import MIN_RUNS, ReferenceRuns, told_left_out, unscheduled
-from ..memorization_guard.profile import EXTENSION, name_problem
+from ..memorization_guard.core.calibration import MIN_RUNS, ReferenceRuns, told_left_out, unscheduled
+from ..memorization_guard.core.profile import EXTENSION, name_problem
 from ..memorization_guard.prompts import enough, read_prompts, reference_prompts, typed_prompts
 from .guard import CATEGORY, StabilityProfileType
 from .sampling import guard, is_guarded, model_hash

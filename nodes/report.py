@@ -12,8 +12,9 @@ from comfy_api.v0_0_2 import io
 from comfy_execution.graph_utils import ExecutionBlocker
 from PIL import Image
 
-from ..memorization_guard import Trace, evidence, graph
-from ..memorization_guard.trace import rarity, worst
+from ..memorization_guard import Trace, evidence
+from ..memorization_guard.core.trace import rarity, worst
+from ..memorization_guard.reports import graph
 from .guard import CATEGORY, TraceType
 from .sampling import Run, TraceLog
 

@@ -20,9 +20,9 @@ from comfy_execution.utils import get_executing_context
 from server import PromptServer
 
 from ..memorization_guard import RunSettings, StabilityMonitor, StabilityProfile, StepEvent, Thresholds, Trace
+from ..memorization_guard.adapters.kdiffusion import SamplerWatch, sampler_name, watched
+from ..memorization_guard.core.noise_level import NoiseLevel
 from ..memorization_guard.fingerprint import content_hash, fingerprint
-from ..memorization_guard.kdiffusion import SamplerWatch, sampler_name, watched
-from ..memorization_guard.parameterization import NoiseLevel
 
 log = logging.getLogger(__name__)
 

@@ -96,7 +96,7 @@ def call():
     pytest.importorskip("typer")
     from typer.testing import CliRunner
 
-    from memorization_guard.cli import app
+    from memorization_guard.cli.main import app
 
     return lambda *arguments: CliRunner().invoke(app, [str(argument) for argument in arguments])
 

@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memorization_guard import CalibrationError, Calibrator, RunSettings, Trace
-from memorization_guard.calibration import ReferenceRuns
-from memorization_guard.profile import NORMS
-from memorization_guard.trace import STEP_FIELDS
+from memorization_guard.core.calibration import ReferenceRuns
+from memorization_guard.core.profile import NORMS
+from memorization_guard.core.trace import STEP_FIELDS
 
 
 def runs(count, steps=5, seed=0, offset=0.0):

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from memorization_guard import StabilityProfile, Trace, trace_schema
+from memorization_guard.core.trace import STATEMENT
 from memorization_guard.evidence import NO_SIGNATURE, SETTINGS_KEY, pixel_hash, png, record
-from memorization_guard.trace import STATEMENT
 
 pytest.importorskip("typer")
 

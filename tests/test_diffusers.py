@@ -305,7 +305,7 @@ def test_a_run_that_ends_early_by_plan_has_the_steps_it_takes():
 
 
 def test_predictions_of_two_calls_are_told_apart():
-    from memorization_guard.diffusers import _predictions
+    from memorization_guard.adapters.diffusers import _predictions
 
     both, cond, uncond = torch.arange(4.0).view(4, 1), torch.ones(2, 1), torch.zeros(2, 1)
     assert [x.tolist() for x in _predictions([both, cond], 2)] == [[[0.0], [1.0]], [[2.0], [3.0]]]
@@ -556,7 +556,7 @@ def test_what_cannot_be_watched_is_refused_in_one_sentence():
 def test_a_failure_of_ours_costs_no_image(monkeypatch, caplog):
     sampler = Sampler(SCHEDULERS["DDIM"]())
     plain = sampler()
-    monkeypatch.setattr("memorization_guard.diffusers.fingerprint", lambda _: 1 / 0)
+    monkeypatch.setattr("memorization_guard.adapters.diffusers.fingerprint", lambda _: 1 / 0)
     with guard(sampler) as run:
         assert torch.equal(sampler(), plain)
     assert run.traces == []

@@ -13,20 +13,29 @@ import pytest
 import torch
 from PIL import Image
 
-from memorization_guard import metrics
-from memorization_guard.calibration import Calibrator
+from memorization_guard.core.calibration import Calibrator
+from memorization_guard.evaluation import statistics as metrics
 
 pytest.importorskip("typer")
 pytest.importorskip("diffusers")
 from diffusers import StableDiffusionPipeline
 from typer.testing import CliRunner
 
-from memorization_guard import evaluation, lab
-from memorization_guard.cli import app
+from memorization_guard import lab
+from memorization_guard.cli.main import app
+from memorization_guard.core.trace import STATEMENT
 from memorization_guard.diffusers import guard
-from memorization_guard.evaluation import CopyScorer, EvaluationError, Prompt, Sample, read_list, summarize, write_report
-from memorization_guard.evaluation_report import html_report
-from memorization_guard.trace import STATEMENT
+from memorization_guard.evaluation import evaluate as evaluation
+from memorization_guard.evaluation.evaluate import (
+    CopyScorer,
+    EvaluationError,
+    Prompt,
+    Sample,
+    read_list,
+    summarize,
+    write_report,
+)
+from memorization_guard.reports.evaluation import html_report
 
 DATA = Path(os.environ.get("MEMORIZATION_GUARD_DATA", Path(__file__).parents[2] / "shared" / "data"))
 

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from memorization_guard import RunSettings, StabilityMonitor, evidence, graph
+from memorization_guard import RunSettings, StabilityMonitor, evidence
+from memorization_guard.core.trace import STATEMENT
 from memorization_guard.fingerprint import content_hash
-from memorization_guard.report import summary
-from memorization_guard.trace import STATEMENT
+from memorization_guard.reports import graph
+from memorization_guard.reports.html import summary
 
 MADE_WITH = {"prompt": "a fox", "seed": 3, "guidance_scale": 7.5}
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from memorization_guard import Trace
-from memorization_guard.graph import DARK, LIGHT, image, overlay, svg
+from memorization_guard.reports.graph import DARK, LIGHT, image, overlay, svg
 
 STEPS = 12
 SVG = "{http://www.w3.org/2000/svg}"

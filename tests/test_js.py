@@ -320,7 +320,7 @@ def report(tmp_path):
     Image = pytest.importorskip("PIL.Image")  # noqa: N806
     np = pytest.importorskip("numpy")
     from memorization_guard import Trace
-    from memorization_guard.report import Comparison, html_report
+    from memorization_guard.reports.html import Comparison, html_report
 
     def trace(note, corrected):
         steps = 20

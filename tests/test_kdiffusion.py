@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from memorization_guard import RunSettings, StabilityMonitor, StabilityProfile, Thresholds
-from memorization_guard.kdiffusion import SamplerWatch, watched
-from memorization_guard.parameterization import NoiseLevel
+from memorization_guard.adapters.kdiffusion import SamplerWatch, watched
+from memorization_guard.core.noise_level import NoiseLevel
 
 
 def _samplers():

@@ -7,8 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from memorization_guard import StabilityProfile, lab, metrics
+from memorization_guard import StabilityProfile, lab
 from memorization_guard.diffusers import guard
+from memorization_guard.evaluation import statistics as metrics
 from memorization_guard.lab import evaluate, train, world
 
 SPLITS = ("tuning", "evaluation")

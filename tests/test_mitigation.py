@@ -5,7 +5,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from memorization_guard.mitigation import correct
+from memorization_guard.core.mitigation import correct
 
 SHAPES = [(4, 4, 4), (4, 2, 4, 4)]
 factors = st.floats(0.2, 5.0)

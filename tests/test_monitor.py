@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memorization_guard import Calibrator, RunSettings, StabilityMonitor, StabilityProfile, Thresholds, Trace
-from memorization_guard.detection import Detector, Measures
+from memorization_guard.core.detection import Detector, Measures
 
 STEPS = 20
 SHAPE = (4, 8, 8)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from memorization_guard.parameterization import MAX_SIGMA, NoiseLevel, sample_norm
+from memorization_guard.core.noise_level import MAX_SIGMA, NoiseLevel, sample_norm
 
 LEVELS = {
     "ve": NoiseLevel.from_sigma(2.5),

@@ -10,8 +10,8 @@ import torch
 from scipy import stats
 
 from memorization_guard import Calibrator, RunSettings, StabilityMonitor, StabilityProfile, Thresholds
-from memorization_guard.parameterization import NoiseLevel
-from memorization_guard.reference import COLUMNS, SIGNALS, Reference, _single
+from memorization_guard.core.noise_level import NoiseLevel
+from memorization_guard.core.reference import COLUMNS, SIGNALS, Reference, _single
 
 SHAPE = (4, 8, 8)
 

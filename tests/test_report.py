@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from memorization_guard import Trace
-from memorization_guard.report import Comparison, contact_sheet, graph_script, html_report, summary
-from memorization_guard.trace import STATEMENT
+from memorization_guard.core.trace import STATEMENT
+from memorization_guard.reports.html import Comparison, contact_sheet, graph_script, html_report, summary
 
 
 def trace(verdict="stable", corrected=False):

@@ -29,8 +29,8 @@ from fastapi.testclient import TestClient  # noqa: E402
 from prometheus_client.parser import text_string_to_metric_families  # noqa: E402
 
 from memorization_guard import StabilityMonitor, StabilityProfile, Trace, lab  # noqa: E402
+from memorization_guard.core.trace import STATEMENT  # noqa: E402
 from memorization_guard.diffusers import copy_sharing_weights, guard  # noqa: E402
-from memorization_guard.trace import STATEMENT  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 MEMORIZED, *OTHERS = lab.prompts("exact")
@@ -399,7 +399,7 @@ def test_a_client_that_leaves_gives_up_its_place_and_disturbs_nobody(serve, pipe
 def test_an_image_whose_guard_fails_is_served_unscored(serve, monkeypatch):
     client = serve(policy=ALLOW)
     watched = ask(client)
-    monkeypatch.setattr("memorization_guard.diffusers.fingerprint", lambda _: 1 / 0)
+    monkeypatch.setattr("memorization_guard.adapters.diffusers.fingerprint", lambda _: 1 / 0)
     answer = ask(client)
     assert (answer.status_code, answer.headers["X-Memorization-Verdict"]) == (200, "unscored")
     assert answer.content == watched.content

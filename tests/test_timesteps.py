@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from memorization_guard import NoiseLevel, RunSettings, StabilityMonitor, StabilityProfile, Thresholds
-from memorization_guard.kdiffusion import watched
-from memorization_guard.timesteps import TimestepScale, TimestepWatch
+from memorization_guard.adapters.kdiffusion import watched
+from memorization_guard.adapters.timesteps import TimestepScale, TimestepWatch
 
 ALPHAS_CUMPROD = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, 0).float()
 STEPS = 12

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from memorization_guard import Calibrator, RunSettings, StabilityMonitor, Trace, trace_schema
-from memorization_guard.trace import STATEMENT, STEP_FIELDS, rarity, worst
+from memorization_guard.core.trace import STATEMENT, STEP_FIELDS, rarity, worst
 
 STEPS = 6
 

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..core.profile import StabilityProfile
 from ..pipelines import ModelError
-from ..profile import StabilityProfile
 from . import AuditError
 from .plan import Job
 from .run import Batch

@@ -16,12 +16,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from .. import charts
-from ..charts import count, text
+from ..core.trace import Trace, rarity
+from ..evaluation.statistics import clustered_difference, clustered_rate, mcnemar
 from ..files import write_whole
-from ..metrics import clustered_difference, clustered_rate, mcnemar
-from ..report import page
-from ..trace import Trace, rarity
+from ..reports import charts
+from ..reports.charts import count, text
+from ..reports.html import page
 from . import dataset, report
 
 #: Prompts that a comparison names, of each sort; and those that its page shows with images and graphs.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from ..evaluation import SEED_STRIDE
+from ..evaluation.evaluate import SEED_STRIDE
 from ..fingerprint import file_hash
 from ..prompts import stream_prompts
 from . import AuditError

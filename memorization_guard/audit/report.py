@@ -25,13 +25,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
 
-from .. import charts
-from ..charts import count, text
-from ..detection import Thresholds
+from ..core.detection import Thresholds
+from ..core.trace import VERDICTS, Trace, rarity
+from ..evaluation.statistics import clustered_rate
 from ..files import write_whole
-from ..metrics import clustered_rate
-from ..report import graph_script, page, summary
-from ..trace import VERDICTS, Trace, rarity
+from ..reports import charts
+from ..reports.charts import count, text
+from ..reports.html import graph_script, page, summary
 from . import dataset
 
 #: Rows of the table of the page; of a larger audit, the rarest.

@@ -12,10 +12,10 @@ from typing import Any, Protocol
 
 from tqdm.auto import tqdm
 
+from ..core.profile import StabilityProfile
+from ..core.trace import STATEMENT
 from ..files import write_whole
 from ..fingerprint import file_hash
-from ..profile import StabilityProfile
-from ..trace import STATEMENT
 from . import AuditError
 from .dataset import FORMAT, FORMAT_VERSION, MANIFEST, PROFILE, REPORT, read_manifest
 from .dataset import parts as finished_parts

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 
 from .. import __version__, evidence
-from ..detection import Thresholds
-from ..diffusers import calibrate, guard
+from ..adapters.diffusers import calibrate, guard
+from ..core.detection import Thresholds
+from ..core.profile import StabilityProfile
+from ..core.trace import Trace
 from ..fingerprint import component_fingerprints, file_fingerprint
 from ..pipelines import Lora, load_pipeline, model_path
-from ..profile import StabilityProfile
-from ..trace import Trace
 from . import AuditError
 from .plan import Job
 from .store import PNG

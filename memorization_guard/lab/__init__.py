@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..profile import StabilityProfile
+from ..core.profile import StabilityProfile
 from .world import DATA, SIZE, captions, duplicates, read_sheet
 
 MODEL = Path(__file__).parent / "model"

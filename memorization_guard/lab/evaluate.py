@@ -21,10 +21,11 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from .. import StabilityProfile, Thresholds, Trace, evaluation
-from ..diffusers import guard
+from .. import StabilityProfile, Thresholds, Trace
+from ..adapters.diffusers import guard
+from ..evaluation import evaluate as evaluation
+from ..evaluation.statistics import detection, detection_with_intervals
 from ..files import write_whole
-from ..metrics import detection, detection_with_intervals
 from . import COPY_THRESHOLD, MODEL, Lab
 from .world import DATA, captions, duplicates, render, to_uint8
 

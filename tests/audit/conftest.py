@@ -13,7 +13,7 @@ from memorization_guard.audit import dataset
 from memorization_guard.audit.plan import Plan
 from memorization_guard.audit.run import Local, audit
 from memorization_guard.audit.worker import Recipe
-from memorization_guard.trace import STEP_FIELDS
+from memorization_guard.core.trace import STEP_FIELDS
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from scipy.stats import binomtest
 
 from memorization_guard.audit import compare as module
 from memorization_guard.audit.compare import compare, write_comparison
-from memorization_guard.metrics import clustered_difference, clustered_rate, mcnemar
+from memorization_guard.evaluation.statistics import clustered_difference, clustered_rate, mcnemar
 
 HOSTILE = "<img src=x onerror=\"document.title='broken'\"> & </script><!--"
 SETTINGS = {"steps": 20, "guidance_scale": 7.5, "seeds_per_prompt": 2, "mitigate": False, "stop": False}

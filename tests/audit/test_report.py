@@ -12,8 +12,8 @@ from scipy.stats import binomtest, t
 
 from memorization_guard import Thresholds
 from memorization_guard.audit import dataset, report
-from memorization_guard.metrics import _t_quantile, clustered_rate
-from memorization_guard.trace import STATEMENT
+from memorization_guard.core.trace import STATEMENT
+from memorization_guard.evaluation.statistics import _t_quantile, clustered_rate
 
 HOSTILE = "<img src=x onerror=\"document.title='broken'\"> & </script><!-- \x07 ' \u2028"
 

@@ -15,10 +15,10 @@ from memorization_guard.audit import AuditError
 from memorization_guard.audit.dataset import MANIFEST, PROFILE, SCHEMA, read_manifest, scan
 from memorization_guard.audit.run import Local
 from memorization_guard.audit.worker import Worker
-from memorization_guard.calibration import CalibrationError
-from memorization_guard.detection import Thresholds
+from memorization_guard.core.calibration import CalibrationError
+from memorization_guard.core.detection import Thresholds
 from memorization_guard.diffusers import guard
-from memorization_guard.evaluation import SEED_STRIDE
+from memorization_guard.evaluation.evaluate import SEED_STRIDE
 
 
 def rows(folder):

@@ -12,7 +12,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from memorization_guard import StabilityProfile, Thresholds, Trace, evidence, lab
-from memorization_guard.trace import rarity
+from memorization_guard.core.trace import rarity
 
 TITLE = "Memorization Guard"
 #: Thresholds that every image leaves.

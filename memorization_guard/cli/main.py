@@ -23,11 +23,11 @@ except ImportError:
     sys.exit('memorization-guard: the command line needs more packages: pip install "memorization-guard[diffusers]"')
 
 if TYPE_CHECKING:
-    from .evaluation import Prompt
-    from .evidence import Verification
-    from .profile import StabilityProfile
-    from .report import Comparison
-    from .trace import Trace
+    from ..core.profile import StabilityProfile
+    from ..core.trace import Trace
+    from ..evaluation.evaluate import Prompt
+    from ..evidence import Verification
+    from ..reports.html import Comparison
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__.split("\n")[0])
 
@@ -50,11 +50,11 @@ class UsageError(Exception):
 
 @contextmanager
 def _one_line_errors() -> Iterator[None]:
-    from .audit import AuditError
-    from .calibration import CalibrationError
-    from .evaluation import EvaluationError
-    from .pipelines import ModelError
-    from .profile import ProfileError
+    from ..audit import AuditError
+    from ..core.calibration import CalibrationError
+    from ..core.profile import ProfileError
+    from ..evaluation.evaluate import EvaluationError
+    from ..pipelines import ModelError
 
     try:
         yield
@@ -87,8 +87,8 @@ def _writable(path: Path | None) -> None:
 @contextmanager
 def _sampling_errors() -> Iterator[None]:
     """What a pipeline or the guard refuses (a size, a scheduler, a full GPU) in one line as well."""
-    from .calibration import CalibrationError
-    from .profile import ProfileError
+    from ..core.calibration import CalibrationError
+    from ..core.profile import ProfileError
 
     try:
         yield
@@ -117,7 +117,7 @@ def _runs_in(*states: Path) -> str:
 
 
 def _load(model: Path, config: Path | None, loras: list[str] | None, device: str, dtype: str) -> Any:
-    from .pipelines import Lora, load_pipeline
+    from ..pipelines import Lora, load_pipeline
 
     merged = [Lora.parse(text) for text in loras or ()]
     return load_pipeline(model, config=config, loras=merged, device=device, dtype=dtype)
@@ -164,7 +164,7 @@ def calibrate(
         _writable(output)
         texts = _read_prompts(prompts)
         pipe = _load(model, config, lora, device, dtype)
-        from .diffusers import calibrate as make_profile
+        from ..adapters.diffusers import calibrate as make_profile
 
         state = output.with_name(output.name + ".partial.json")
         size = _size(height, width)
@@ -186,7 +186,7 @@ def calibrate(
 
 
 def _read_prompts(path: Path) -> list[str]:
-    from .prompts import read_prompts
+    from ..prompts import read_prompts
 
     try:
         return read_prompts(path)
@@ -220,13 +220,13 @@ def trace(
         _is_graph(plot)
         if mitigate and profile is None:
             raise UsageError("--mitigate needs a --profile: make one with 'memorization-guard calibrate'")
-        from .profile import StabilityProfile
+        from ..core.profile import StabilityProfile
 
         stability = StabilityProfile.load(profile) if profile is not None else None
         pipe = _load(model, config, lora, device, dtype)
         import torch
 
-        from .diffusers import guard
+        from ..adapters.diffusers import guard
 
         with _sampling_errors(), guard(pipe, stability, mitigate=mitigate) as run:
             output = pipe(
@@ -266,7 +266,7 @@ def _write_outputs(
     found: Trace, picture: Any, settings: dict[str, Any], *, json_file: Path | None, plot: Path | None, image: Path | None
 ) -> None:
     """The trace, its graph, and the image with the evidence in it."""
-    from . import evidence
+    from .. import evidence
 
     contents: list[tuple[Path, bytes | str]] = []
     if json_file is not None:
@@ -280,7 +280,7 @@ def _write_outputs(
 
 def _write_all(contents: list[tuple[Path, bytes | str]]) -> None:
     """Writes what has been made already: what cannot be made leaves nothing behind."""
-    from .files import write_whole
+    from ..files import write_whole
 
     for path, content in contents:
         write_whole(path, content)
@@ -291,7 +291,7 @@ def _json(data: Any) -> str:
 
 
 def _graph(found: Trace, plot: Path) -> bytes | str:
-    from . import graph
+    from ..reports import graph
 
     return graph.svg(found) if plot.suffix == ".svg" else _png(graph.image(found))
 
@@ -310,7 +310,7 @@ def _print_trace(found: Trace, *, scored: bool) -> None:
         print("No profile was given, so the run is not scored: make one with 'memorization-guard calibrate'.")
     elif found.note:
         print(found.note)
-    from .trace import STATEMENT
+    from ..core.trace import STATEMENT
 
     print(STATEMENT)
 
@@ -328,10 +328,10 @@ def demo(
             _writable(output / name)
         from rich.progress import Progress
 
-        from . import lab
-        from .files import write_whole
-        from .pipelines import quiet_libraries
-        from .report import contact_sheet, html_report
+        from .. import lab
+        from ..files import write_whole
+        from ..pipelines import quiet_libraries
+        from ..reports.html import contact_sheet, html_report
 
         quiet_libraries()
         pipe = lab.pipeline()
@@ -359,9 +359,9 @@ def _compare(pipe: Any, count: int, seed: int, advance: Callable[[int], object])
     """Samples ``count`` prompts of each group, without and with mitigation, from the same seeds."""
     import torch
 
-    from . import lab
-    from .diffusers import guard
-    from .report import Comparison
+    from .. import lab
+    from ..adapters.diffusers import guard
+    from ..reports.html import Comparison
 
     comparisons = []
     profile = lab.profile()
@@ -487,10 +487,10 @@ def evaluate(
         if images is not None and not images.is_dir():
             raise UsageError(f"there is no folder of images at {images}")
 
-        from .evaluation import CopyScorer, check_images, summarize, write_report
-        from .evaluation import evaluate as sample_lists
-        from .profile import StabilityProfile
-        from .prompts import enough
+        from ..core.profile import StabilityProfile
+        from ..evaluation.evaluate import CopyScorer, check_images, summarize, write_report
+        from ..evaluation.evaluate import evaluate as sample_lists
+        from ..prompts import enough
 
         known = enough(_read_prompts(reference)) if reference is not None else []
         bad, good = _read_list(memorized, images)[:limit], _read_list(ordinary)[:limit]
@@ -499,7 +499,7 @@ def evaluate(
         pipe = _load(model, config, lora, device, dtype)
         copies = CopyScorer(sscd, device=pipe.device, threshold=copy_threshold) if sscd is not None else None
 
-        from .diffusers import calibrate as make_profile
+        from ..adapters.diffusers import calibrate as make_profile
 
         options: dict[str, Any] = {"batch_size": batch_size, "seed": seed, **_size(height, width)}
         options |= {"num_inference_steps": steps, "guidance_scale": guidance}
@@ -534,7 +534,7 @@ def evaluate(
 
 
 def _read_list(path: Path, images: Path | None = None) -> list[Prompt]:
-    from .evaluation import read_list
+    from ..evaluation.evaluate import read_list
 
     try:
         return read_list(path, images)
@@ -547,7 +547,7 @@ def _described(pipe: Any, profile: StabilityProfile) -> dict[str, Any]:
     import diffusers
     import torch
 
-    from . import __version__
+    from .. import __version__
 
     known = profile.settings.to_dict()
     names = ("model_hash", "prediction_type", "sampler", "scheduler", "latent_shape")
@@ -634,13 +634,13 @@ def audit(
             raise UsageError("give either --profile or --reference, prompts to make a profile with")
         if workers is not None and ray is None:
             raise UsageError("--workers is for --ray; on one machine call the same command once a GPU")
-        from .audit.plan import Plan
-        from .audit.run import Local
-        from .audit.run import audit as run_audit
-        from .audit.worker import Recipe
-        from .detection import Thresholds
-        from .pipelines import Lora
-        from .prompts import enough, reference_prompts
+        from ..audit.plan import Plan
+        from ..audit.run import Local
+        from ..audit.run import audit as run_audit
+        from ..audit.worker import Recipe
+        from ..core.detection import Thresholds
+        from ..pipelines import Lora
+        from ..prompts import enough, reference_prompts
 
         recipe = Recipe(
             # Workers on a cluster stand in another folder.
@@ -664,7 +664,7 @@ def audit(
         def hands() -> Any:
             if ray is None:
                 return Local(recipe)
-            from .audit.cluster import Cluster
+            from ..audit.cluster import Cluster
 
             return Cluster(recipe, address=ray, workers=workers)
 
@@ -681,7 +681,7 @@ def audit(
             )
         if not worked:
             print(f"{output} is finished: nothing was left to do")
-        from .audit.report import summarize
+        from ..audit.report import summarize
 
         _print_audit(output, summarize(output))
 
@@ -707,7 +707,7 @@ def _disk_errors(folder: Path) -> Iterator[None]:
 
 
 def _images_in(folder: Path) -> str:
-    from .audit.dataset import MANIFEST
+    from ..audit.dataset import MANIFEST
 
     return f"; what was made is kept in {folder}: call again to go on" if (folder / MANIFEST).exists() else ""
 
@@ -716,7 +716,7 @@ def _images_in(folder: Path) -> str:
 def report(folder: Annotated[Path, typer.Argument(help="Folder of an audit, finished or not.")]) -> None:
     """Make the report of an audit anew, from its results."""
     with _one_line_errors(), _audit_packages():
-        from .audit.report import write_report
+        from ..audit.report import write_report
 
         _print_audit(folder, write_report(folder))
 
@@ -734,8 +734,8 @@ def compare(
         _writable(output)
         if output is not None and output.suffix not in (".html", ".json", ".csv", ".parquet"):
             raise UsageError(f"{output.name}: a comparison is written as .html, .json, .csv or .parquet")
-        from .audit.compare import compare as compare_audits
-        from .audit.compare import write_comparison
+        from ..audit.compare import compare as compare_audits
+        from ..audit.compare import write_comparison
 
         result = compare_audits(a, b)
         if output is not None:
@@ -771,7 +771,7 @@ def _print_comparison(result: dict[str, Any]) -> None:
 def _print_audit(folder: Path, summary: dict[str, Any]) -> None:
     from rich.table import Table
 
-    from .audit.dataset import REPORT, RESULTS
+    from ..audit.dataset import REPORT, RESULTS
 
     for warning in summary["warnings"]:
         print(f"memorization-guard: {warning}", file=sys.stderr)
@@ -807,9 +807,9 @@ def verify(
         for path in (json_file, plot):
             _writable(path)
         _is_graph(plot)
-        from . import evidence
-        from .report import summary
-        from .trace import STATEMENT, worst
+        from .. import evidence
+        from ..core.trace import STATEMENT, worst
+        from ..reports.html import summary
 
         try:
             found = evidence.verify(file)

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from .files import write_whole
-from .fingerprint import content_hash
-from .parameterization import NoiseLevel
+from ..files import write_whole
+from ..fingerprint import content_hash
+from .noise_level import NoiseLevel
 from .profile import NORMS, RunSettings, StabilityProfile
 from .reference import COLUMNS, Reference
 from .trace import Trace

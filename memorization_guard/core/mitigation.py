@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .parameterization import NoiseLevel, sample_norm
+from .noise_level import NoiseLevel, sample_norm
 
 #: Relative distance by which a clamp aims inside its band, so that rounding in float32 does not leave it again.
 _MARGIN = 1e-6

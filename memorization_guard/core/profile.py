@@ -15,7 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from .files import write_whole
+from ..files import write_whole
 from .reference import Reference
 
 #: The three norms, in the order of the last axis wherever norms stand in one array.

@@ -25,13 +25,13 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from tqdm.auto import tqdm
 
-from .diffusers import guard
-from .files import write_whole
-from .fingerprint import component_fingerprints, content_hash, file_hash
-from .metrics import detection_with_intervals, rate_with_interval, roc_points
-from .profile import StabilityProfile
-from .prompts import stream_prompts
-from .trace import STATEMENT, Trace, numbers
+from ..adapters.diffusers import guard
+from ..core.profile import StabilityProfile
+from ..core.trace import STATEMENT, Trace, numbers
+from ..files import write_whole
+from ..fingerprint import component_fingerprints, content_hash, file_hash
+from ..prompts import stream_prompts
+from .statistics import detection_with_intervals, rate_with_interval, roc_points
 
 FORMAT = "memorization-guard.evaluation"
 FORMAT_VERSION = 1
@@ -542,7 +542,7 @@ def write_report(result: Mapping[str, Any], page: Path, data: Path) -> None:
     Raises:
         OSError: if they cannot be written.
     """
-    from .evaluation_report import html_report
+    from ..reports.evaluation import html_report
 
     # A lone surrogate, which a .jsonl can hold, must not cost the report.
     contents = {

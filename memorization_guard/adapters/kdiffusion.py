@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .monitor import STOPPED, StabilityMonitor
-from .parameterization import NoiseLevel, where_changed, widened
+from ..core.monitor import STOPPED, StabilityMonitor
+from ..core.noise_level import NoiseLevel, where_changed, widened
 
 #: Relative distance up to which a noise level that the sampler names is the one its schedule has: some samplers move their
 #: first one by less than this.

@@ -10,7 +10,7 @@ import numpy as np
 
 from .charts import BOTTOM, LEFT, RIGHT, SERIES, TOP, Axis, chart, count, line, percent, points, short, table, text
 from .charts import STYLE as CHART_STYLE
-from .report import page
+from .html import page
 
 #: What the signals are, for the reader of a page; one that is not named here is drawn without.
 ABOUT = {
@@ -194,7 +194,7 @@ def _histogram(name: str, values: Mapping[str, np.ndarray]) -> str:
 
 
 def _extremes(result: Mapping[str, Any]) -> str:
-    from .evaluation import rank
+    from ..evaluation.evaluate import rank
 
     signal = rank(result)
     if signal is None:

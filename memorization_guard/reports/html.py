@@ -13,9 +13,9 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from ..core.trace import STATEMENT, Trace, rarity
 from . import graph
 from .charts import text
-from .trace import STATEMENT, Trace, rarity
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +86,7 @@ for (const box of document.querySelectorAll("[data-trace]")) {
 
 def graph_script() -> str:
     """The source of ``js/graph.js``, which stands inside the installed package, and in a checkout beside it."""
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     inside = package / "js" / "graph.js"
     return (inside if inside.exists() else package.parent / "js" / "graph.js").read_text(encoding="utf-8")
 

@@ -12,7 +12,7 @@ from typing import Any, get_args
 import numpy as np
 
 from .detection import Thresholds, Verdict
-from .parameterization import MAX_SIGMA, NoiseLevel
+from .noise_level import MAX_SIGMA, NoiseLevel
 from .profile import NORMS, RunSettings
 from .reference import OPEN_SIGMA
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 
-from .trace import Trace, rarity
+from ..core.trace import Trace, rarity
 
 if TYPE_CHECKING:
     from PIL import Image, ImageFont

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.monitor import StabilityMonitor
+from ..core.noise_level import NoiseLevel, where_changed, widened
 from .kdiffusion import ModelProxy, SamplerWatch
-from .monitor import StabilityMonitor
-from .parameterization import NoiseLevel, where_changed, widened
 
 
 class TimestepScale:

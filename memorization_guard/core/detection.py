@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from .parameterization import NoiseLevel
+from .noise_level import NoiseLevel
 from .profile import NORMS, RunSettings, StabilityProfile
 from .reference import STATISTICS, Region
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .detection import Detector, Judgement, Measures, Thresholds, Verdict, planned_angles
 from .mitigation import correct, rescale, response, steer
-from .parameterization import NoiseLevel, sample_norm, widened
+from .noise_level import NoiseLevel, sample_norm, widened
 from .profile import NORMS, ProfileCheck, RunSettings, StabilityProfile
 from .reference import LOCAL_SHARE, STATISTICS, Region
 from .trace import SUSPICIOUS, Trace, band_numbers, numbers

@@ -1,0 +1,1 @@
+"""What puts a library's sampling in the core's terms."""

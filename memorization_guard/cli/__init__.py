@@ -1,0 +1,5 @@
+"""The command ``memorization-guard``."""
+
+from .main import main
+
+__all__ = ["main"]

@@ -1,0 +1,1 @@
+"""How well detection and mitigation work on a user's own model: lists of prompts, copy scores, statistics, tables."""
