@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.metrics import auc
 
 from memorization_guard.core.calibration import Calibrator
 from memorization_guard.evaluation import statistics as metrics
@@ -498,21 +499,35 @@ def test_both_files_are_written_or_neither(tmp_path, monkeypatch):
 # Metrics.
 
 
-def test_detection_is_that_of_scikit_learn():
-    sklearn = pytest.importorskip("sklearn.metrics")
+def pairwise_auc(positive, negative):
+    """The share of pairs in which the positive is the higher one, ties counting half (Mann & Whitney 1947)."""
+    difference = positive[:, None] - negative[None]
+    return ((difference > 0) + 0.5 * (difference == 0)).mean()
+
+
+def test_detection_is_that_of_counted_pairs():
     rng = np.random.default_rng(0)
     for _ in range(60):
         digits = rng.integers(0, 4)  # few digits make many ties
         positive, negative = (rng.normal(mean, 1, rng.integers(1, size)).round(digits) for mean, size in ((1, 90), (0, 700)))
-        labels = np.concatenate([np.ones(len(positive)), np.zeros(len(negative))])
-        scores = np.concatenate([positive, negative])
-        fpr, tpr, _ = sklearn.roc_curve(labels, scores, drop_intermediate=False)
         found = metrics.detection(positive, negative)
-        assert found["auc"] == pytest.approx(sklearn.roc_auc_score(labels, scores))
-        assert found["tpr_at_1_fpr"] == tpr[fpr <= 0.01].max()
-        corners = metrics.roc_points(positive, negative)
-        assert sklearn.auc(corners["fpr"], corners["tpr"]) == pytest.approx(found["auc"])
-        assert set(zip(*corners.values(), strict=True)) <= set(zip(fpr, tpr, strict=True))
+        assert found["auc"] == pytest.approx(pairwise_auc(positive, negative))
+        # One in a hundred negatives may pass the threshold; it stands at the first that may not.
+        limit = np.sort(negative)[len(negative) - 1 - len(negative) // 100]
+        assert found["tpr_at_1_fpr"] == (positive > limit).mean()
+        fpr, tpr = (np.array(axis) for axis in metrics.roc_points(positive, negative).values())
+        assert (fpr[0], tpr[0], fpr[-1], tpr[-1]) == (0, 0, 1, 1)
+        assert auc(fpr, tpr) == pytest.approx(found["auc"])
+
+
+def test_detection_takes_the_last_threshold_below_one_percent():
+    negative = np.arange(200.0)
+    # Two of 200 negatives may lie above the threshold, not three: it lies above 197.
+    assert metrics.detection(np.array([197.5, 198.5, 1.0, 1.0]), negative)["tpr_at_1_fpr"] == 0.5
+    assert metrics.detection(np.array([196.5, 196.5]), negative)["tpr_at_1_fpr"] == 0.0
+    assert metrics.detection(negative + 1000, negative) == {"auc": 1.0, "tpr_at_1_fpr": 1.0}
+    intervals = metrics.detection_with_intervals(np.array([150.0, 250.0]), negative, ["a", "b"], draws=50)
+    assert intervals["tpr_at_1_fpr_95"] == [0.0, 1.0]
 
 
 def test_intervals_widen_where_there_are_few_prompts():
@@ -522,5 +537,30 @@ def test_intervals_widen_where_there_are_few_prompts():
     few = metrics.rate_with_interval(values, [str(i // 40) for i in range(120)])
     assert each["mean"] == few["mean"] == values.mean()
     assert each["mean_95"][0] < each["mean"] < each["mean_95"][1]
+    assert few == metrics.mean_with_interval(values, [str(i // 40) for i in range(120)])
     found = metrics.detection_with_intervals(values + 0.1, values, ["a"] * 120, ["b"] * 120)
     assert found["auc_95"] == [found["auc"]] * 2  # one prompt a side: nothing to draw from
+
+
+@pytest.mark.parametrize(("rate", "bounds"), [(0, (0.0, 1 - 0.025 ** (1 / 30))), (1, (0.025 ** (1 / 30), 1.0))])
+def test_rates_of_0_and_1_have_exact_intervals_over_prompts(rate, bounds):
+    prompts = [str(i // 4) for i in range(120)]
+    found = metrics.rate_with_interval(np.full(120, rate, dtype=bool), prompts)
+    assert found["mean"] == rate
+    assert found["mean_95"] == pytest.approx(bounds)
+    # 120 memorized images of 30 prompts against 50 ordinary ones: none, or each, is higher than all of those.
+    positive, negative = np.full(120, 2.0 * rate - 1), np.zeros(50)
+    found = metrics.detection_with_intervals(positive, negative, prompts, draws=20)
+    assert (found["auc"], found["tpr_at_1_fpr"]) == (rate, rate)
+    assert found["auc_95"] == found["tpr_at_1_fpr_95"] == pytest.approx(bounds)
+    # With fewer ordinary prompts than memorized ones, fewer pairs are independent.
+    few = metrics.detection_with_intervals(positive, negative, prompts, ["a"] * 50, draws=20)
+    assert few["auc_95"] == pytest.approx([0, 0.975] if rate == 0 else [0.025, 1])
+    assert few["tpr_at_1_fpr_95"] == pytest.approx(bounds)
+
+
+def test_exact_intervals_hold_the_truth_as_often_as_they_say():
+    rng, truth, trials = np.random.default_rng(0), 0.995, 40
+    counts = rng.binomial(trials, truth, 2000)
+    inside = [low <= truth <= high for low, high in (metrics.exact_interval(int(count), trials) for count in counts)]
+    assert np.mean(inside) >= 0.95

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import binomtest, t
+from scipy.stats import binomtest
 
 from memorization_guard import Thresholds
 from memorization_guard.audit import dataset, report
 from memorization_guard.core.trace import STATEMENT
-from memorization_guard.evaluation.statistics import _t_quantile, clustered_rate
+from memorization_guard.evaluation.statistics import clustered_rate
 
 HOSTILE = "<img src=x onerror=\"document.title='broken'\"> & </script><!-- \x07 ' \u2028"
 
@@ -100,11 +100,6 @@ def test_intervals_hold_the_true_rate_as_often_as_they_say(prompts, seeds, memor
     assert 0.91 <= inside / runs <= 0.99
     if shape[0] <= 1 and memorized < 1:
         assert naive / runs < 0.9  # seeds taken for independent: the test would see it
-
-
-def test_the_quantile_of_t():
-    freedoms = [1, 2, 3, 4, 7, 20, 500]
-    assert [_t_quantile(n) for n in freedoms] == pytest.approx(t.ppf(0.975, freedoms), rel=2e-3)
 
 
 # ------------------------------------------------------------------------------------------------------------- the summary
