@@ -28,7 +28,7 @@ from PIL import Image
 from ..core.detection import Thresholds
 from ..core.trace import VERDICTS, Trace, rarity
 from ..evaluation.statistics import clustered_rate
-from ..files import write_whole
+from ..files import path_inside, write_whole
 from ..reports import charts
 from ..reports.charts import count, text
 from ..reports.html import graph_script, page, summary
@@ -371,12 +371,8 @@ def picture(folder: Path, file: str | None) -> str:
     """A saved image of an audit as HTML, made small; a sentence where there is none."""
     if not file:
         return '<p class="none-saved muted">image not saved</p>'
-    path = (folder / file).resolve()
     try:
-        # A part may come from elsewhere: it is not to show files outside the audit.
-        if not path.is_relative_to(folder.resolve()):
-            raise OSError("outside the audit")
-        with Image.open(path) as image:
+        with Image.open(path_inside(folder, file)) as image:
             image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
             small = image.convert("RGB")
     except (OSError, ValueError, Image.DecompressionBombError):

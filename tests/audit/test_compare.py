@@ -142,7 +142,7 @@ tails = st.sampled_from([1e-9, 1e-4, 0.01, 0.5, None])
 plans = st.lists(st.tuples(prompts, seeds, tails), max_size=25)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(plans, plans)
 def test_the_counts_are_those_of_going_through_them_by_hand(audits, first, second):
     traces = {

@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
@@ -157,7 +157,7 @@ def test_a_prompt_that_comes_again_later_is_one_prompt(audits):
     assert (found["prompts"], found["prompts_triggered"]["count"], found["triggered"]["count"]) == (5, 1, 8)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.none() | st.sampled_from([1e-9, 1e-4, 0.001, 0.01, 0.3]), min_size=1, max_size=60), st.integers(1, 9))
 def test_the_rarest_rows_are_those_of_sorting_everything(tails, limit):
     batch = dataset.pa.RecordBatch.from_pylist(
@@ -246,7 +246,8 @@ hostile_text = st.text(max_size=40) | st.sampled_from(
 )
 
 
-@settings(max_examples=25, deadline=None)
+@example(prompt="\0", kind="\0", note="\0", name="\0", file="\0")
+@settings(max_examples=25)
 @given(prompt=hostile_text, kind=hostile_text, note=hostile_text, name=hostile_text, file=hostile_text)
 def test_no_text_becomes_html(audits, prompt, kind, note, name, file):
     rows = [
