@@ -22,7 +22,7 @@ from diffusers import StableDiffusionPipeline
 from typer.testing import CliRunner
 
 from memorization_guard import lab
-from memorization_guard.cli.main import app
+from memorization_guard.cli.app import app
 from memorization_guard.core.trace import STATEMENT
 from memorization_guard.diffusers import guard
 from memorization_guard.evaluation import evaluate as evaluation
