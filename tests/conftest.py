@@ -103,7 +103,7 @@ def call():
     pytest.importorskip("typer")
     from typer.testing import CliRunner
 
-    from memorization_guard.cli.main import app
+    from memorization_guard.cli.app import app
 
     return lambda *arguments: CliRunner().invoke(app, [str(argument) for argument in arguments])
 

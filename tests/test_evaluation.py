@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 from memorization_guard import lab
 from memorization_guard.audit import AuditError
 from memorization_guard.audit.worker import Recipe
-from memorization_guard.cli.main import app
+from memorization_guard.cli.app import app
 from memorization_guard.core.trace import STATEMENT
 from memorization_guard.diffusers import guard
 from memorization_guard.evaluation import EvaluationError
@@ -205,7 +205,9 @@ def evaluate(model, profile, tmp_path):
 def test_both_lists_are_sampled_with_seeds_of_their_own(evaluate, batches):
     found = evaluate(seeds_per_prompt=2, seed=5)
     assert [(sample.memorized, sample.kind) for sample in found] == [(True, "cat")] * 4 + [(False, None)] * 4
-    assert [sample.seed for sample in found] == [5 + SEED_STRIDE + i for i in range(4)] + [5 + 2 * SEED_STRIDE + i for i in range(4)]
+    assert [sample.seed for sample in found] == [5 + SEED_STRIDE + i for i in range(4)] + [
+        5 + 2 * SEED_STRIDE + i for i in range(4)
+    ]
     assert [sample.prompt for sample in found[::2]] == ["a red cat 0", "a red cat 1", "a blue dog 0", "a blue dog 1"]
     assert all(sample.verdict != "unscored" for sample in found)
     assert set(found[0].signals) == set(SIGNALS)

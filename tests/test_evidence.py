@@ -248,7 +248,7 @@ def nested(depth):
         (json.dumps(recorded() | {"pixels": [1]}), "incomplete or damaged"),
         (json.dumps(recorded() | {"images": [1]}), "no trace of this image"),
         (json.dumps(recorded() | {"traces": [{}]}), "not a trace"),
-        (json.dumps(recorded() | {"traces": [IMPOSSIBLE]}), "impossible"),
+        (json.dumps(recorded() | {"traces": [IMPOSSIBLE]}), "cannot be read"),
     ],
 )
 def test_a_damaged_record_is_refused_in_one_line(file, text, message):

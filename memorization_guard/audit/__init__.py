@@ -5,6 +5,8 @@ many; ``dataset`` is the folder of results and ``store`` how they get there, ``r
 Needs the extra ``audit``.
 """
 
+from ..core.errors import GuardError
 
-class AuditError(Exception):
-    """An audit that cannot begin or go on; the message says why and what to do."""
+
+class AuditError(GuardError):
+    """An audit that cannot begin or go on."""

@@ -77,6 +77,4 @@ class CopyScorer:
             EvaluationError: if a file cannot be read as an image.
         """
         descriptor = self._of_file(image)
-        return max(
-            float(cosine_similarity(descriptor, self._of_training_image(file), dim=0)) for file in training_images
-        )
+        return max(float(cosine_similarity(descriptor, self._of_training_image(file), dim=0)) for file in training_images)

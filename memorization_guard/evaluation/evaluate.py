@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,8 +60,8 @@ def evaluate(
         copies: takes copy scores of the images whose prompts have training images.
         seeds_per_prompt: images of each prompt.
         batch_size: images sampled at once; may differ when an evaluation goes on.
-        seed: the first seed of the noise. Each list has :data:`~memorization_guard.prompts.SEED_STRIDE` seeds of its own, apart
-            from those of the reference runs, so that a longer list changes no seed of the other.
+        seed: the first seed of the noise. The seeds of each list are counted from a number of their own, apart from those of
+            the reference runs, so that a longer list changes no seed of the other.
         workers: makes those who sample, as for :func:`memorization_guard.audit.run.audit`.
         progress: whether to show a progress bar.
 
@@ -76,17 +77,22 @@ def evaluate(
         for row, prompt in enumerate(prompts)
     ]
     write_whole(folder / PROMPTS, "".join(json.dumps(row) + "\n" for row in listed))
-    audit(
-        recipe,
-        Plan.of(folder / PROMPTS, seeds_per_prompt=seeds_per_prompt, seed=seed),
-        folder / AUDIT,
-        lambda: workers(recipe),
-        profile=profile,
-        reference=reference,
-        reference_from=reference_from,
-        batch_size=batch_size,
-        progress=progress,
-    )
+    try:
+        audit(
+            recipe,
+            Plan.of(folder / PROMPTS, seeds_per_prompt=seeds_per_prompt, seed=seed),
+            folder / AUDIT,
+            lambda: workers(recipe),
+            profile=profile,
+            reference=reference,
+            reference_from=reference_from,
+            batch_size=batch_size,
+            progress=progress,
+        )
+    except BaseException:
+        if not (folder / AUDIT).exists():
+            shutil.rmtree(folder)  # it could not begin, so nothing has been made
+        raise
     return [
         _sample(row, folder / AUDIT, row["row"] < len(memorized), memorized, copies)
         for batch in scan(folder / AUDIT, _COLUMNS)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..prompts import stream_prompts
+from ..prompts import PromptListError, stream_prompts
 from . import EvaluationError
 
 
@@ -36,7 +36,7 @@ def read_list(path: str | os.PathLike[str], images: str | os.PathLike[str] | Non
 
     Raises:
         FileNotFoundError: if the list or a named image is missing.
-        ValueError: if the list cannot be read, or the folder holds no image for any of its prompts.
+        PromptListError: if the list cannot be read, or the folder holds no image for any of its prompts.
     """
     path = Path(path)
     by_number: dict[int, list[Path]] = {}
@@ -54,9 +54,9 @@ def read_list(path: str | os.PathLike[str], images: str | os.PathLike[str] | Non
                     raise FileNotFoundError(f"{path}, line {listed.line}: there is no image at {file}")
         prompts.append(Prompt(text=listed.text, kind=listed.kind, images=tuple(files)))
     if not prompts:
-        raise ValueError(f"{path} holds no prompt")
+        raise PromptListError(f"{path} holds no prompt")
     if images is not None and not any(prompt.images for prompt in prompts):
-        raise ValueError(
+        raise PromptListError(
             f"{images} holds no training image for {path}: name each after the number of its prompt's line (1.png), or name "
             "it under the key 'image' of the .jsonl"
         )

@@ -63,8 +63,8 @@ def summarize(
 
     Returns:
         ``"settings"``, ``"warnings"``, ``"ordinary"`` and ``"groups"`` (all memorized prompts first, then each kind) with
-        counts, rates and, by signal, AUC, TPR at 1 % FPR and ROC curve against the ordinary images; ``"ranked_by"``, the signal
-        that the least typical prompts are chosen by; and ``"samples"``, which a group's ``"samples"`` number.
+        counts, rates and, by signal, AUC, TPR at 1 % FPR and ROC curve against the ordinary images; ``"ranked_by"``, the
+        signal that the least typical prompts are chosen by; and ``"samples"``, which a group's ``"samples"`` number.
 
     Raises:
         EvaluationError: if one of the lists gave no image.
@@ -104,7 +104,7 @@ def summarize(
 
 
 def _groups(samples: Sequence[Sample], copy_threshold: float | None) -> list[tuple[dict[str, str], list[int]]]:
-    """The groups of memorized samples: each with its name and what makes it a group (``"of"``), and its numbers in ``samples``.
+    """The groups of memorized samples: the name of each, what makes it a group (``"of"``), and its numbers in ``samples``.
 
     All memorized samples are one; each kind is one where there are several; and those that are copies, where only some are.
     """
@@ -163,7 +163,9 @@ def _warnings(memorized: Sequence[Sample], ordinary: Sequence[Sample], reference
     if shared := len(prompts & {sample.prompt for sample in memorized}):
         said.append(f"Prompts that are in the memorized and in the ordinary list: {shared}.")
     if known := len(prompts & set(reference)):
-        said.append(f"Ordinary prompts that are reference prompts too: {known}. The profile was made with them, so give others.")
+        said.append(
+            f"Ordinary prompts that are reference prompts too: {known}. The profile was made with them, so give others."
+        )
     for name in ordinary[0].signals:
         for title, group in (("memorized", memorized), ("ordinary", ordinary)):
             missing = sum(sample.signals[name] is None for sample in group)

@@ -66,15 +66,19 @@ def html_report(result: Mapping[str, Any]) -> str:
     everyone = [*groups, ordinary]
     series = _series(result)
     names = [name for group in groups for name in group["signals"]]
-    body = _environment().get_template("evaluation.html").render(
-        {name: result[name] for name in ("groups", "ordinary", "warnings", "settings", "ranked_by")},
-        about={name: meaning for name, meaning in ABOUT.items() if name in names},
-        verdicts=[name for name in VERDICTS if any(name in group["verdicts"] for group in everyone)],
-        with_copies=any(group["copies"] for group in everyone),
-        curves=[_curve(group, ordinary["images"]) for group in _drawn(groups)],
-        drawn=list(series),
-        histograms=[_histogram(name, series) for name in groups[0]["signals"]],
-        extremes=_extremes(result),
+    body = (
+        _environment()
+        .get_template("evaluation.html")
+        .render(
+            {name: result[name] for name in ("groups", "ordinary", "warnings", "settings", "ranked_by")},
+            about={name: meaning for name, meaning in ABOUT.items() if name in names},
+            verdicts=[name for name in VERDICTS if any(name in group["verdicts"] for group in everyone)],
+            with_copies=any(group["copies"] for group in everyone),
+            curves=[_curve(group, ordinary["images"]) for group in _drawn(groups)],
+            drawn=list(series),
+            histograms=[_histogram(name, series) for name in groups[0]["signals"]],
+            extremes=_extremes(result),
+        )
     )
     return page(f"How well memorization is detected: {result['settings'].get('model') or 'a model'}", body, style=CHART_STYLE)
 
@@ -173,16 +177,17 @@ def _histogram(name: str, series: Mapping[str, Sequence[Mapping[str, Any]]]) -> 
         f"{title}, median {short(float(np.median(part)))}" for title, part in values.items() if len(part)
     )
     title = f"{name}{', log scale' if log else ''}"
-    return Markup(
-        chart(f"Histogram: {name}", description + ".", "".join(body), x, y, title, "share of images")
-    )
+    return Markup(chart(f"Histogram: {name}", description + ".", "".join(body), x, y, title, "share of images"))
 
 
 def _extremes(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The samples of both lists that look least like the others of their list."""
     signal = result["ranked_by"]
     sides = []
-    for memorized, title in ((False, "Ordinary prompts that look most memorized"), (True, "Memorized prompts that look least so")):
+    for memorized, title in (
+        (False, "Ordinary prompts that look most memorized"),
+        (True, "Memorized prompts that look least so"),
+    ):
         found = [s for s in result["samples"] if s["memorized"] is memorized and s["signals"].get(signal) is not None]
         found.sort(key=lambda sample: sample["signals"][signal], reverse=not memorized)
         with_copies = any(sample["copy_score"] is not None for sample in found)

@@ -18,7 +18,7 @@ from memorization_guard.audit.worker import Worker
 from memorization_guard.core.calibration import CalibrationError
 from memorization_guard.core.detection import Thresholds
 from memorization_guard.diffusers import guard
-from memorization_guard.evaluation.evaluate import SEED_STRIDE
+from memorization_guard.prompts import SEED_STRIDE
 
 
 def rows(folder):
