@@ -21,15 +21,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from memorization_guard.diffusers import guard
-from memorization_guard.evaluation.evaluate import SIGNALS
+from memorization_guard.evaluation.signals import SIGNALS
 from memorization_guard.evaluation.statistics import detection_with_intervals
 from memorization_guard.files import write_whole
 from memorization_guard.lab import Lab
 
 #: Our scores, by name: of one trace, higher on memorized images.
-OURS = {
-    name: SIGNALS[name] for name in ("S_mem", "joint score", "tail probability, -log10", "local score", "uncalibrated score")
-}
+OURS = {name: SIGNALS[name] for name in ("S_mem", "joint score", "p-value, -log10", "local score", "uncalibrated score")}
 
 
 def late_timestep(pipe: Any) -> int:

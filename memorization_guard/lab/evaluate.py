@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from .. import StabilityProfile, Thresholds, Trace
 from ..adapters.diffusers import guard
-from ..evaluation import evaluate as evaluation
+from ..evaluation import signals
 from ..evaluation.statistics import detection, detection_with_intervals
 from ..files import write_whole
 from . import COPY_THRESHOLD, MODEL, Lab
@@ -93,7 +93,7 @@ def similarity(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 #: Those of every model, and two more by which the lab's signals were understood.
-SIGNALS: dict[str, Callable[[Trace], float | None]] = evaluation.SIGNALS | {
+SIGNALS: dict[str, Callable[[Trace], float | None]] = signals.SIGNALS | {
     "S_mem, first 10 steps": lambda trace: float(np.nanmax(trace.update_score[:10])),
     "max s_x0": lambda trace: float(np.nanmax(trace.denoised_score)),
 }
