@@ -3,8 +3,8 @@
     python benchmarks/detection.py [--model FOLDER --world FOLDER] [--split evaluation] [--json FILE]
 
 All scores are of one image, and of the same sampling run. Nothing is fitted here: our profile comes from the reference
-prompts, the others' constants are those published. Times are of one image at a time on the CPU, turn by turn against plain
-sampling; a score of the first steps would let a run be stopped there, which is not counted in its favour.
+prompts, the others' constants are those published. Times are of one image at a time on the CPU, alternating with plain
+sampling. A score of the first steps would allow stopping the run there; its time does not count that.
 """
 
 from __future__ import annotations

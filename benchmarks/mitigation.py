@@ -3,8 +3,8 @@
     python benchmarks/mitigation.py [--model FOLDER --world FOLDER] [--split evaluation] [--json FILE]
 
 Every method is switched on for every image, memorized or not. Nothing is fitted here: the others' constants are those
-published, the ones that a norm is held against scaled to the size of this model's latents. Times are of one image at a time on
-the CPU, turn by turn against plain sampling.
+published; constants that a norm is compared with are scaled to the size of this model's latents. Times are of one image at a
+time on the CPU, alternating with plain sampling.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     python benchmarks/verdict.py --model FOLDER --world FOLDER --samplers PNDM:50 Euler:30 --images 50 100 30 16 --json FILE
 
 A profile is made from reference prompts with the first sampler, or with ``--profile-per-sampler`` with each. Every ordinary,
-exact and template prompt is then sampled twice from the same noise: traced, and mitigated. Detection and false positives are of
-the traced images. Nothing is fitted here, and no prompt or seed is used for two purposes.
+exact and template prompt is then sampled twice from the same noise: traced, and mitigated. Detection and false positives are
+those of the traced images. Nothing is fitted here, and no prompt or seed is used for two purposes.
 """
 
 from __future__ import annotations
