@@ -99,7 +99,7 @@ def evaluate(
         width=width,
     )
     copies = CopyScorer(sscd, device=device, threshold=copy_threshold) if sscd is not None else None
-    source = profile.name if profile is not None else reference.name if reference is not None else ""
+    source = reference.name if reference is not None else str(profile)
 
     def kept() -> str:
         return f"; what was made is kept in {folder}: call again to go on" if folder.exists() else ""
