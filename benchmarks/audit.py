@@ -35,7 +35,7 @@ import pyarrow.parquet as pq
 
 from memorization_guard.audit import cluster
 from memorization_guard.audit.plan import Job, Plan
-from memorization_guard.audit.report import summarize
+from memorization_guard.audit.summary import summarize
 from memorization_guard.audit.run import Batch, audit
 from memorization_guard.audit.worker import Recipe, Worker
 from memorization_guard.core.profile import StabilityProfile

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
+from ..audit import Keep
 from .errors import UsageError, resumable
-from .options import BatchSize, Config, Device, Dtype, Guidance, LoraFiles, Model, Seed, SeedsPerPrompt, Side, Steps
+from .options import (
+    BatchSize,
+    Config,
+    Device,
+    Dtype,
+    Guidance,
+    LoraFiles,
+    Mode,
+    Model,
+    Seed,
+    SeedsPerPrompt,
+    Side,
+    Steps,
+    one_of,
+)
 from .report import print_audit
 
 if TYPE_CHECKING:
     from ..audit.run import Workers
-
-
-class Images(str, Enum):
-    """Which images an audit keeps."""
-
-    none = "none"
-    flagged = "flagged"
-    all = "all"
 
 
 def audit(
@@ -36,13 +42,17 @@ def audit(
         str | None, typer.Option(help="Key or column of the prompts, if it is not caption, prompt or text.")
     ] = None,
     seeds_per_prompt: SeedsPerPrompt = 1,
-    images: Annotated[Images, typer.Option(help="Which images to keep; flagged are those that triggered.")] = Images.flagged,
-    mitigate: Annotated[bool, typer.Option("--mitigate", help="Steer away from what triggers.")] = False,
-    stop: Annotated[
-        bool, typer.Option("--stop", help="End a batch as soon as all of its images have triggered; saves steps.")
-    ] = False,
-    false_alarms: Annotated[
-        float, typer.Option(min=1e-6, max=0.5, help="Share of ordinary images that may trigger; each is a false alarm.")
+    images: Annotated[
+        Keep,
+        typer.Option(
+            parser=one_of(*get_args(Keep)),
+            metavar="|".join(get_args(Keep)),
+            help="Which images to keep; flagged are those that triggered.",
+        ),
+    ] = "flagged",
+    mode: Mode = "trace",
+    false_positive_rate: Annotated[
+        float, typer.Option(min=1e-6, max=0.5, help="Share of ordinary images that may trigger.")
     ] = 0.001,
     ray: Annotated[
         str | None, typer.Option(metavar="ADDRESS", help="Work on a Ray cluster: its address, auto, or local to start one.")
@@ -75,13 +85,14 @@ def audit(
         raise UsageError("--workers is for --ray; on one machine call the same command once a GPU")
     from ..audit.dataset import MANIFEST
     from ..audit.plan import Plan
-    from ..audit.report import summarize
     from ..audit.run import Local
     from ..audit.run import audit as run_audit
+    from ..audit.summary import summarize
     from ..audit.worker import Recipe
-    from ..core.detection import Thresholds
+    from ..core.settings import Thresholds
     from ..pipelines import Lora
     from ..prompts import enough, read_prompts, reference_prompts
+    from ..reports.audit import write_report
 
     recipe = Recipe(
         # Workers on a cluster run in another folder.
@@ -94,10 +105,9 @@ def audit(
         guidance=guidance,
         height=height,
         width=width,
-        thresholds=Thresholds(false_alarms=false_alarms),
-        mitigate=mitigate,
-        stop=stop,
-        keep=images.value,
+        thresholds=Thresholds(false_positive_rate=false_positive_rate),
+        mode=mode,
+        keep=images,
     )
     known = [] if profile is not None else enough(reference_prompts() if reference is None else read_prompts(reference))
     plan = Plan.of(prompts, column=column, seeds_per_prompt=seeds_per_prompt, seed=seed)
@@ -122,6 +132,7 @@ def audit(
             reference=known,
             reference_from="ours" if reference is None else reference.name,
             batch_size=batch_size,
+            report=write_report,
         )
     if not worked:
         print(f"{output} is finished: nothing was left to do")

@@ -25,8 +25,8 @@ def compare(
     writable(output)
     if output is not None and output.suffix not in (".html", ".json", ".csv", ".parquet"):
         raise UsageError(f"{output.name}: a comparison is written as .html, .json, .csv or .parquet")
-    from ..audit.compare import compare as compare_audits
-    from ..audit.compare import write_comparison
+    from ..audit.comparison import compare as compare_audits
+    from ..reports.comparison import write_comparison
 
     result = compare_audits(a, b)
     if output is not None:

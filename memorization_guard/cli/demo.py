@@ -15,7 +15,12 @@ from .options import Seed
 from .output import png, print_table, write_all
 
 if TYPE_CHECKING:
+    from ..core.settings import Mode
     from ..reports.html import Comparison
+
+
+#: Each prompt is sampled once in each.
+MODES: tuple[Mode, Mode] = ("trace", "mitigate")
 
 
 def demo(
@@ -64,8 +69,8 @@ def _compare(pipe: Any, count: int, seed: int, advance: Callable[[int], object])
     for group in ("exact", "template", "ordinary"):
         prompts = lab.prompts(group)[:count]
         sides = []
-        for mitigate in (False, True):
-            with guard(pipe, profile, mitigate=mitigate) as run:
+        for mode in MODES:
+            with guard(pipe, profile, mode) as run:
                 generators = [torch.Generator().manual_seed(seed + i) for i in range(count)]
                 images = pipe(prompts, num_inference_steps=50, guidance_scale=7.5, generator=generators).images
             sides.append((images, run.traces))

@@ -2,10 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from ..core import settings
+
+
+def one_of(*choices: str) -> Callable[[str], str]:
+    """A parser for an option that takes one of these words."""
+
+    def parse(value: str) -> str:
+        if value not in choices:
+            raise typer.BadParameter(f"{value!r} is not one of {', '.join(choices)}")
+        return value
+
+    return parse
+
+
+#: A command that guards nothing would have nothing to say.
+_MODES = tuple(mode for mode in settings.MODES if mode != "off")
 
 Steps = Annotated[int, typer.Option(min=1, help="Sampler steps.")]
 Guidance = Annotated[float, typer.Option(help="Classifier-free guidance scale.")]
@@ -22,6 +40,14 @@ Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the initi
 BatchSize = Annotated[int, typer.Option(min=1, help="Prompts sampled at once.")]
 SeedsPerPrompt = Annotated[int, typer.Option(min=1, help="Images of each prompt.")]
 Side = Annotated[int | None, typer.Option(min=8, help="Pixels; the model's own size if not given.")]
+Mode = Annotated[
+    settings.Mode,
+    typer.Option(
+        parser=one_of(*_MODES),
+        metavar="|".join(_MODES),
+        help="What to do with an image that triggers: record it, steer away from the copy, or end the run.",
+    ),
+]
 Json = Annotated[Path | None, typer.Option("--json", help="Write the traces here (.json).")]
 Plot = Annotated[Path | None, typer.Option(help="Write the stability graph here: .svg or .png; of several runs the worst.")]
 

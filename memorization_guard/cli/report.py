@@ -12,7 +12,7 @@ from .output import print_table, printable, warn
 
 def report(folder: Annotated[Path, typer.Argument(help="Folder of an audit, finished or not.")]) -> None:
     """Make the report of an audit anew, from its results."""
-    from ..audit.report import write_report
+    from ..reports.audit import write_report
 
     print_audit(folder, write_report(folder))
 

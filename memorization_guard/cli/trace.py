@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .errors import UsageError, sampling_errors, writable
-from .options import Config, Device, Dtype, Guidance, Json, LoraFiles, Model, Plot, Seed, Side, Steps, load, sampling
+from .options import Config, Device, Dtype, Guidance, Json, LoraFiles, Mode, Model, Plot, Seed, Side, Steps, load, sampling
 from .output import graph_file, json_text, write_all
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ def trace(
     model: Model,
     prompt: Annotated[str, typer.Argument(help="What to paint.")],
     profile: Annotated[Path | None, typer.Option(help="Stability profile; without one the run is traced, not scored.")] = None,
-    mitigate: Annotated[bool, typer.Option("--mitigate", help="Steer away when the run leaves the stability region.")] = False,
+    mode: Mode = "trace",
     json_file: Json = None,
     plot: Plot = None,
     image: Annotated[Path | None, typer.Option(help="Write the image here (.png).")] = None,
@@ -36,8 +36,8 @@ def trace(
     """Paint one image and judge it."""
     writable(json_file, plot, image)
     is_graph(plot)
-    if mitigate and profile is None:
-        raise UsageError("--mitigate needs a --profile: make one with 'memorization-guard calibrate'")
+    if mode in ("mitigate", "stop") and profile is None:
+        raise UsageError(f"--mode {mode} needs a --profile: make one with 'memorization-guard calibrate'")
     from ..core.profile import StabilityProfile
 
     stability = StabilityProfile.load(profile) if profile is not None else None
@@ -48,7 +48,7 @@ def trace(
     from ..adapters.diffusers import guard
 
     options = sampling(steps, guidance, height, width)
-    with sampling_errors(), guard(pipe, stability, mitigate=mitigate) as run:
+    with sampling_errors(), guard(pipe, stability, mode) as run:
         output = pipe(prompt, generator=torch.Generator().manual_seed(seed), **options)
     if not run.traces:
         raise UsageError("the run could not be watched; the log says why")
@@ -58,7 +58,7 @@ def trace(
         "model": model.name,
         "loras": [Path(each).name for each in lora or ()],
         "profile": profile.name if profile is not None else None,
-        "mitigate": mitigate,
+        "mode": mode,
         "seed": seed,
         **options,
     }
@@ -85,7 +85,7 @@ def _print(found: Trace, *, scored: bool) -> None:
     from ..core.trace import STATEMENT
 
     score = "none" if found.score is None else f"{found.score:.2f}"
-    trigger = "none" if found.trigger_step is None else f"step {found.trigger_step} of {found.steps}"
+    trigger = "none" if found.trigger_step is None else f"step {found.trigger_step} of {len(found.steps)}"
     print(f"verdict: {found.verdict}\nscore (S_mem): {score}\ntrigger: {trigger}\ncorrected steps: {found.mitigated.sum()}")
     if not scored:
         print("No profile was given, so the run is not scored: make one with 'memorization-guard calibrate'.")

@@ -69,7 +69,7 @@ def evaluate(
         AuditError: if the profile does not fit, or the folder belongs to another evaluation.
         OSError: if the disk is full; what was made so far is kept.
     """
-    recipe = dataclasses.replace(recipe, mitigate=False, stop=False, keep="none" if copies is None else "all")
+    recipe = dataclasses.replace(recipe, mode="trace", keep="none" if copies is None else "all")
     folder.mkdir(parents=True, exist_ok=True)
     listed = [
         {"prompt": prompt.text, "kind": prompt.kind, "seed": (seed + number * SEED_STRIDE + row * seeds_per_prompt) % 2**63}

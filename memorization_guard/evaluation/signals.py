@@ -28,7 +28,7 @@ def _evidence(p_value: float | None) -> float | None:
 SIGNALS: dict[str, Callable[[Trace], float | None]] = {
     "S_mem": lambda trace: trace.score,
     "joint score": lambda trace: trace.joint_score,
-    "p-value, -log10": lambda trace: _evidence(trace.tail_probability),
+    "p-value, -log10": lambda trace: _evidence(trace.p_value),
     "local score": lambda trace: trace.local_score,
     "uncalibrated score": lambda trace: trace.uncalibrated_score,
     "guidance norm, mean": lambda trace: _mean(trace.guidance_norm),

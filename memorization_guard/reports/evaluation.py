@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from ..core.trace import VERDICTS
+from ..core.settings import VERDICTS
 from ..files import write_whole
-from .charts import BOTTOM, LEFT, RIGHT, SERIES, TOP, Axis, chart, count, line, percent, points, short
+from .charts import BOTTOM, LEFT, RIGHT, SERIES, TOP, Axis, chart, line, percent, points, short
 from .charts import STYLE as CHART_STYLE
 from .html import page
+from .rendering import render
 
 #: What the signals are, for the reader of a page.
 ABOUT = {
@@ -81,30 +80,6 @@ def html_report(result: Mapping[str, Any]) -> str:
         )
     )
     return page(f"How well memorization is detected: {result['settings'].get('model') or 'a model'}", body, style=CHART_STYLE)
-
-
-def _environment() -> Environment:
-    """Templates whose values are escaped, and in which a name that does not exist is an error."""
-
-    def printable(value: Any) -> Any:
-        # HTML cannot hold control characters.
-        return re.sub("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]", "\ufffd", value) if type(value) is str else value
-
-    environment = Environment(
-        loader=PackageLoader("memorization_guard.reports"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=printable,
-    )
-    environment.filters |= {
-        "count": count,
-        "line": lambda number, path: Markup(line(number, path)),
-        "numeric": "#{}".format,
-        "short": short,
-    }
-    return environment
 
 
 def _kinds(groups: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
