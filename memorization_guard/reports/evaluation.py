@@ -65,19 +65,16 @@ def html_report(result: Mapping[str, Any]) -> str:
     everyone = [*groups, ordinary]
     series = _series(result)
     names = [name for group in groups for name in group["signals"]]
-    body = (
-        _environment()
-        .get_template("evaluation.html")
-        .render(
-            {name: result[name] for name in ("groups", "ordinary", "warnings", "settings", "ranked_by")},
-            about={name: meaning for name, meaning in ABOUT.items() if name in names},
-            verdicts=[name for name in VERDICTS if any(name in group["verdicts"] for group in everyone)],
-            with_copies=any(group["copies"] for group in everyone),
-            curves=[_curve(group, ordinary["images"]) for group in _drawn(groups)],
-            drawn=list(series),
-            histograms=[_histogram(name, series) for name in groups[0]["signals"]],
-            extremes=_extremes(result),
-        )
+    body = render(
+        "evaluation.html",
+        **{name: result[name] for name in ("groups", "ordinary", "warnings", "settings", "ranked_by")},
+        about={name: meaning for name, meaning in ABOUT.items() if name in names},
+        verdicts=[name for name in VERDICTS if any(name in group["verdicts"] for group in everyone)],
+        with_copies=any(group["copies"] for group in everyone),
+        curves=[_curve(group, ordinary["images"]) for group in _drawn(groups)],
+        drawn=list(series),
+        histograms=[_histogram(name, series) for name in groups[0]["signals"]],
+        extremes=_extremes(result),
     )
     return page(f"How well memorization is detected: {result['settings'].get('model') or 'a model'}", body, style=CHART_STYLE)
 
