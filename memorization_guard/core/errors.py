@@ -1,5 +1,5 @@
-"""The base of every error whose message is for the user."""
+"""What all errors for the user have in common."""
 
 
 class GuardError(Exception):
-    """What the user can put right; the message says what is wrong and what to do."""
+    """An error whose message is for the user: it says what is wrong and what to do."""
