@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from .. import __version__, evidence
-from ..adapters.diffusers import calibrate, guard
+from ..adapters.calibrate import calibrate
+from ..adapters.diffusers import guard
 from ..core.profile import StabilityProfile
 from ..core.settings import Mode, Thresholds
 from ..core.trace import Trace

@@ -32,7 +32,7 @@ def calibrate(
     writable(output)
     texts = read_prompts(prompts)
     pipe = load(model, config, lora, device, dtype)
-    from ..adapters.diffusers import calibrate as make_profile
+    from ..adapters.calibrate import calibrate as make_profile
 
     state = output.with_name(output.name + ".partial.json")
     with resumable(lambda: runs_kept(state)):

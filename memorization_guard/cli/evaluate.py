@@ -99,7 +99,7 @@ def evaluate(
     pipe = load(model, config, lora, device, dtype)
     copies = CopyScorer(sscd, device=pipe.device, threshold=copy_threshold) if sscd is not None else None
 
-    from ..adapters.diffusers import calibrate as make_profile
+    from ..adapters.calibrate import calibrate as make_profile
 
     options: dict[str, Any] = {"batch_size": batch_size, "seed": seed, **sampling(steps, guidance, height, width)}
     with resumable(lambda: runs_kept(state, reference_state)):
