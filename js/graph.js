@@ -216,7 +216,7 @@ export function layout(run, { width, height, quantity, compact = false }) {
     const nothing = live ? "waiting for the first step" : "no step was recorded";
     return { shapes: [], steps: 0, empty: taken ? "no norm of this run is a number" : nothing };
   }
-  const ticks = ticksOf(range, height < 150 ? 2 : 3);
+  const ticks = ticksOf(range, height < 90 ? 1 : height < 150 ? 2 : 3);
   const left = Math.round(10 + 6.3 * largest(ticks.map((tick) => short(tick).length)));
   const right = width - (many ? 22 : 12);
   const [top, bottom] = [18, height - 21];
@@ -259,10 +259,12 @@ export function layout(run, { width, height, quantity, compact = false }) {
   curve("mean", mean);
 
   const title = compact ? "" : AXIS_TITLES[quantity] + (range.log ? ", log scale" : "");
-  for (const mark of marksOf(run, x, right, title)) {
-    if (mark.role !== "title") line(mark.role, [[mark.x, top - 3], [mark.x, base]]);
-    if (mark.words) text(`label-${mark.role}`, [mark.at, 12], mark.words);
+  const marks = marksOf(run, x, right);
+  for (const { role, at, words, from } of marks) {
+    line(role, [[at, top - 3], [at, base]]);
+    if (words) text(`label-${role}`, [from, 12], words);
   }
+  if (marks.every((mark) => !mark.words || mark.to + 8 < right - widthOf(title))) text("tick", [right, 12], title, "end");
   curves.forEach((values, index) => curve("run", values, styleOf(index)));
   const size = Math.min(many ? 1.8 : 2.6, Math.max(1.2, (0.3 * (right - left)) / Math.max(count, 1)));
   curves.forEach((values, index) => {
@@ -285,7 +287,10 @@ export function layout(run, { width, height, quantity, compact = false }) {
 /** What the plot shows: pairs of a role and the words for it. */
 export function legendOf(run, quantity, compact) {
   const legend = [];
+  const many = run.items.length > 1;
   if (run.items.length === 1 && !compact) legend.push(["run", "this run"]);
+  if (many && run.items.some((item) => item.trigger !== null)) legend.push(["trigger", "trigger"]);
+  if (many && run.items.some((item) => item.nonfinite !== null)) legend.push(["broken", "not a number"]);
   if (run.items.some((item) => item.mitigated.includes(true))) legend.push(["corrected", "corrected"]);
   const runs = run.referenceCount && !compact ? ` of ${run.referenceCount} reference runs` : "";
   if (run.bands[quantity]) legend.push(["band", `mean ± ${run.gamma} sd${runs}`]);
@@ -293,34 +298,30 @@ export function legendOf(run, quantity, compact) {
 }
 
 /**
- * The vertical marks, one for each step at which something happened, and the axis title at the right: role, `x` of the line, and,
- * where there is room above the plot, `words` and where they begin (`at`).
+ * The vertical marks, one for each step at which something happened: role, where the line is (`at`), and, if there is room above
+ * the plot, its `words` and where they are (`from`, `to`).
  */
-function marksOf(run, x, right, title) {
+function marksOf(run, x, right) {
   const found = new Map();
   run.items.forEach((item, index) => {
     for (const [role, step] of [["trigger", item.trigger], ["broken", item.nonfinite]]) {
       if (step === null) continue;
-      const mark = found.get(`${role} ${step}`) ?? { role, step, who: [] };
-      found.set(`${role} ${step}`, { ...mark, who: [...mark.who, index + 1] });
+      const { who } = found.get(`${role} ${step}`) ?? { who: [] };
+      found.set(`${role} ${step}`, { role, step, who: [...who, index + 1] });
     }
   });
-  const taken = [];
-  const label = (mark, words, places) => {
-    const wide = widthOf(words);
-    const fits = (at) => at >= 0 && at + wide <= right + 8 && taken.every(([from, to]) => at + wide + 8 < from || at > to + 8);
-    const at = words ? places(wide).find(fits) : undefined;
-    if (at === undefined) return mark;
-    taken.push([at, at + wide]);
-    return { ...mark, words, at };
-  };
-  const marks = [...found.values()].sort((a, b) => a.step - b.step).map(({ role, step, who }) => {
+  const placed = [];
+  return [...found.values()].sort((a, b) => a.step - b.step).map(({ role, step, who }) => {
     const at = Math.round(x(step)) + 0.5;
     const what = role === "trigger" ? `trigger at step ${step}` : `not a number from step ${step}`;
-    const words = run.items.length > 1 ? `${who.join(", ")}: ${what}` : what;
-    return label({ role, x: at }, words, (wide) => [at - 1, at - wide]);
+    const words = run.items.length > 1 ? who.join(", ") : what;
+    const wide = widthOf(words);
+    const fits = (from) => from >= 0 && from + wide <= right + 8 && placed.every((p) => from + wide + 4 < p.from || from > p.to + 4);
+    const from = [at - 1, at - wide].find(fits);
+    if (from === undefined) return { role, at };
+    placed.push({ from, to: from + wide });
+    return { role, at, words, from, to: from + wide };
   });
-  return [...marks, label({ role: "title" }, title, (wide) => [right - wide])];
 }
 
 /** The numbers at the curves' ends, moved apart where they would overlap. */
@@ -487,19 +488,21 @@ const STYLE = `
 .mg-swatch{flex:none;display:block}
 .mg-narrow{padding:6px 6px 2px}
 .mg-narrow .mg-head{gap:4px 6px}
-.mg-narrow .mg-verdicts{gap:4px 6px}
-.mg-narrow .mg-badge{padding:1px 7px}
-.mg-view.mg-narrow button.mg-choice{padding:0 5px;font-size:11px}
+.mg-narrow .mg-verdicts{gap:4px 6px;font-size:11px}
+.mg-narrow .mg-badge{padding:1px 6px}
+.mg-narrow .mg-legend{gap:0 8px;line-height:12px}
+.mg-narrow .mg-legend>span{gap:3px}
+.mg-view.mg-narrow button.mg-choice{padding:0 4px;font-size:11px}
 .mg-text{font-size:11px;stroke:none;fill:var(--mg-muted)}
 .mg-label-trigger{fill:var(--mg-alarm)}
 .mg-item{fill:var(--mg-own);font-weight:600}
-.mg-band{fill:var(--mg-band)}.mg-band-line{stroke:var(--mg-band);stroke-width:3;fill:none}
+.mg-band,.mg-key-band{fill:var(--mg-band)}.mg-band-line{stroke:var(--mg-band);stroke-width:3;fill:none}
 .mg-grid,.mg-axis,.mg-mean,.mg-trigger,.mg-broken,.mg-run{fill:none}
 .mg-grid{stroke:var(--mg-grid);shape-rendering:crispEdges}.mg-axis{stroke:var(--mg-muted);shape-rendering:crispEdges}
 .mg-mean{stroke:var(--mg-mean);stroke-width:1.2}.mg-mean-point{fill:var(--mg-mean)}
 .mg-trigger{stroke:var(--mg-alarm);shape-rendering:crispEdges}.mg-broken{stroke:var(--mg-muted);stroke-dasharray:2 3}
 .mg-run{stroke:var(--mg-own);stroke-width:1.8}.mg-run-point,.mg-end{fill:var(--mg-own);stroke:none}
-.mg-corrected{fill:var(--mg-corrected)}
+.mg-corrected,.mg-key-corrected{fill:var(--mg-corrected)}
 .mg-rule{stroke:var(--mg-muted);shape-rendering:crispEdges}
 .mg-value{fill:var(--mg-own);stroke:var(--mg-ground);stroke-width:1.5}
 `;
@@ -851,8 +854,10 @@ function makeSvg(tag, attributes, text) {
 const runSwatch = (index) => ["polyline", { class: "mg-run", points: "1,4 17,4", ...styleOf(index) }];
 const SWATCHES = {
   run: runSwatch(0),
-  corrected: ["circle", { class: "mg-corrected", cx: 9, cy: 4, r: 2.6 }],
-  band: ["rect", { class: "mg-band", width: 18, height: 8 }],
+  trigger: ["polyline", { class: "mg-trigger", points: "9,0 9,8" }],
+  broken: ["polyline", { class: "mg-broken", points: "9,0 9,8" }],
+  corrected: ["circle", { class: "mg-key-corrected", cx: 9, cy: 4, r: 2.6 }],
+  band: ["rect", { class: "mg-key-band", width: 18, height: 8 }],
 };
 
 function makeSwatch([tag, attributes]) {
