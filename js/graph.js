@@ -101,7 +101,7 @@ export function summarize(run) {
   for (const [index, item] of run.items.entries()) {
     const parts = [item.verdict];
     if (item.verdict === "stable" && !run.finished) parts[0] += " so far";
-    if (item.trigger !== null) parts.push(`left the region at step ${item.trigger}`);
+    if (item.trigger !== null) parts.push(`triggered at step ${item.trigger}`);
     if (item.score !== null) parts.push(`S_mem ${scoreText(item.score)}`);
     if (item.pValue !== null) parts.push(`as far as ${rarity(item.pValue)} ordinary images`);
     const corrected = item.mitigated.filter(Boolean).length;

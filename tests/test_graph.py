@@ -113,7 +113,7 @@ def test_it_is_described_for_those_who_cannot_see_it_and_styles_itself(trace):
     assert root.get("role") == "img"
     assert root.find(f"{SVG}title").text == "Stability graph: likely copy, S_mem 20.0"
     description = root.find(f"{SVG}desc").text
-    assert "left its stability region at step 5" in description
+    assert "triggered at step 5" in description
     assert "4 steps were corrected" in description
     assert "prefers-color-scheme:dark" in svg(trace)
     styles = root.find(f"{SVG}style").text

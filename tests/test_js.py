@@ -141,7 +141,7 @@ def test_what_is_heard_of_it(page):
     assert live.text_content() == "Sampling, 20 steps planned."
     add(page, 2, 6)
     told = live.text_content()
-    assert "Image 2: likely copy, left the region at step 3" in told
+    assert "Image 2: likely copy, triggered at step 3" in told
     add(page, 6, 9)
     assert live.text_content() == told
     page.evaluate("graph.finishRun(run, []); view.show(run)")
@@ -382,7 +382,7 @@ def test_the_report_says_in_words_what_it_draws(browser, report):
     plain = browser.new_context(java_script_enabled=False).new_page()
     plain.goto(report)
     said = plain.locator("[data-trace]").all_text_contents()
-    assert said[1].startswith("Image 1: likely copy, left the region at step 3, S_mem 20.0, 14 steps corrected.")
+    assert said[1].startswith("Image 1: likely copy, triggered at step 3, S_mem 20.0, 14 steps corrected.")
     assert drawn.locator(".mg-live").all_text_contents() == said
     plain.context.close()
     drawn.close()

@@ -127,7 +127,7 @@ def test_no_text_of_a_trace_ends_the_script_it_stands_in(comparisons):
 
 def test_a_trace_in_words(comparisons):
     corrected, stable = comparisons[0].mitigated_trace, comparisons[1].plain_trace
-    assert summary(corrected) == "Image 1: likely copy, left the region at step 2, S_mem 1.0, 10 steps corrected."
+    assert summary(corrected) == "Image 1: likely copy, triggered at step 2, S_mem 1.0, 10 steps corrected."
     assert summary(stable) == "Image 1: stable, S_mem 1.0."
     stable.evaluations.p_value = np.array([0.3, 0.00005, np.nan])
     assert summary(stable) == "Image 1: stable, S_mem 1.0, as far as 1 in 20,000 ordinary images."
@@ -166,13 +166,6 @@ def test_a_chart_escapes_its_texts_and_not_its_body():
     assert root.find("desc").text == "<d> \ufffd"
     assert {"<x>", "<y>", "0.2", "<0.2>"} <= {element.text for element in root.iter("text")}
     assert body in drawn
-
-
-def test_a_table_aligns_numbers_and_keeps_its_rows():
-    drawn = charts.table(("<name>", "#count"), "<tbody><tr><td>&amp;</td></tr></tbody>")
-    assert "<th>&lt;name&gt;</th>" in drawn
-    assert '<th class="number">count</th>' in drawn
-    assert "<tr><td>&amp;</td></tr>" in drawn
 
 
 def test_a_page_without_a_script_runs_none():

@@ -106,7 +106,8 @@ def svg(trace: Trace) -> str:
     root = ET.Element("svg", {"xmlns": "http://www.w3.org/2000/svg", "class": "mg-graph", "role": "img", **size})
 
     def add(tag: str, text: str | None = None, **attributes: object) -> None:
-        element = ET.SubElement(root, tag, {name.rstrip("_").replace("_", "-"): str(value) for name, value in attributes.items()})
+        written = {name.rstrip("_").replace("_", "-"): str(value) for name, value in attributes.items()}
+        element = ET.SubElement(root, tag, written)
         # XML cannot hold these characters at all.
         element.text = text and re.sub("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]", "\ufffd", text)
 
@@ -320,8 +321,8 @@ def _stretches(there: np.ndarray) -> list[slice]:
 def _vertical_axis(run: np.ndarray, band_low: np.ndarray, band_high: np.ndarray, top: float, bottom: float) -> Axis | None:
     """The axis for a run and its band; ``None`` if nothing is finite.
 
-    It is logarithmic where the values stretch over more than a decade, as in some schedules: a linear axis would press the end of
-    the run flat.
+    It is logarithmic where the values stretch over more than a decade, as in some schedules: a linear axis would press the end
+    of the run flat.
     """
     values = np.concatenate([run, band_low, band_high])
     values = values[np.isfinite(values)]
@@ -361,7 +362,7 @@ def _description(trace: Trace) -> str:
     if trace.bands:
         parts[0] += f", against the mean plus and minus {trace.thresholds.gamma:g} standard deviations of reference runs"
     if trace.trigger_step is not None:
-        parts.append(f"The run left its stability region at step {trace.trigger_step}")
+        parts.append(f"The run triggered at step {trace.trigger_step}")
     if trace.mitigated.any():
         parts.append(f"{int(trace.mitigated.sum())} steps were corrected")
     if trace.nonfinite_step is not None:
@@ -374,8 +375,8 @@ def _description(trace: Trace) -> str:
 def overlay(image: Image.Image, trace: Trace) -> Image.Image:
     """``image`` in grey, with the trace's local map laid over it in red: the redder, the larger x0 is than in ordinary images.
 
-    Red begins at 2 standard deviations and is strongest at 6. It marks what the model had settled at a step at which an ordinary
-    image is still open; of a template, the fixed part.
+    Red begins at 2 standard deviations and is strongest at 6. It marks what the model had settled at a noise level at which an
+    ordinary image is still open; of a template, the fixed part.
 
     Raises:
         ValueError: if the trace has no map (it needs a profile with reference runs, and a latent with places).

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from markupsafe import Markup
 from PIL import Image, ImageDraw, ImageFont
 
 from ..core.trace import STATEMENT, Trace
@@ -84,16 +85,17 @@ def page(title: str, body: str, *, style: str = "", data: Mapping[str, object] |
         data: what the script reads, as JSON, each in an element of that id.
         script: a module, the only one that may run.
     """
-    return render(
+    html = render(
         "page.html",
         title=title,
-        body=body,
-        style=style,
+        body=Markup(body),
+        style=Markup(style),
         data=data or {},
-        script=script,
+        script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         statement=STATEMENT,
     )
+    return str(html)
 
 
 def _data_url(image: Image.Image) -> str:

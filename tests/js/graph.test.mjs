@@ -73,7 +73,7 @@ const points = ([, attributes]) => attributes.points.split(" ").map((pair) => pa
 const words = (plot) => plot.shapes.filter(([tag]) => tag === "text").map(([, , text]) => text);
 
 test("a run is said in words", () => {
-  assert.equal(summarize(runOf([trace()])), "Image 1: likely copy, left the region at step 3, S_mem 25.3, 4 steps corrected.");
+  assert.equal(summarize(runOf([trace()])), "Image 1: likely copy, triggered at step 3, S_mem 25.3, 4 steps corrected.");
   const two = runOf([trace({ verdict: "stable", trigger_step: null, score: 0.74, steps: {} }), trace({ nonfinite_step: 8 })]);
   assert.match(summarize(two), /^Image 1: stable, S_mem 0\.7\.\nImage 2: likely copy, .* not a number from step 8\.$/);
 });
@@ -91,7 +91,7 @@ test("a live run says how far it is, and takes its verdict, trigger and score fr
   assert.match(summarize(run), /^Sampling, step 1 of 10\.\nImage 1: stable so far, S_mem 1\.0\./);
   addStep(run, event(1, { state: ["stable", "mild"], update_score: [1, 5] }));
   addStep(run, event(2, { state: ["stable", "strong"], update_score: [1, 4], mitigated: [false, true] }));
-  assert.match(summarize(run), /Image 2: strong, left the region at step 1, S_mem 5\.0, 1 step corrected\.$/);
+  assert.match(summarize(run), /Image 2: strong, triggered at step 1, S_mem 5\.0, 1 step corrected\.$/);
   finishRun(run, [trace()]);
   assert.match(summarize(run), /^Image 1: likely copy/);
   addStep(run, event(9));
@@ -108,7 +108,7 @@ test("the p-value of a trace is said, and that of events is the smallest so far"
   const rare = { score: null, p_value: 0.00005 };
   assert.equal(
     summarize(runOf([trace(rare)])),
-    "Image 1: likely copy, left the region at step 3, as far as 1 in 20,000 ordinary images, 4 steps corrected.",
+    "Image 1: likely copy, triggered at step 3, as far as 1 in 20,000 ordinary images, 4 steps corrected.",
   );
   const usual = trace({ verdict: "stable", trigger_step: null, score: 0.7, p_value: 0.8, steps: {} });
   assert.match(summarize(runOf([usual])), /^Image 1: stable, S_mem 0\.7, as far as most ordinary images\.$/m);
