@@ -281,7 +281,7 @@ def test_a_file_outside_the_audit_is_not_shown(audits):
 
 def test_shares_are_told_with_the_digits_that_matter():
     shares = [0, 1, 0.5, 0.01, 0.98975, 0.00012345, 0.999977, -0.003, 1e-7]
-    assert [share(share) for share in shares] == [
+    assert [share(value) for value in shares] == [
         "0 %", "100 %", "50.0 %", "1.0 %", "99.0 %", "0.012 %", "99.9977 %", "-0.30 %", "0.000010 %"
     ]  # fmt: skip
 
