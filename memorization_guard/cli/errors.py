@@ -15,7 +15,10 @@ from ..core.errors import GuardError
 from .output import printable
 
 #: The extra that brings a package.
-_EXTRAS = {"pyarrow": "audit", "filelock": "audit", "jinja2": "audit", "ray": "cluster", "diffusers": "diffusers"}
+_EXTRAS = dict.fromkeys(("pyarrow", "filelock", "jinja2", "scipy", "sklearn"), "audit") | {
+    "ray": "cluster",
+    "diffusers": "diffusers",
+}
 
 
 class UsageError(GuardError):

@@ -2,33 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from .calibrate import runs_kept
 from .errors import UsageError, resumable, writable
-from .options import (
-    BatchSize,
-    Config,
-    Device,
-    Dtype,
-    Guidance,
-    LoraFiles,
-    Model,
-    Seed,
-    SeedsPerPrompt,
-    Side,
-    Steps,
-    load,
-    sampling,
-)
+from .options import BatchSize, Config, Device, Dtype, Guidance, LoraFiles, Model, Seed, SeedsPerPrompt, Side, Steps
 from .output import print_table, warn
-
-if TYPE_CHECKING:
-    from ..core.profile import StabilityProfile
 
 
 def evaluate(
@@ -81,53 +64,78 @@ def evaluate(
     belongs to line 17, in a .txt as well.
     """
     base = output.with_suffix("") if output.suffix.lower() in (".html", ".json") else output
-    page, data, state, reference_state = (
-        base.with_name(base.name + end) for end in (".html", ".json", ".partial.jsonl", ".reference.partial.json")
-    )
-    writable(page, data, state, reference_state, save_profile)
+    page, data, folder = (base.with_name(base.name + end) for end in (".html", ".json", ".partial"))
+    writable(page, data, save_profile)
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder} is no folder: the evaluation would keep there what has been made so far")
     _consistent(reference, profile, save_profile, images, sscd)
 
+    from ..audit.worker import Recipe
     from ..core.profile import StabilityProfile
-    from ..evaluation.evaluate import CopyScorer, check_images, read_list, summarize, write_report
+    from ..evaluation.copies import CopyScorer
+    from ..evaluation.evaluate import conditions, evaluated_profile
     from ..evaluation.evaluate import evaluate as sample_lists
+    from ..evaluation.lists import check_images, read_list
+    from ..evaluation.summary import summarize
+    from ..files import write_whole
+    from ..pipelines import Lora
     from ..prompts import enough, read_prompts
+    from ..reports.evaluation import write_report
 
     known = enough(read_prompts(reference)) if reference is not None else []
     bad, good = read_list(memorized, images)[:limit], read_list(ordinary)[:limit]
     check_images(bad)
-    stability = StabilityProfile.load(profile) if profile is not None else None
-    pipe = load(model, config, lora, device, dtype)
-    copies = CopyScorer(sscd, device=pipe.device, threshold=copy_threshold) if sscd is not None else None
+    if profile is not None:
+        StabilityProfile.load(profile)  # so that a file that is no profile is refused before the model is loaded
+    recipe = Recipe(
+        model=str(model),
+        config=None if config is None else str(config),
+        loras=tuple(Lora.parse(text) for text in lora or ()),
+        device=device,
+        dtype=dtype,
+        steps=steps,
+        guidance=guidance,
+        height=height,
+        width=width,
+    )
+    copies = CopyScorer(sscd, device=device, threshold=copy_threshold) if sscd is not None else None
+    source = reference.name if reference is not None else str(profile)
 
-    from ..adapters.calibrate import calibrate as make_profile
+    def kept() -> str:
+        return f"; what was made is kept in {folder}: call again to go on" if folder.exists() else ""
 
-    options: dict[str, Any] = {"batch_size": batch_size, "seed": seed, **sampling(steps, guidance, height, width)}
-    with resumable(lambda: runs_kept(state, reference_state)):
-        if stability is None:
-            stability = make_profile(pipe, known, state=reference_state, **options)
+    with resumable(kept, folder):
         samples = sample_lists(
-            pipe, bad, good, stability, copies=copies, seeds_per_prompt=seeds_per_prompt, state=state, **options
+            recipe,
+            bad,
+            good,
+            folder,
+            profile=profile,
+            reference=known,
+            reference_from=source,
+            copies=copies,
+            seeds_per_prompt=seeds_per_prompt,
+            batch_size=batch_size,
+            seed=seed,
         )
     settings = {
         "model": model.name,
-        **_described(pipe, stability),
+        **conditions(folder),
         "steps": steps,
         "guidance_scale": guidance,
         "seeds_per_prompt": seeds_per_prompt,
         "first_seed": seed,
         "memorized_prompts": memorized.name,
         "ordinary_prompts": ordinary.name,
-        "profile_from": str(profile) if reference is None else reference.name,
+        "profile_from": source,
         "copies_by": None if sscd is None else sscd.name,
     }
     threshold = None if copies is None else copies.threshold
     result = summarize(samples, settings=settings, copy_threshold=threshold, reference=known)
     if save_profile is not None:
-        stability.save(save_profile)
+        write_whole(save_profile, evaluated_profile(folder).read_bytes())
     write_report(result, page, data)
-    state.unlink(missing_ok=True)
-    if reference is not None:
-        reference_state.unlink(missing_ok=True)
+    shutil.rmtree(folder)
     _print(result)
     print(f"\n{page} shows the curves and histograms; {data} holds every number.")
 
@@ -145,23 +153,6 @@ def _consistent(
         raise UsageError(f"there is no TorchScript file at {sscd}")
     if images is not None and not images.is_dir():
         raise UsageError(f"there is no folder of images at {images}")
-
-
-def _described(pipe: Any, profile: StabilityProfile) -> dict[str, Any]:
-    """What a report says of the model and the machine."""
-    import diffusers
-    import torch
-
-    from .. import __version__
-
-    known = profile.settings.to_dict()
-    names = ("model_hash", "prediction_type", "sampler", "scheduler", "latent_shape")
-    return {name: known[name] for name in names} | {
-        "device": pipe.device.type,
-        "dtype": str(pipe.dtype).removeprefix("torch."),
-        "reference_runs": profile.count,
-        "versions": f"memorization-guard {__version__}, diffusers {diffusers.__version__}, torch {torch.__version__}",
-    }
 
 
 def _print(result: dict[str, Any]) -> None:

@@ -3,8 +3,8 @@
     python -m memorization_guard.lab.evaluate [--model FOLDER --world FOLDER] [--split tuning] [--published] [--json FILE]
 
 Every prompt is sampled with the same seeds without and with mitigation (PNDM, 50 steps, guidance 7.5). Nothing here is
-fitted: the profile comes from the reference prompts, which no other group contains, and whatever was chosen was chosen on
-``--split tuning``, which shares no prompt and no seed with the figures.
+fitted: the profile comes from the reference prompts, which no other group contains. Whatever was chosen by looking at results
+was chosen on ``--split tuning``, which shares no prompt and no seed with the figures.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from .. import StabilityProfile, Thresholds, Trace
 from ..adapters.diffusers import guard
-from ..evaluation import evaluate as evaluation
+from ..evaluation import signals
 from ..evaluation.statistics import detection, detection_with_intervals
 from ..files import write_whole
 from . import COPY_THRESHOLD, MODEL, Lab
@@ -92,15 +92,15 @@ def similarity(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return (a * b).sum(1) / np.maximum(np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1), 1e-12)
 
 
-#: Those of every model, and two more by which the lab's signals were understood.
-SIGNALS: dict[str, Callable[[Trace], float | None]] = evaluation.SIGNALS | {
+#: The signals of an evaluation, and two variants of them.
+SIGNALS: dict[str, Callable[[Trace], float | None]] = signals.SIGNALS | {
     "S_mem, first 10 steps": lambda trace: float(np.nanmax(trace.update_score[:10])),
     "max s_x0": lambda trace: float(np.nanmax(trace.denoised_score)),
 }
 
 
 def figures(plain: dict[str, Sampled], mitigated: dict[str, Sampled]) -> dict[str, Any]:
-    """Detection and mitigation by group; every detector is held against the ordinary images, where they were sampled."""
+    """Detection and mitigation by group; every signal is compared with the ordinary images, where they were sampled."""
     result: dict[str, Any] = {}
     for group, before in plain.items():
         after = mitigated[group]
