@@ -286,8 +286,7 @@ def _false_positive_rate(manifest: Mapping[str, Any]) -> float | None:
         thresholds = Thresholds.from_dict(mapping(manifest.get("thresholds")))
     except ValueError:
         return None
-    known = "thresholds" in manifest and thresholds.method == "reference"
-    return thresholds.false_positive_rate if known else None
+    return thresholds.false_positive_rate if manifest.get("thresholds") and thresholds.method == "reference" else None
 
 
 def _worst(rows: pa.Table) -> list[dict[str, Any]]:

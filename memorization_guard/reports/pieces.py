@@ -19,8 +19,9 @@ from ..audit.dataset import facts
 from ..core.trace import Trace
 from ..files import path_inside
 from . import charts
-from .html import graph_script, page, summary
+from .html import graph_script, page
 from .rendering import render
+from .words import summary
 
 #: Longer side of an image in a page, in pixels.
 THUMBNAIL = 256
