@@ -200,10 +200,6 @@ def test_what_the_reference_runs_hold_for_is_transferred():
         assert check.valid, changes
         assert not check.exact
         assert "transferred" in str(check)
-    unguided = known.check(dataclasses.replace(SETTINGS, guidance_scale=1.0))
-    assert fields(unguided.invalid) == {"guidance_scale"}
-    alone = fitting(dataclasses.replace(SETTINGS, guidance_scale=1.0))
-    assert alone.check(SETTINGS).valid
 
 
 def test_bands_are_the_profiles_own_or_those_of_a_solver_that_adds_no_noise():
