@@ -1,6 +1,5 @@
 """The seam, held against the samplers of the k-diffusion package themselves."""
 
-import dataclasses
 import importlib.util
 import inspect
 import itertools
@@ -13,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from memorization_guard import RunSettings, StabilityMonitor, StabilityProfile, Thresholds
-from memorization_guard.adapters.kdiffusion import SamplerWatch, watched
+from memorization_guard import Calibrator, RunSettings, StabilityMonitor
+from memorization_guard.adapters.kdiffusion import SamplerRun, guarded, sampler_name, watched
 from memorization_guard.core.noise_level import NoiseLevel
 
 
@@ -47,34 +46,49 @@ STEPS = 12
 SIGMAS = K.get_sigmas_karras(STEPS, 0.05, 12.0)
 
 
-class Denoiser:
-    """Not linear, so that whatever reaches it shows in what comes out; has attributes as hosts' models do."""
+class Prompts:
+    """Predictions for images around a mean for each prompt; not linear, so that whatever reaches them shows in what comes
+    out."""
 
-    name = "denoiser"
-
-    def __init__(self):
+    def __init__(self, seeds, memorized=1.0):
         self.calls = 0
         self.stop_at = None
-        self.watch = None
+        self.means = torch.stack(
+            [self.mean(seed) * factor for seed, factor in zip(seeds, _factors(memorized, seeds), strict=True)]
+        )
 
-    def __call__(self, x, sigma, **kwargs):
+    @staticmethod
+    def mean(seed):
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(4, 8, 8, generator=generator) * (0.5 + 0.05 * torch.randn(1, generator=generator))
+
+    def __call__(self, x, sigma, **_):
         self.calls += 1
         if self.calls == self.stop_at:
             raise KeyboardInterrupt
-        sigma = sigma.view(-1, 1, 1, 1)
-        uncond = x / (1 + sigma**2) + 0.1 * torch.tanh(x)
-        cond = uncond + 0.3 * torch.cos(3 * x / (1 + sigma))
-        if self.watch is not None:
-            self.watch.saw_guidance(cond, uncond, x)
-        return uncond + 2.0 * (cond - uncond)
+        shrink = 0.36 / (0.36 + sigma.view(-1, 1, 1, 1) ** 2)
+        uncond = shrink * x + 0.02 * torch.tanh(x)
+        return uncond + (1 - shrink) * self.means, uncond
 
 
-def noise(batch=2):
-    return torch.randn(batch, 4, 8, 8, generator=torch.Generator().manual_seed(1)) * SIGMAS[0]
+def _factors(memorized, seeds):
+    return memorized if isinstance(memorized, list) else [memorized] * len(seeds)
 
 
-def sample(name, model, x, callback=None, monitor=None, **watch):
-    """Runs a sampler, watched where there is a monitor."""
+GUIDANCE = 3.0
+LEVELS = [NoiseLevel.from_sigma(sigma) for sigma in SIGMAS.tolist()]
+SETTINGS = RunSettings(
+    prediction_type="epsilon", steps=STEPS, sigmas=SIGMAS[:-1].tolist(), end_sigma=0.0, guidance_scale=GUIDANCE, sampler="any"
+)
+
+
+def noise(batch=2, seed=1):
+    generators = [torch.Generator().manual_seed(seed + b) for b in range(batch)]
+    return torch.stack([torch.randn(4, 8, 8, generator=g) for g in generators]) * SIGMAS[0]
+
+
+def sample(name, prompts, x, monitor=None, callback=None):
+    """Runs one of k-diffusion's samplers, guarded where there is a monitor."""
     function = getattr(K, f"sample_{name}")
     if "sigma_min" in inspect.signature(function).parameters:
         options = {"n": STEPS} if name == "dpm_fast" else {}
@@ -83,265 +97,155 @@ def sample(name, model, x, callback=None, monitor=None, **watch):
         def function(model, x, sigmas, **kwargs):  # as ComfyUI calls them
             return inner(model, x, float(sigmas[-2]), float(sigmas[0]), **options, **kwargs)
 
-    if monitor is not None:
-
-        def new_watch(x, sigmas, **_):
-            model.watch = SamplerWatch(monitor, sigmas, NoiseLevel.from_sigma, **watch)
-            return model.watch
-
-        function = watched(function, new_watch)
     torch.manual_seed(7)
-    return function(model, x.clone(), SIGMAS, extra_args={}, callback=callback, disable=True)
+    arguments = {"extra_args": {}, "callback": callback, "disable": True}
+    if monitor is not None:
+        run = SamplerRun(monitor, LEVELS)
+        return run.around(function, guarded(run, prompts, GUIDANCE), x.clone(), SIGMAS, **arguments)
+
+    def model(x, sigma, **_):
+        cond, uncond = prompts(x, sigma)
+        return uncond + (cond - uncond) * GUIDANCE
+
+    return function(model, x.clone(), SIGMAS, **arguments)
 
 
-def settings(**changes):
-    return dataclasses.replace(
-        RunSettings(prediction_type="epsilon", steps=STEPS, sigmas=SIGMAS[:-1].tolist(), end_sigma=0.0), **changes
-    )
+@pytest.fixture(scope="module")
+def profile():
+    """Made with one sampler, for all of them."""
+    calibrator = Calibrator()
+    for start in range(0, 40, 8):
+        monitor = StabilityMonitor(settings=SETTINGS)
+        sample("euler", Prompts(range(start, start + 8)), noise(8, 100 + start), monitor)
+        for trace in monitor.traces:
+            calibrator.add(trace)
+    return calibrator.profile()
 
 
-def profile_outside(name):
-    """A profile from which every step of this sampler's run lies far off in update and x0 norm."""
-    monitor = StabilityMonitor(settings=settings())
-    sample(name, Denoiser(), noise(), monitor=monitor)
-    norms = np.stack([[t.latent_norm, t.update_norm, t.denoised_norm] for t in monitor.traces]).mean(0).T
-    mean = norms * [1.0, 0.6, 0.8]
-    return StabilityProfile(mean=mean, std=0.01 * mean, count=50, settings=settings())
+ALL = [*SAMPLERS, "dpm_fast", "dpm_adaptive"]
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_a_trace_is_what_the_samplers_own_callback_tells_and_changes_nothing(name):
+@pytest.mark.parametrize("name", ALL)
+def test_tracing_changes_nothing_and_the_steps_are_those_of_the_callback(name, profile):
     seen = []
-    plain = sample(
-        name, Denoiser(), noise(), callback=lambda d: seen.append({k: torch.as_tensor(v).clone() for k, v in d.items()})
-    )
+
+    def callback(d):
+        seen.append({k: torch.as_tensor(v).clone() for k, v in d.items()})
+
+    plain = sample(name, Prompts((500, 501)), noise(), callback=callback)
     after_plain = torch.get_rng_state()
-    monitor = StabilityMonitor(settings=settings())
-    callbacks = []
-    traced = sample(name, Denoiser(), noise(), callback=callbacks.append, monitor=monitor)
+    monitor = StabilityMonitor(profile, settings=SETTINGS)
+    callbacks, prompts = [], Prompts((500, 501))
+    traced = sample(name, prompts, noise(), monitor, callback=callbacks.append)
 
     assert torch.equal(plain, traced)
     assert torch.equal(after_plain, torch.get_rng_state()), "random numbers were drawn"
-    assert len(callbacks) == STEPS
-
-    z = [d["x"] / torch.sqrt(1 + d["sigma"] ** 2) for d in seen] + [plain]
+    assert len(callbacks) == len(seen)
     for row, trace in enumerate(monitor.traces):
-        assert trace.steps == STEPS
-        assert trace.note is None
-        assert np.allclose(trace.sigma, SIGMAS[:-1])
-        norm = lambda x: float(torch.linalg.vector_norm(x[row]))  # noqa: B023, E731
-        assert np.allclose(trace.latent_norm, [norm(b) for b in z[1:]], rtol=1e-5)
-        assert np.allclose(trace.update_norm, [norm(b - a) for a, b in itertools.pairwise(z)], rtol=1e-4)
-        assert np.allclose(trace.denoised_norm, [norm(d["denoised"]) for d in seen], rtol=1e-5)
-        eps = [(d["x"] - x0) / d["sigma"] for d in seen for x0 in [d["x"] / (1 + d["sigma"] ** 2) + 0.1 * torch.tanh(d["x"])]]
-        guidance = [0.3 * torch.cos(3 * d["x"] / (1 + d["sigma"])) / d["sigma"] for d in seen]
-        assert np.allclose(trace.guidance_norm, [norm(g) for g in guidance], rtol=1e-3)
-        cosine = [
-            float(torch.cosine_similarity(-g[row].flatten(), e[row].flatten(), dim=0))
-            for g, e in zip(guidance, eps, strict=True)
-        ]
-        assert np.allclose(trace.alignment, cosine, atol=1e-3)
+        assert trace.verdict == "stable", trace.p_value
+        assert len(trace.steps) == len(seen)
+        assert len(trace.evaluations) == prompts.calls
+        if name in ("dpm_fast", "dpm_adaptive"):  # they call back at the end of a step, with noise levels of their own
+            continue
+        z = [d["x"] / torch.sqrt(1 + d["sigma"] ** 2) for d in seen] + [plain]
+        assert np.allclose(trace.steps.sigma, SIGMAS[:-1])
+        norms = [float(torch.linalg.vector_norm(after[row])) for after in z[1:]]
+        updates = [float(torch.linalg.vector_norm((after - before)[row])) for before, after in itertools.pairwise(z)]
+        assert np.allclose(trace.steps.latent_norm, norms, rtol=1e-5)
+        assert np.allclose(trace.steps.update_norm, updates, rtol=1e-4)
+        denoised = [float(torch.linalg.vector_norm(d["denoised"][row])) for d in seen]
+        assert np.allclose(trace.steps.denoised_norm, denoised, rtol=1e-5)
 
 
-@pytest.mark.parametrize("guided", [True, False], ids=["steered", "published"])
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_a_correction_reaches_the_next_step(name, guided):
-    thresholds = Thresholds(mild_steps=50, steering_guidance=-1.0 if guided else None)
-    monitor = StabilityMonitor(profile_outside(name), thresholds, mitigate=True, settings=settings())
-    starts = []
-    result = sample(name, Denoiser(), noise(), callback=lambda d: starts.append(d["x"].clone()), monitor=monitor)
-    z = [x / torch.sqrt(1 + s**2) for x, s in zip(starts, SIGMAS[:-1], strict=True)] + [result]
+@pytest.mark.parametrize("name", ALL)
+def test_every_sampler_is_corrected_from_the_evaluation_that_triggers(name, profile):
+    """What is left after mitigation: the memorized mean is gone from the image, and the ordinary image beside it is
+    untouched."""
+    seeds, memorized = (500, 501), [1.0, 2.0]
+    monitor = StabilityMonitor(profile, mode="mitigate", settings=SETTINGS)
+    mitigated = sample(name, Prompts(seeds, memorized), noise(), monitor)
+    plain = sample(name, Prompts(seeds, memorized), noise())
+    ordinary, copy = monitor.traces
+    assert (ordinary.verdict, copy.verdict) == ("stable", "likely copy")
+    assert not ordinary.evaluations.corrected.any()
+    first = int(np.flatnonzero(copy.evaluations.p_value < 0.001)[0])
+    assert copy.evaluations.corrected[first]
+    assert not copy.evaluations.corrected[:first].any()
+    if name != "dpm_adaptive":  # its steps depend on the whole batch
+        assert torch.equal(mitigated[0], plain[0])
 
-    for row, trace in enumerate(monitor.traces):
-        assert trace.steps == STEPS
-        assert trace.verdict == "strong"
-        assert trace.mitigated.sum() >= STEPS // 2
-        for step in np.flatnonzero(trace.mitigated):
-            assert np.isclose(float(torch.linalg.vector_norm(z[step + 1][row])), trace.corrected_latent_norm[step], rtol=1e-4)
-        # All but what a sampler of several evaluations did before it was known to be one.
-        assert trace.mitigated[1]
-    assert not torch.equal(result, sample(name, Denoiser(), noise()))
+    def likeness(x):
+        return float(torch.cosine_similarity(x[1].flatten(), Prompts.mean(501).flatten(), dim=0))
 
-
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_the_first_step_of_a_sampler_is_corrected_before_its_second_begins(name):
-    monitor = StabilityMonitor(profile_outside(name), Thresholds(mild_steps=50), mitigate=True, settings=settings())
-    sample(name, Denoiser(), noise(), monitor=monitor)
-    # These evaluate at the next step's own noise level inside the first one, which cannot be told from a start before it is
-    # over: what is changed there is the inner evaluation.
-    assert monitor.traces[0].mitigated[0] == (name not in ("heun", "dpm_2_ancestral", "dpmpp_2s_ancestral"))
+    assert likeness(plain) > 0.9
+    assert likeness(mitigated) < 0.2
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_what_is_inside_its_region_is_left_bit_identical_beside_what_is_not(name):
-    lone = noise()
-    lone[1] *= 3.0
-    monitor = StabilityMonitor(settings=settings())
-    sample(name, Denoiser(), lone, monitor=monitor)
-    trace = monitor.traces[0]
-    mean = np.stack([trace.latent_norm, trace.update_norm, trace.denoised_norm], axis=1)
-    profile = StabilityProfile(mean=mean, std=0.02 * mean, count=50, settings=settings())
-    monitor = StabilityMonitor(profile, mitigate=True, settings=settings())
-    result = sample(name, Denoiser(), lone, monitor=monitor)
-    assert [t.verdict != "stable" for t in monitor.traces] == [False, True]
-    assert monitor.traces[1].mitigated.any()
-    plain = sample(name, Denoiser(), lone)
-    assert torch.equal(result[0], plain[0])
-    assert not torch.equal(result[1], plain[1])
+def test_a_run_that_has_triggered_is_stopped_with_the_clean_latent_so_far(name, profile):
+    monitor = StabilityMonitor(profile, mode="stop", settings=SETTINGS)
+    whole, stopped = Prompts((500, 501), 2.0), Prompts((500, 501), 2.0)
+    sample(name, whole, noise())
+    result = sample(name, stopped, noise(), monitor)
+    assert stopped.calls < whole.calls
+    assert torch.isfinite(result).all()
+    assert [trace.verdict for trace in monitor.traces] == ["likely copy"] * 2
+    assert "stopped" in monitor.traces[0].note
 
 
-def test_live_events_tell_a_step_that_was_only_tried_again():
-    events = []
-    monitor = StabilityMonitor(profile_outside("heun"), mitigate=True, on_step=events.append, settings=settings())
-    sample("heun", Denoiser(), noise(), monitor=monitor)
-    assert [e.step for e in events] == [0, *range(STEPS)]
-    assert np.allclose([e.update_norm[0] for e in events[1:]], monitor.traces[0].update_norm)
-
-
-@pytest.mark.parametrize("name", ["dpm_fast", "dpm_adaptive"])
-@pytest.mark.parametrize("mitigate", [False, True])
-def test_samplers_with_steps_of_their_own_are_traced_and_not_scored(name, mitigate):
-    plain = sample(name, Denoiser(), noise())
-    monitor = StabilityMonitor(profile_outside("euler"), mitigate=mitigate, settings=settings())
-    seen = []
-    traced = sample(name, Denoiser(), noise(), callback=lambda d: seen.append(d["denoised"].clone()), monitor=monitor)
-    trace = monitor.traces[0]
-    assert torch.equal(plain, traced)
-    assert trace.verdict == "unscored"
-    assert "no fixed schedule" in trace.note
-    assert trace.steps == len(seen)
-    assert not trace.mitigated.any()
-    assert trace.score is None
-    # DPM adaptive reports a step that it rejects and tries anew as one of no length.
-    assert np.all(np.diff(trace.sigma) <= 0)
-    if name == "dpm_fast":
-        assert np.allclose(trace.denoised_norm, [float(torch.linalg.vector_norm(d[0])) for d in seen], rtol=1e-5)
-
-
-@pytest.mark.parametrize("mitigate", [False, True])
+@pytest.mark.parametrize("mode", ["trace", "mitigate"])
 @pytest.mark.parametrize("name", ["euler", "heun", "dpmpp_2m_sde"])
-def test_an_interrupt_leaves_the_trace_closed_and_the_model_as_it_was(name, mitigate):
-    monitor = StabilityMonitor(profile_outside(name), mitigate=mitigate, settings=settings())
-    model = Denoiser()
-    model.stop_at = 6
-    attributes = set(vars(model))
+def test_an_interrupt_leaves_the_trace_closed(name, mode, profile):
+    monitor, prompts = StabilityMonitor(profile, mode=mode, settings=SETTINGS), Prompts((500, 501))
+    prompts.stop_at = 6
     with pytest.raises(KeyboardInterrupt):
-        sample(name, model, noise(), monitor=monitor)
-    assert set(vars(model)) == attributes
+        sample(name, prompts, noise(), monitor)
     trace = monitor.traces[0]
-    assert 1 <= trace.steps < 6
-    assert trace.note == f"The run ended early: interrupted after {trace.steps} of 12 steps"
-
-
-def test_a_run_that_was_cut_short_is_not_called_stable():
-    reference = StabilityMonitor(settings=settings())
-    sample("euler", Denoiser(), noise(), monitor=reference)
-    mean = np.stack(
-        [reference.traces[0].latent_norm, reference.traces[0].update_norm, reference.traces[0].denoised_norm], axis=1
-    )
-    profile = StabilityProfile(mean=mean, std=0.2 * mean, count=50, settings=settings())
-    monitor = StabilityMonitor(profile, settings=settings())
-    sample("euler", Denoiser(), noise(), monitor=monitor)
-    assert monitor.traces[0].verdict == "stable"
-    monitor, model = StabilityMonitor(profile, settings=settings()), Denoiser()
-    model.stop_at = 6
-    with pytest.raises(KeyboardInterrupt):
-        sample("euler", model, noise(), monitor=monitor)
-    assert monitor.traces[0].verdict == "unscored"
-
-
-def latentless(model, x, sigmas, extra_args=None, callback=None, disable=None):
-    """A sampler that keeps nothing of its latent but the prediction, as LCM's does."""
-    fresh = torch.randn(len(sigmas), *x.shape, generator=torch.Generator().manual_seed(3))
-    for i in range(len(sigmas) - 1):
-        denoised = model(x, sigmas[i].expand(len(x)))
-        callback({"x": x, "i": i, "sigma": sigmas[i], "denoised": denoised})
-        x = denoised + sigmas[i + 1] * fresh[i]
-    return x
-
-
-def hidden(model, x, sigmas, extra_args=None, callback=None, disable=None):
-    """A sampler that shows its model a rescaled copy of what it keeps, as UniPC does."""
-    x = x / sigmas[0]
-    for i in range(len(sigmas) - 1):
-        denoised = model(x * sigmas[i], sigmas[i].expand(len(x)))
-        callback({"x": x, "i": i, "denoised": denoised})
-        x = (
-            denoised / sigmas[i] + (x - denoised / sigmas[i])
-            if sigmas[i + 1] == 0
-            else x + (1 / sigmas[i + 1] - 1 / sigmas[i]) * denoised
-        )
-    return denoised
-
-
-@pytest.mark.parametrize(("sampler", "watch"), [(latentless, {"editable": False}), (hidden, {})])
-@pytest.mark.parametrize("guided", [True, False])
-def test_where_the_latent_cannot_be_changed_the_prediction_is(sampler, watch, guided, monkeypatch):
-    monkeypatch.setattr(K, "sample_own", sampler, raising=False)
-    monitor = StabilityMonitor(
-        profile_outside("own"),
-        Thresholds(mild_steps=50, steering_guidance=-1.0 if guided else None),
-        mitigate=True,
-        settings=settings(),
-    )
-    predictions, callbacks = [], []
-    model = Denoiser()
-    plain_call = Denoiser.__call__
-
-    def call(self, x, sigma, **kwargs):
-        predictions.append(plain_call(self, x, sigma, **kwargs))
-        return predictions[-1]
-
-    monkeypatch.setattr(Denoiser, "__call__", call)
-    sample("own", model, noise(), callback=lambda d: callbacks.append(d["denoised"].clone()), monitor=monitor, **watch)
-    trace = monitor.traces[0]
-    assert trace.mitigated.any()
-    assert not trace.mitigated[0], "nothing is known before the first step"
-    changed = [not torch.equal(a[0], b[0]) for a, b in zip(predictions, callbacks, strict=True)]
-    # The last step's result can always be changed.
-    assert changed[:-1] == trace.mitigated[:-1].tolist()
-    assert np.allclose(trace.denoised_norm, [float(torch.linalg.vector_norm(p[0])) for p in predictions], rtol=1e-5)
+    assert 1 <= len(trace.steps) < 6
+    assert trace.verdict == "unscored"
+    assert trace.note == f"The run ended early: interrupted after {len(trace.steps)} of 12 steps"
 
 
 def test_if_we_fail_the_image_comes_out_and_it_is_said_once(monkeypatch, caplog):
-    monkeypatch.setattr(StabilityMonitor, "step", lambda *args, **kwargs: 1 / 0)
-    monitor = StabilityMonitor(settings=settings())
+    monkeypatch.setattr(StabilityMonitor, "_predicted", lambda *args: 1 / 0)
+    monitor = StabilityMonitor(settings=SETTINGS)
     with caplog.at_level(logging.WARNING, logger="memorization_guard"):
-        traced = sample("euler", Denoiser(), noise(), monitor=monitor)
-    assert torch.equal(traced, sample("euler", Denoiser(), noise()))
+        traced = sample("euler", Prompts((500, 501)), noise(), monitor)
+    assert torch.equal(traced, sample("euler", Prompts((500, 501)), noise()))
     assert len(caplog.records) == 1
     assert isinstance(monitor.error, ZeroDivisionError)
 
 
-def test_the_model_can_be_reached_through_the_proxy():
-    model = Denoiser()
-
-    def sampler(model, x, sigmas, extra_args=None, callback=None):
-        assert model.name == "denoiser"
-        model.mark = 5
+def test_a_callback_that_makes_no_sense_ends_the_watching_only(caplog):
+    def sampler(model, x, sigmas, callback=None):
+        callback({"i": 0})
         return x
 
-    watched(sampler, lambda x, sigmas, **_: SamplerWatch(StabilityMonitor(), sigmas, NoiseLevel.from_sigma))(
-        model, noise(), SIGMAS
-    )
-    assert model.mark == 5
+    monitor = StabilityMonitor(settings=SETTINGS)
+    with caplog.at_level(logging.WARNING, logger="memorization_guard"):
+        assert torch.equal(SamplerRun(monitor, LEVELS).around(sampler, None, noise(), SIGMAS), noise())
+    assert monitor.error is not None
 
 
 def test_nobody_watches_where_nobody_wants_to():
-    assert torch.equal(
-        watched(K.sample_euler, lambda *_, **__: None)(Denoiser(), noise(), SIGMAS, disable=True),
-        sample("euler", Denoiser(), noise()),
-    )
+    def sampler(model, x, sigmas, *, extra_args=None, callback=None):
+        callback({"x": x, "i": 0, "sigma": sigmas[0], "denoised": x})
+        return x + 1
+
+    seen, runs = [], []
+
+    def new_run(x, sigmas, **arguments):
+        assert set(arguments) == {"extra_args"}
+        runs.append(SamplerRun(StabilityMonitor(settings=SETTINGS), LEVELS) if len(runs) else None)
+        return runs[-1]
+
+    for _ in range(2):
+        result = watched(sampler, new_run)(None, noise(), SIGMAS, extra_args={}, callback=seen.append)
+        assert torch.equal(result, noise() + 1)
+    assert len(seen) == 2
+    assert runs[1].monitor.steps == 1
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_a_run_that_has_triggered_is_stopped_with_the_clean_latent_so_far(name):
-    monitor = StabilityMonitor(profile_outside(name), settings=settings(), stop=True)
-    whole, model = Denoiser(), Denoiser()
-    sample(name, whole, noise())
-    result = sample(name, model, noise(), monitor=monitor)
-    assert model.calls < whole.calls / 2
-    assert torch.isfinite(result).all()
-    assert [trace.verdict == "stable" for trace in monitor.traces] == [False, False]
-    assert monitor.steps < STEPS
-    assert "stopped" in monitor.traces[0].note
+def test_a_sampler_is_named_with_its_plain_options():
+    assert sampler_name("sample_euler_ancestral", {"eta": 0.5, "noise_sampler": object()}) == "euler_ancestral(eta=0.5)"
+    assert sampler_name("sample_euler", {}) == "euler"

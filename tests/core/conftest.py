@@ -15,7 +15,8 @@ STEPS = 20
 
 
 class World:
-    """Prompt ``seed`` stands for images around a mean of its own; a memorized one, for a mean that is ``memorized`` times as far away."""
+    """Prompt ``seed`` stands for images around a mean of its own; a memorized one, for a mean that is ``memorized`` times as
+    far away."""
 
     shape, guidance, steps = SHAPE, GUIDANCE, STEPS
 

@@ -136,7 +136,8 @@ SETTINGS = RunSettings(prediction_type="epsilon", steps=STEPS, sigmas=tuple(rang
 
 
 def run(monitor, *, factor=1.0, batch=1, seed=0, steps=STEPS, hook=None):
-    """A short synthetic run in which x0 of the last sample is ``factor`` times too large from step 5 on; yields what went in."""
+    """A short synthetic run in which x0 of the last sample is ``factor`` times too large from step 5 on; yields what went
+    in."""
     generators = [torch.Generator().manual_seed(seed + b) for b in range(batch)]
 
     def noise():
@@ -219,11 +220,11 @@ def test_a_strong_image_is_corrected_to_the_end_and_stays_in_the_bands():
     stable, strong = one.traces
     assert not stable.steps.mitigated.any()
     assert strong.steps.mitigated[5:].all()
-    for i, (_, z_next, _, given) in enumerate(taken):
-        assert torch.equal(given[0], z_next[0])
+    for i, (_, z_next, _, kept) in enumerate(taken):
+        assert torch.equal(kept[0], z_next[0])
         if i >= 5:
             low, high = (PROFILE.mean.latent[i] + sign * 3 * PROFILE.std.latent[i] for sign in (-1, 1))
-            assert low * 0.9999 <= float(norms(given)[1]) <= high * 1.0001
+            assert low * 0.9999 <= float(norms(kept)[1]) <= high * 1.0001
 
 
 def test_a_run_over_the_last_part_of_the_schedule_is_held_against_the_right_rows():
