@@ -130,17 +130,15 @@ def test_a_trigger_by_the_local_signal_alone_starts_mitigation(profile):
     """Part of the image is far off, and neither the whole image's norms nor guidance says so."""
     level = NoiseLevel.from_sigma(0.4)  # below the level down to which every triggered image is held
     region = profile.reference.region()
-    (velocity, denoised, guidance, local), std = (
-        np.exp(region.moments(np.array([level.angle]))[0, 0]),
-        region.moments(np.array([level.angle]))[0, 1],
-    )
+    mean, std = region.moments(level.angle)
+    velocity, denoised, guidance, local = np.exp(mean)
     latent = 16.0 * level.scale
     product = ((level.alpha * 16.0) ** 2 + denoised**2 - (level.beta * velocity) ** 2) * level.scale / (2 * level.alpha)
     patches = np.full(16, (local * math.exp(8 * std[3])) ** 2)
     block = np.array([math.nan, latent, product, denoised, guidance * level.beta, *patches])[:, None]
     one = torch.ones(1)
     judge = Judge(region, 0.001, guided=True, level=NoiseLevel.from_sigma)
-    judge.take_in([Measurement(0.4, one, one, one, one, None)], block[None])
+    judge.take_in(Measurement(0.4, one, one, one, one, None), block)
     joint, _, local_deviation = judge.evaluations[0].statistics[:, 0]
     assert joint < 0.1
     assert local_deviation == pytest.approx(8.0, abs=0.1)
