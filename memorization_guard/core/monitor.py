@@ -265,11 +265,11 @@ class StabilityMonitor:
             return
         if waiting[0].patches is not None:
             self._run.grid = tuple(waiting[0].patches.shape[1:])
-        if len(arrivals) == len(waiting):
-            blocks = np.stack([arrival.numpy() for arrival in arrivals])
-        else:
+        blocks: Any = [arrival.numpy() for arrival in arrivals]
+        if len(arrivals) < len(waiting):
             blocks = torch.stack([measurement.block() for measurement in waiting]).cpu().numpy()
-        self._run.judge.take_in(waiting, blocks)
+        for measurement, block in zip(waiting, blocks, strict=True):
+            self._run.judge.take_in(measurement, block)
 
     def _emit_arrived(self) -> None:
         """Judges what has reached host memory, and sends the events that are known by then, without waiting for anything."""

@@ -281,7 +281,7 @@ class Run:
             return f"Watching ended early: {self.error}"
         if self.ended is not None:
             return f"The run ended early: {self.ended}"
-        if self.steps and not self.taken:
+        if self.steps and not self.taken and self.detector is None:
             return (
                 "No prediction of the network reached the guard, so that the run was not judged: another extension may stand "
                 "in its place."

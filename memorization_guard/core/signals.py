@@ -142,26 +142,21 @@ def _patches(squares: Tensor) -> Tensor | None:
     return means[:, 0].float() / math.prod(squares.shape[1:-2])
 
 
-def signals(blocks: np.ndarray, levels: Sequence[NoiseLevel]) -> Signals:
-    """The signals ``[E, B]`` of the blocks ``[E, 5 + patches, B]`` of evaluations whose noise levels are known by now."""
-    _, latent, product, denoised, distance = blocks[:, :5].astype(np.float64).swapaxes(0, 1)
-    alpha, beta, scale = np.array([(level.alpha, max(level.beta, 1e-6), level.scale) for level in levels]).T[:, :, None]
+def signals(block: np.ndarray, level: NoiseLevel) -> Signals:
+    """The signals ``[B]`` of an evaluation from its block ``[5 + patches, B]`` float64, now that its noise level is known."""
+    latent, product, denoised, distance = block[1:5]
+    alpha, beta, scale = level.alpha, max(level.beta, 1e-6), level.scale
     # v = (alpha z - x0) / beta, from the products of x and x0: no tensor had to be made for it.
-    squared = (alpha * latent / scale) ** 2 - 2 * alpha / scale * product + denoised**2
-    velocity = np.sqrt(np.maximum(squared, 0.0)) / beta
-    return Signals(velocity, denoised, distance / beta, _local(patch_logs(blocks)))
+    squared = (alpha / scale * latent) ** 2 - (2 * alpha / scale) * product + denoised * denoised
+    return Signals(np.sqrt(np.maximum(squared, 0.0)) / beta, denoised, distance / beta, _local(block[5:]))
 
 
-def patch_logs(blocks: np.ndarray) -> np.ndarray:
-    """Logarithm of the root mean square of x0 in each patch, ``[E, patches, B]``, of blocks as in :func:`signals`."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return 0.5 * np.log(blocks[:, 5:])
-
-
-def _local(logs: np.ndarray) -> np.ndarray:
-    """Geometric mean over the largest quarter of patches, ``[E, B]``, of ``[E, patches, B]``; NaN where there are too few."""
-    count = logs.shape[1]
+def _local(squares: np.ndarray) -> np.ndarray:
+    """Root mean square of x0, as the geometric mean over the largest quarter of patches, ``[B]``, from mean squares
+    ``[patches, B]``; NaN where there are too few."""
+    count = len(squares)
     if count < 1 / LOCAL_SHARE:
-        return np.full((len(logs), logs.shape[2]), np.nan)
+        return np.full(squares.shape[1], np.nan)
     first = count - round(count * LOCAL_SHARE)
-    return np.exp(np.partition(logs, first, axis=1)[:, first:].mean(axis=1))
+    largest = np.partition(squares, first, axis=0)[first:]
+    return np.exp(0.5 * np.log(largest).mean(axis=0))
