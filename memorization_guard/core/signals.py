@@ -107,7 +107,8 @@ class Meter:
             chosen = slice(i, i + size)
             parts.append(self._taken(x[chosen], cond[chosen], None if uncond is None else uncond[chosen], guidance_scale))
         latent, product, denoised, distance, patches = zip(*parts, strict=True)
-        return Measurement(sigma, *map(torch.cat, (latent, product, denoised)), *map(_joined, (distance, patches)), depth)
+        joined = [torch.cat(rows) for rows in (latent, product, denoised)]
+        return Measurement(sigma, joined[0], joined[1], joined[2], _joined(distance), _joined(patches), depth)
 
     def _taken(
         self, x: Tensor, cond: Tensor, uncond: Tensor | None, guidance_scale: float
@@ -145,8 +146,8 @@ def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
 
 
 def signals(block: np.ndarray, level: NoiseLevel) -> Signals:
-    """The signals ``[B]`` of an evaluation from its block, as :class:`~memorization_guard.core.judge.Judge` has it, now that its
-    noise level is known."""
+    """The signals ``[B]`` of an evaluation from its block, as :class:`~memorization_guard.core.judge.Judge` has it, now that
+    its noise level is known."""
     latent, product, denoised, distance = block[1:5]
     alpha, beta, scale = level.alpha, max(level.beta, 1e-6), level.scale
     # v = (alpha z - x0) / beta, from the products of x and x0: no tensor had to be made for it.
