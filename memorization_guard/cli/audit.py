@@ -112,7 +112,7 @@ def audit(
     known = [] if profile is not None else enough(reference_prompts() if reference is None else read_prompts(reference))
     plan = Plan.of(prompts, column=column, seeds_per_prompt=seeds_per_prompt, seed=seed)
 
-    def hands() -> Workers:
+    def start() -> Workers:
         if ray is None:
             return Local(recipe)
         from ..audit.cluster import Cluster
@@ -127,7 +127,7 @@ def audit(
             recipe,
             plan,
             output,
-            hands,
+            start,
             profile=profile,
             reference=known,
             reference_from="ours" if reference is None else reference.name,
