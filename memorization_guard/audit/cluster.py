@@ -1,7 +1,7 @@
 """The workers of an audit on a Ray cluster: one a GPU, each with the model loaded once.
 
-Workers send their rows to this process, and only this process writes to the audit's folder, so no file system has to be shared.
-A batch counts once, when its rows have come back; until then it can be given to another worker.
+Workers send their rows to this process, and only this process writes to the audit's folder, so no file system is shared. A
+batch counts once, when its rows have come back; until then it can be given to another worker.
 """
 
 from __future__ import annotations

@@ -49,8 +49,8 @@ _SETTINGS = pa.struct(
     ]
 )
 
-#: A row for each image. ``image`` counts the images of the audit from 0, ``row`` the prompts of the list; ``file`` is the saved
-#: image, relative to the folder; ``settings`` are those of the trace, and ``trace`` is its JSON form (``docs/trace.md``).
+#: A row for each image. ``image`` counts the images of the audit from 0, ``row`` the prompts of the list; ``file`` is the
+#: saved image, relative to the folder; ``settings`` are the trace's, and ``trace`` is its JSON form (``docs/trace.md``).
 SCHEMA = pa.schema(
     [
         pa.field("image", pa.int64(), nullable=False),

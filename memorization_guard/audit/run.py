@@ -56,7 +56,7 @@ class Workers(Protocol):
     def sample(
         self, batches: Iterator[Batch | None], profile: StabilityProfile
     ) -> Iterator[tuple[Batch, list[dict[str, Any]]] | None]:
-        """Every batch with its rows, in any order. ``None`` means, for input and output, that there is nothing at the moment."""
+        """Every batch with its rows, in any order. ``None``, as input and as output, means: nothing at the moment."""
 
     def close(self) -> None:
         """Called when the audit is over."""

@@ -197,6 +197,6 @@ def _sweep(folder: Path, name: str = "*") -> None:
 
 
 def _remove(lock: FileLock) -> None:
-    """Releases and deletes the lock of a finished part. A process that still holds the deleted file finds the part finished."""
+    """Releases and deletes the lock of a finished part. A process that locks the deleted file finds the part finished."""
     lock.release()
     Path(lock.lock_file).unlink(missing_ok=True)
