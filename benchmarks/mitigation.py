@@ -45,7 +45,7 @@ def methods(pipe: Any, stability: Any, steps: int) -> dict[str, Method]:
         return peers.sample(pipe, part, steps)
 
     def ours(part: list[Shot], thresholds: Thresholds) -> np.ndarray:
-        with guard(pipe, stability, mitigate=True, thresholds=thresholds):
+        with guard(pipe, stability, "mitigate", thresholds):
             return peers.sample(pipe, part, steps)
 
     def first_step(part: list[Shot]) -> tuple[Any, ...]:
@@ -70,8 +70,8 @@ def methods(pipe: Any, stability: Any, steps: int) -> dict[str, Method]:
 
     return {
         "plain": plain,
-        "ours, steered": functools.partial(ours, thresholds=Thresholds()),
-        "ours, published rule": functools.partial(ours, thresholds=Thresholds(steering_guidance=None)),
+        "ours": functools.partial(ours, thresholds=Thresholds()),
+        "published (Huang)": functools.partial(ours, thresholds=Thresholds(method="published")),
         **{f"Wen, prompt optimised to {target:g}": functools.partial(wen, target=target) for target in WEN_TARGETS},
         "Jeon, SAIL": jeon,
         "Jain, static transition": functools.partial(jain, new_rule=peers.static_transition),

@@ -160,10 +160,8 @@ def sampled(bundled):
     result = {}
     for group in ("exact", "ordinary"):
         texts = lab.prompts(group, "tuning")[:6]
-        for mitigate in (False, True):
-            result[group, mitigate] = evaluate.sample(
-                lab.BUNDLED, bundled, texts, 3_000_000, lab.profile(), mitigate=mitigate, batch=6
-            )
+        for mode in ("trace", "mitigate"):
+            result[group, mode] = evaluate.sample(lab.BUNDLED, bundled, texts, 3_000_000, lab.profile(), mode=mode, batch=6)
     return result
 
 
@@ -183,22 +181,22 @@ def test_the_bundled_profile_fits_the_bundled_model(bundled):
 
 
 def test_the_bundled_model_reproduces_what_was_duplicated_and_nothing_else(sampled):
-    assert (sampled["exact", False].copy_scores("exact") > lab.COPY_THRESHOLD).mean() >= 5 / 6
-    assert (sampled["ordinary", False].copy_scores("ordinary") < lab.COPY_THRESHOLD).all()
+    assert (sampled["exact", "trace"].copy_scores("exact") > lab.COPY_THRESHOLD).mean() >= 5 / 6
+    assert (sampled["ordinary", "trace"].copy_scores("ordinary") < lab.COPY_THRESHOLD).all()
 
 
 def test_memorized_images_score_above_ordinary_ones_and_guidance_in_the_published_direction(sampled):
     for name in ("S_mem", "guidance norm, mean"):
         signal = evaluate.SIGNALS[name]
-        exact, ordinary = ([signal(trace) for trace in sampled[group, False].traces] for group in ("exact", "ordinary"))
+        exact, ordinary = ([signal(trace) for trace in sampled[group, "trace"].traces] for group in ("exact", "ordinary"))
         assert np.median(exact) > max(ordinary), name
 
 
 def test_mitigation_takes_copies_away_and_leaves_ordinary_images_alone(sampled):
-    before, after = (sampled["exact", mitigate].copy_scores("exact") for mitigate in (False, True))
+    before, after = (sampled["exact", mode].copy_scores("exact") for mode in ("trace", "mitigate"))
     assert (after > lab.COPY_THRESHOLD).sum() < (before > lab.COPY_THRESHOLD).sum()
     assert np.median(after) < np.median(before)
-    plain, mitigated = sampled["ordinary", False], sampled["ordinary", True]
+    plain, mitigated = sampled["ordinary", "trace"], sampled["ordinary", "mitigate"]
     untouched = [not trace.mitigated.any() for trace in mitigated.traces]
     assert sum(untouched) >= 5
     for i in np.flatnonzero(untouched):
@@ -207,6 +205,6 @@ def test_mitigation_takes_copies_away_and_leaves_ordinary_images_alone(sampled):
 
 
 def test_a_contact_sheet_has_a_row_a_prompt(sampled):
-    sheet = evaluate.contact_sheet("exact", sampled["exact", False], sampled["exact", True])
+    sheet = evaluate.contact_sheet("exact", sampled["exact", "trace"], sampled["exact", "mitigate"])
     assert isinstance(sheet, Image.Image)
     assert sheet.size == (3 * 68 * 2, 6 * 68 * 2)
