@@ -265,8 +265,8 @@ def _notes(result: Mapping[str, Any]) -> list[str]:
         elif side["mode"] == "mitigate":
             told.append(
                 f"{name.upper()} was made with mitigation. An image that triggers is corrected from there on, and keeps the "
-                f"verdict of the trigger: of {counted(total, 'image')} that triggered, {side['corrected']:,} were corrected and "
-                f"{side['uncorrected']:,} were not."
+                f"verdict of the trigger: of {counted(total, 'image')} that triggered, {side['corrected']:,} were corrected "
+                f"and {side['uncorrected']:,} were not."
             )
     if a["mode"] != b["mode"]:
         told.append(
