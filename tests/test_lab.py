@@ -1,4 +1,4 @@
-"""The lab: its world, its measures, its training, and whether the bundled model does what the figures say."""
+"""The lab: its world, its measures, its training, and the bundled model."""
 
 import json
 
@@ -83,7 +83,7 @@ def test_the_copy_score_sees_a_copy_and_nothing_else():
     assert lab.copy_score(lab.training_image(second), first) < lab.COPY_THRESHOLD
     assert lab.nearest_copy(original) == (pytest.approx(1.0), first)
     assert lab.copy_score(np.zeros((64, 64, 3)), first) == 0.0
-    # What the autoencoder gives back of a training image is as near as the model can come: it counts as a copy.
+    # The autoencoder's reconstruction of a training image is as near as the model can come: it counts as a copy.
     decoded = world.read_sheet(lab.MODEL / lab.DECODED)
     for prompt, image in zip(world.duplicates(), decoded, strict=False):
         assert lab.copy_score(image, prompt) == pytest.approx(1.0)
@@ -150,7 +150,7 @@ def test_duplicates_are_a_small_part_of_training():
         assert counts["exact"] + counts["template"] <= 0.1 * batch
 
 
-# What follows looks at the bundled model, on the tuning split: the figures of docs/lab.md are not for tests to lean on.
+# The bundled model, on the tuning split: tests must not be tuned on the prompts of the figures in docs/lab.md.
 
 
 @pytest.fixture(scope="module")

@@ -67,7 +67,7 @@ def evaluate(
     from ..evaluation.copies import CopyScorer
     from ..evaluation.evaluate import conditions, evaluated_profile
     from ..evaluation.evaluate import evaluate as sample_lists
-    from ..evaluation.lists import check_images, read_list
+    from ..evaluation.lists import read_list
     from ..evaluation.summary import summarize
     from ..files import write_whole
     from ..prompts import enough, read_prompts
@@ -75,7 +75,6 @@ def evaluate(
 
     known = enough(read_prompts(reference)) if reference is not None else []
     bad, good = read_list(memorized, images)[:limit], read_list(ordinary)[:limit]
-    check_images(bad)
     if profile is not None:
         StabilityProfile.load(profile)  # so that a file that is no profile is refused before the model is loaded
     recipe = how.recipe(model)
