@@ -9,6 +9,7 @@ from PIL import Image
 
 from memorization_guard import StabilityProfile, lab
 from memorization_guard.diffusers import guard
+from memorization_guard.evaluation.signals import SIGNALS
 from memorization_guard.lab import evaluate, train, world
 
 SPLITS = ("tuning", "evaluation")
@@ -191,7 +192,7 @@ def test_the_bundled_model_reproduces_what_was_duplicated_and_nothing_else(sampl
 
 def test_memorized_images_score_above_ordinary_ones_and_guidance_in_the_published_direction(sampled):
     for name in ("S_mem", "guidance norm, mean"):
-        signal = evaluate.SIGNALS[name]
+        signal = SIGNALS[name]
         exact, ordinary = ([signal(trace) for trace in sampled[group, "trace"].traces] for group in ("exact", "ordinary"))
         assert np.median(exact) > max(ordinary), name
 
