@@ -35,8 +35,8 @@ import pyarrow.parquet as pq
 
 from memorization_guard.audit import cluster
 from memorization_guard.audit.plan import Job, Plan
-from memorization_guard.audit.summary import summarize
 from memorization_guard.audit.run import Batch, audit
+from memorization_guard.audit.summary import summarize
 from memorization_guard.audit.worker import Recipe, Worker
 from memorization_guard.core.profile import StabilityProfile
 from memorization_guard.lab import PROFILE, prompts

@@ -63,6 +63,7 @@ class Judge:
     def take_in(self, measurement: Measurement, block: np.ndarray) -> None:
         """Judges the next evaluation, from its block ``[5 + patches, B]`` in host memory."""
         block = block.astype(np.float64)
+        block[5:] /= measurement.depth
         sigma = measurement.sigma
         level = self._level(float(block[0, 0]) if isinstance(sigma, Tensor) else sigma)
         found = signals(block, level)
