@@ -74,10 +74,11 @@ def test_without_a_profile_it_says_that_nothing_is_scored(call, model, tmp_path)
 def test_a_profile_that_does_not_fit_is_said(call, model, prompts, tmp_path):
     profile = tmp_path / "tiny.safetensors"
     call("calibrate", model, "--prompts", prompts, "-o", profile, *QUICK)
-    result = call("trace", model, "a cat", "--profile", profile, *QUICK, "--guidance", 1)
-    assert result.exit_code == 2
-    assert "verdict: unscored" in result.output
-    assert "guidance scale: profile 7.5, run 1.0" in result.stderr
+    for option, value, reason in (("--guidance", 1, "the profile was made with guidance"), ("--width", 32, "latent shape")):
+        result = call("trace", model, "a cat", "--profile", profile, *QUICK, option, value)
+        assert result.exit_code == 2
+        assert "verdict: unscored" in result.output
+        assert reason in result.stderr
 
 
 def one_line_error(result, *words):

@@ -206,8 +206,8 @@ def test_a_refused_image_stays_and_is_not_painted_to_its_end(serve, pipe, accept
 
 def test_the_published_method_is_a_choice_of_the_settings(serve):
     published = {"method": "published"}
-    mild = ask(serve(policy=ALLOW, thresholds=published | {"tau_strong": 1000}), steps=50)
-    strong = ask(serve(policy=REFUSE, thresholds=published | {"tau_mild": 0.1, "tau_strong": 0.1}), steps=50)
+    mild = ask(serve(steps=50, policy=ALLOW, thresholds=published | {"tau_strong": 1000}))
+    strong = ask(serve(steps=50, policy=REFUSE, thresholds=published | {"tau_mild": 0.1, "tau_strong": 0.1}))
     assert [a.headers["X-Memorization-Verdict"] for a in (mild, strong)] == ["mild", "strong"]
     assert [a.headers["X-Memorization-Outcome"] for a in (mild, strong)] == ["served", "refused"]
     assert [a.status_code for a in (mild, strong)] == [200, 422]

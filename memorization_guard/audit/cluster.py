@@ -49,6 +49,9 @@ class _Actor:
     def calibrate(self, prompts: Sequence[str], batch_size: int, seed: int) -> StabilityProfile:
         return self._loaded().calibrate(prompts, batch_size=batch_size, seed=seed)
 
+    def trial(self, job: Job, profile: StabilityProfile) -> None:
+        self._loaded().trial(job, profile)
+
     def sample(self, jobs: Sequence[Job], profile: StabilityProfile) -> list[dict[str, Any]]:
         return self._loaded().sample(jobs, profile)
 
@@ -108,7 +111,7 @@ class Cluster:
 
     def trial(self, job: Job, profile: StabilityProfile) -> None:
         """As ``run.Workers`` says."""
-        self._on_one(lambda actor: actor.sample.remote([job], profile))
+        self._on_one(lambda actor: actor.trial.remote(job, profile))
 
     def sample(
         self, batches: Iterator[Batch | None], profile: StabilityProfile

@@ -51,7 +51,7 @@ class Workers(Protocol):
         """As :meth:`Worker.calibrate`."""
 
     def trial(self, job: Job, profile: StabilityProfile) -> None:
-        """Makes one image that is not kept, to check that the profile fits; errors as for :meth:`Worker.sample`."""
+        """As :meth:`Worker.trial`."""
 
     def sample(
         self, batches: Iterator[Batch | None], profile: StabilityProfile
@@ -82,7 +82,7 @@ class Local:
 
     def trial(self, job: Job, profile: StabilityProfile) -> None:
         """As :class:`Workers` says."""
-        self._worker.sample([job], profile)
+        self._worker.trial(job, profile)
 
     def sample(
         self, batches: Iterator[Batch | None], profile: StabilityProfile

@@ -153,6 +153,16 @@ class Worker:
             rows.append(row)
         return rows
 
+    def trial(self, job: Job, profile: StabilityProfile) -> None:
+        """Makes one image that is not kept, to check that runs can be scored with the profile.
+
+        Raises:
+            AuditError: if they cannot; or as for :meth:`sample`.
+        """
+        (row,) = self.sample([job], profile)
+        if row["verdict"] == "unscored":
+            raise AuditError(f"images cannot be scored with this profile: {row['note'] or 'see the log for what went wrong'}")
+
     def _keeps(self, trace: Trace) -> bool:
         return self._recipe.keep == "all" or (self._recipe.keep == "flagged" and trace.trigger_step is not None)
 

@@ -32,7 +32,7 @@ def calibrate(
     def kept() -> str:
         return f"; the runs so far are in {state}: call again to go on" if state.exists() else ""
 
-    with resumable(kept):
+    with resumable(kept, output.parent):
         profile = make_profile(pipe, texts, batch_size=batch_size, seed=how.seed, state=state, **how.arguments())
     profile.save(output)
     state.unlink(missing_ok=True)

@@ -62,9 +62,9 @@ def trace(
         ]
     )
     _print(found, scored=stability is not None)
-    if stability is not None and not (check := stability.check(found.settings)).valid:
+    if stability is not None and found.verdict == "unscored":
         # The image is kept, but what was asked for, a verdict or a correction, could not be given.
-        raise UsageError(str(check))
+        raise UsageError(found.note or "the run could not be scored; the log says why")
 
 
 def is_graph(plot: Path | None) -> None:
