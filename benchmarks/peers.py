@@ -469,6 +469,6 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def interval(values: dict[str, Any], name: str, digits: int = 3) -> str:
-    """A figure of ``memorization_guard.evaluation.statistics`` with its interval, as text."""
+    """A figure of ``memorization_guard.statistics`` with its interval, as text."""
     low, high = values[f"{name}_95"]
     return f"{values[name]:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"

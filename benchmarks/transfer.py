@@ -26,10 +26,10 @@ from memorization_guard import Calibrator, NoiseLevel, StabilityProfile, Thresho
 from memorization_guard.core.reference import Reference
 from memorization_guard.core.signals import Signals
 from memorization_guard.diffusers import guard
-from memorization_guard.evaluation.statistics import detection
 from memorization_guard.files import write_whole
 from memorization_guard.lab import MODEL, Lab
 from memorization_guard.lab.world import DATA
+from memorization_guard.statistics import detection
 
 MATRIX = ("PNDM", "DDIM", "Euler", "DPM++ 2M", "UniPC", "Heun", "Euler ancestral", "DPM++ 2M SDE")
 STEPS = (15, 20, 30, 50, 100)

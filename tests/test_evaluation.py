@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from sklearn.metrics import auc
 
+from memorization_guard import statistics as metrics
 from memorization_guard.core.calibration import Calibrator
-from memorization_guard.evaluation import statistics as metrics
 
 pytest.importorskip("typer")
 pytest.importorskip("diffusers")

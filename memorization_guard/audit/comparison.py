@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..core.settings import TRIGGERED
-from ..evaluation.statistics import clustered_difference, clustered_rate, mcnemar
+from ..statistics import clustered_difference, clustered_rate, mcnemar
 from . import dataset
 from .dataset import counted, mapping
 from .summary import keys_of, numbers

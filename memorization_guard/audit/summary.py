@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..core.settings import TRIGGERED, VERDICTS, Thresholds
-from ..evaluation.statistics import clustered_rate
+from ..statistics import clustered_rate
 from . import dataset
 from .dataset import counted, mapping
 

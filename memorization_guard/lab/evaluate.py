@@ -25,8 +25,8 @@ from tqdm import tqdm
 from .. import Mode, StabilityProfile, Thresholds, Trace
 from ..adapters.diffusers import guard
 from ..evaluation.signals import SIGNALS
-from ..evaluation.statistics import detection, detection_with_intervals
 from ..files import write_whole
+from ..statistics import detection, detection_with_intervals
 from . import COPY_THRESHOLD, MODEL, Lab
 from .world import DATA, captions, duplicates, render, to_uint8
 
