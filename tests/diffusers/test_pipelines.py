@@ -39,24 +39,15 @@ def check(pipe, *, guided=True, halves=lambda outputs: outputs[0].chunk(2)[::-1]
     ``halves`` gives the predictions with and without the prompt from the outputs of a step.
     """
     pipe.set_progress_bar_config(disable=True)
-    scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
 
     def paint():
-        pipe.scheduler = type(scheduler).from_config(scheduler.config)
         torch.manual_seed(5)
         generators = [torch.Generator().manual_seed(seed) for seed in range(images)]
-        arguments = {"num_inference_steps": 4, "output_type": "latent", "generator": generators} | keywords
-        return pipe(**arguments)[0]
+        return pipe(**{"num_inference_steps": 4, "output_type": "latent", "generator": generators} | keywords)[0]
 
     def watched(*arguments):
-        pipe.scheduler = None
-        paint_with = type(scheduler).from_config(scheduler.config)
-        pipe.scheduler = paint_with
-        torch.manual_seed(5)
-        generators = [torch.Generator().manual_seed(seed) for seed in range(images)]
-        calls = {"num_inference_steps": 4, "output_type": "latent", "generator": generators} | keywords
         with recorded(pipe) as record, guard(pipe, *arguments) as run:
-            image = pipe(**calls)[0]
+            image = paint()
         return image, run, record
 
     plain = paint()
@@ -151,14 +142,6 @@ def test_perturbed_attention(tiny_pipe, scale):
     )
 
 
-def signals_of(pipe, **keywords):
-    pipe.set_progress_bar_config(disable=True)
-    with guard(pipe) as run:
-        pipe("a red cat", num_inference_steps=4, output_type="latent", generator=torch.Generator().manual_seed(0), **keywords)
-    evaluations = run.traces[0].evaluations
-    return np.array([getattr(evaluations, name)[0] for name in ("velocity", "denoised", "guidance", "local")])
-
-
 def test_what_is_judged_does_not_depend_on_guidance(tiny_pipe):
     """Of the first evaluation, which guidance has no part in; scales are told to the profile alone."""
     size = {"height": 16, "width": 16}
@@ -244,12 +227,14 @@ def test_stable_diffusion_xl_with_a_refiner(tokenizer, tiny_parts):
         scheduler=EPSILON["Euler"](),
         requires_aesthetics_score=True,
     )
-    latents = base(["a red cat"] * 2, num_inference_steps=10, denoising_end=0.8, output_type="latent", **size)[0]
+    with guard(base) as run:
+        latents = base(["a red cat"] * 2, num_inference_steps=10, denoising_end=0.8, output_type="latent", **size)[0]
     _, rest = check(refiner, prompt=["a red cat"] * 2, image=latents, num_inference_steps=10, denoising_start=0.8)
     assert (trace.settings.steps, rest.settings.steps) == (8, 2)
     assert trace.settings.end_sigma == pytest.approx(rest.settings.sigmas[0], rel=1e-3)
     # The last latent of the base, on the VP scale: nothing of the sampler's own scale is left in it.
-    assert 5 < trace.steps.latent_norm[-1] < 50
+    wanted = float(latents[0].norm()) / np.hypot(1, trace.settings.end_sigma)
+    assert run.traces[0].steps.latent_norm[-1] == pytest.approx(wanted, rel=1e-4)
 
 
 def tiny_vae():
@@ -343,7 +328,7 @@ def test_flux_with_guidance_of_two_calls():
 
 def test_flux_kontext_judges_the_latent_and_not_its_reference():
     pipe = flux(diffusers.FluxKontextPipeline)
-    keywords = {"image": torch.rand(1, 3, 32, 32), "height": 32, "width": 32, "_auto_resize": False}
+    keywords = {"image": torch.rand(1, 3, 32, 32), "height": 32, "width": 32, "max_area": 32 * 32, "_auto_resize": False}
     _, trace = check(pipe, guided=False, **keywords, **embeddings())
     assert trace.settings.latent_shape == (64, 16)
 
