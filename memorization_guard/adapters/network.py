@@ -40,9 +40,7 @@ class Evaluation:
         coefficients: ``(a, b)`` with ``x0 = a x + b output``.
     """
 
-    def __init__(
-        self, number: int, x: Tensor, cond: Tensor, uncond: Tensor | None, coefficients: tuple[float, float]
-    ) -> None:
+    def __init__(self, number: int, x: Tensor, cond: Tensor, uncond: Tensor | None, coefficients: tuple[float, float]) -> None:
         self.number, self.x, self.cond, self.uncond = number, x, cond, uncond
         self.coefficients = coefficients
 

@@ -95,7 +95,9 @@ def recorded(pipe, *, network=None):
     scheduler.step = step
     network = network or getattr(pipe, "unet", None) or pipe.transformer
     handle = network.register_forward_hook(
-        lambda module, inputs, output: record.outputs.append((output[0] if isinstance(output, tuple) else output.sample).clone())
+        lambda module, inputs, output: record.outputs.append(
+            (output[0] if isinstance(output, tuple) else output.sample).clone()
+        )
     )
     try:
         yield record

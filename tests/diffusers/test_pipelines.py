@@ -113,7 +113,9 @@ def test_controlnet(tiny_pipe):
         norm_num_groups=4,
         conditioning_embedding_out_channels=(4, 8),
     )
-    pipe = diffusers.StableDiffusionControlNetPipeline(**tiny_pipe.components, controlnet=control, requires_safety_checker=False)
+    pipe = diffusers.StableDiffusionControlNetPipeline(
+        **tiny_pipe.components, controlnet=control, requires_safety_checker=False
+    )
     check(pipe, prompt=["a red cat"] * 2, image=torch.rand(2, 3, 16, 16), height=16, width=16)
 
 
@@ -349,7 +351,9 @@ def test_wan_asks_for_the_two_predictions_one_after_the_other():
         qk_norm="rms_norm_across_heads",
         rope_max_seq_len=32,
     )
-    vae = diffusers.AutoencoderKLWan(base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True])
+    vae = diffusers.AutoencoderKLWan(
+        base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
+    )
     scheduler = diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
     pipe = diffusers.WanPipeline(tokenizer=None, text_encoder=None, vae=vae, scheduler=scheduler, transformer=transformer)
     texts = {"prompt_embeds": torch.randn(1, 6, 32), "negative_prompt_embeds": torch.randn(1, 6, 32)}

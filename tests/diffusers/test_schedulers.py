@@ -42,8 +42,12 @@ FLOW = {
     "flow Euler inverted": lambda: diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True),
     "flow Heun": lambda: diffusers.FlowMatchHeunDiscreteScheduler(shift=3.0),
     "flow LCM": lambda: diffusers.FlowMatchLCMScheduler(shift=3.0),
-    "flow UniPC": lambda: diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
-    "flow DPM++": lambda: diffusers.DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+    "flow UniPC": lambda: diffusers.UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    ),
+    "flow DPM++": lambda: diffusers.DPMSolverMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    ),
 }
 V = [name for name in EPSILON if name not in ("DPM++ SDE", "LMS")]
 SCHEDULERS = EPSILON | FLOW | {f"{name} v": lambda name=name: EPSILON[name](prediction_type="v_prediction") for name in V}
@@ -117,7 +121,9 @@ def test_the_noise_levels_are_the_schedulers_own(name, sampler):
         abar = scheduler.alphas_cumprod.double()[scheduler.timesteps.long()]
         wanted = ((1 - abar) / abar).sqrt().numpy()
     else:
-        wanted = np.exp(np.interp(scheduler.timesteps.numpy(), np.arange(1000), 0.5 * np.log(1 / scheduler.alphas_cumprod.numpy() - 1)))
+        wanted = np.exp(
+            np.interp(scheduler.timesteps.numpy(), np.arange(1000), 0.5 * np.log(1 / scheduler.alphas_cumprod.numpy() - 1))
+        )
     np.testing.assert_allclose(sigmas, wanted, rtol=2e-3)
 
 
@@ -181,7 +187,10 @@ def test_a_run_over_a_part_of_the_schedule_knows_its_noise_levels(name):
     assert found.settings.steps == len(found.steps)
     np.testing.assert_allclose(found.settings.sigmas, found.steps.sigma, rtol=1e-6)
     assert set(np.round(found.evaluations.sigma, 5)) <= set(np.round(wanted.evaluations.sigma, 5))
-    assert found.settings.end_sigma == pytest.approx(float(wanted.evaluations.sigma[np.flatnonzero(wanted.evaluations.sigma < found.evaluations.sigma[-1] - 1e-6)[0]]), rel=1e-4)
+    assert found.settings.end_sigma == pytest.approx(
+        float(wanted.evaluations.sigma[np.flatnonzero(wanted.evaluations.sigma < found.evaluations.sigma[-1] - 1e-6)[0]]),
+        rel=1e-4,
+    )
 
 
 def published_profile(sampler, scale):
@@ -228,7 +237,9 @@ def test_a_scheduler_whose_noise_levels_are_not_known_says_so():
 
 
 def test_zero_terminal_snr():
-    sampler = Sampler(EPSILON["DDIM"](prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing"))
+    sampler = Sampler(
+        EPSILON["DDIM"](prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    )
     plain = painted(sampler)
     with guard(sampler) as run:
         assert torch.equal(painted(sampler), plain)
