@@ -286,8 +286,12 @@ class StabilityProfile:
         tensors |= {f"std.{name}": norm for name, norm in self.std._asdict().items()}
         if self.reference is not None:
             signals = self.reference.signals._asdict()
-            tensors |= {f"reference.{name}": values.astype(np.float32) for name, values in signals.items()}
-            tensors |= {"reference.angles": self.reference.angles, "reference.patches": self.reference.patches}
+            # safetensors writes the memory of an array as it lies there.
+            tensors |= {
+                f"reference.{name}": np.ascontiguousarray(values, dtype=np.float32) for name, values in signals.items()
+            }
+            tensors["reference.angles"] = self.reference.angles
+            tensors["reference.patches"] = np.ascontiguousarray(self.reference.patches)
         return write_whole(path, save(tensors, metadata=metadata))
 
     @classmethod
