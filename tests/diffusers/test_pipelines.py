@@ -73,17 +73,17 @@ def check(pipe, *, guided=True, halves=lambda outputs: outputs[0].chunk(2)[::-1]
             cond, uncond = halves(outputs)
             wanted = (uncond - (cond - uncond))[:1]
             assert near(prediction[:1], wanted.narrow(1, 0, prediction.shape[1]), 1e-3), number
-    return run, traces[0]
+    return traces[0]
 
 
 def test_stable_diffusion(tiny_pipe):
-    run, trace = check(tiny_pipe, prompt=["a red cat", "a blue dog"], height=16, width=16)
+    trace = check(tiny_pipe, prompt=["a red cat", "a blue dog"], height=16, width=16)
     assert (trace.settings.sampler, trace.settings.steps, len(trace.evaluations)) == ("PNDM", 4, 5)
     assert (trace.settings.guidance_scale, trace.settings.latent_shape) == (7.5, (4, 8, 8))
 
 
 def test_without_guidance_one_prediction_is_judged_alone(tiny_pipe):
-    _, trace = check(tiny_pipe, guided=False, prompt=["a red cat"] * 2, height=16, width=16, guidance_scale=1.0)
+    trace = check(tiny_pipe, guided=False, prompt=["a red cat"] * 2, height=16, width=16, guidance_scale=1.0)
     assert trace.settings.guidance_scale == 1.0
 
 
@@ -91,7 +91,7 @@ def test_without_guidance_one_prediction_is_judged_alone(tiny_pipe):
 def test_image_to_image(tiny_pipe, scheduler):
     pipe = diffusers.StableDiffusionImg2ImgPipeline(**tiny_pipe.components, requires_safety_checker=False)
     pipe.scheduler = EPSILON[scheduler]()
-    _, trace = check(pipe, prompt=["a red cat"] * 2, image=np.repeat(PHOTO, 2, 0), strength=0.5, num_inference_steps=10)
+    trace = check(pipe, prompt=["a red cat"] * 2, image=np.repeat(PHOTO, 2, 0), strength=0.5, num_inference_steps=10)
     assert trace.settings.steps == 5
 
 
@@ -122,9 +122,7 @@ def test_controlnet(tiny_pipe):
 def test_instruct_pix2pix(tiny_pipe):
     tiny_pipe.unet = unet(in_channels=8)
     pipe = diffusers.StableDiffusionInstructPix2PixPipeline(**tiny_pipe.components, requires_safety_checker=False)
-    _, trace = check(
-        pipe, plain_guidance=False, prompt=["a red cat"] * 2, image=np.repeat(PHOTO, 2, 0), image_guidance_scale=1.5
-    )
+    trace = check(pipe, plain_guidance=False, prompt=["a red cat"] * 2, image=np.repeat(PHOTO, 2, 0), image_guidance_scale=1.5)
     assert trace.settings.guidance_scale == 7.5
 
 
@@ -187,7 +185,7 @@ def test_animatediff(tiny_pipe):
         motion_adapter=motion,
         scheduler=EPSILON["DDIM"](),
     )
-    _, trace = check(pipe, images=1, prompt="a red cat", num_frames=3, height=16, width=16)
+    trace = check(pipe, images=1, prompt="a red cat", num_frames=3, height=16, width=16)
     assert trace.settings.latent_shape == (4, 3, 8, 8)
 
 
@@ -222,7 +220,7 @@ def test_stable_diffusion_xl_with_a_refiner(tokenizer, tiny_parts):
     )
     size = {"height": 16, "width": 16}
     check(base, prompt=["a red cat"] * 2, **size)
-    _, trace = check(base, prompt=["a red cat"] * 2, num_inference_steps=10, denoising_end=0.8, **size)
+    trace = check(base, prompt=["a red cat"] * 2, num_inference_steps=10, denoising_end=0.8, **size)
     refiner = diffusers.StableDiffusionXLImg2ImgPipeline(
         **parts,
         unet=unet(projection_class_embeddings_input_dim=16 + 5 * 8, **extra),
@@ -231,7 +229,7 @@ def test_stable_diffusion_xl_with_a_refiner(tokenizer, tiny_parts):
     )
     with guard(base) as run:
         latents = base(["a red cat"] * 2, num_inference_steps=10, denoising_end=0.8, output_type="latent", **size)[0]
-    _, rest = check(refiner, prompt=["a red cat"] * 2, image=latents, num_inference_steps=10, denoising_start=0.8)
+    rest = check(refiner, prompt=["a red cat"] * 2, image=latents, num_inference_steps=10, denoising_start=0.8)
     assert (trace.settings.steps, rest.settings.steps) == (8, 2)
     assert trace.settings.end_sigma == pytest.approx(rest.settings.sigmas[0], rel=1e-3)
     # The last latent of the base, on the VP scale: nothing of the sampler's own scale is left in it.
@@ -280,9 +278,9 @@ def test_stable_diffusion_3(tokenizer):
         text_encoder_3=None,
         tokenizer_3=None,
     )
-    _, trace = check(pipe, prompt=["a red cat"] * 2, height=16, width=16)
+    trace = check(pipe, prompt=["a red cat"] * 2, height=16, width=16)
     skipped = {"skip_guidance_layers": [0], "skip_layer_guidance_start": 0.0, "skip_layer_guidance_stop": 1.0}
-    _, other = check(pipe, plain_guidance=False, prompt=["a red cat"] * 2, height=16, width=16, **skipped)
+    other = check(pipe, plain_guidance=False, prompt=["a red cat"] * 2, height=16, width=16, **skipped)
     assert len(other.evaluations) == len(trace.evaluations) == 4
     assert other.evaluations.velocity[0] == trace.evaluations.velocity[0]
 
@@ -314,7 +312,7 @@ def embeddings(prefix="", seed=0):
 
 
 def test_flux_with_embedded_guidance():
-    _, trace = check(flux(), guided=False, height=16, width=16, **embeddings())
+    trace = check(flux(), guided=False, height=16, width=16, **embeddings())
     assert trace.settings.guidance_scale == 1.0
     assert "guidance 3.5 embedded" in trace.settings.sampler
     assert trace.settings.prediction_type == "flow_prediction"
@@ -323,7 +321,7 @@ def test_flux_with_embedded_guidance():
 def test_flux_with_guidance_of_two_calls():
     """The pipeline keeps its scale to itself: the correction is made for the usual one, and the direction is exact."""
     both = embeddings() | embeddings("negative_", seed=1)
-    _, trace = check(flux(), plain_guidance=False, height=16, width=16, true_cfg_scale=4.0, **both)
+    trace = check(flux(), plain_guidance=False, height=16, width=16, true_cfg_scale=4.0, **both)
     assert trace.settings.guidance_scale is None
     assert len(trace.evaluations) == 4
 
@@ -331,7 +329,7 @@ def test_flux_with_guidance_of_two_calls():
 def test_flux_kontext_judges_the_latent_and_not_its_reference():
     pipe = flux(diffusers.FluxKontextPipeline)
     keywords = {"image": torch.rand(1, 3, 32, 32), "height": 32, "width": 32, "max_area": 32 * 32, "_auto_resize": False}
-    _, trace = check(pipe, guided=False, **keywords, **embeddings())
+    trace = check(pipe, guided=False, **keywords, **embeddings())
     assert trace.settings.latent_shape == (64, 16)
 
 
@@ -357,6 +355,6 @@ def test_wan_asks_for_the_two_predictions_one_after_the_other():
     scheduler = diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
     pipe = diffusers.WanPipeline(tokenizer=None, text_encoder=None, vae=vae, scheduler=scheduler, transformer=transformer)
     texts = {"prompt_embeds": torch.randn(1, 6, 32), "negative_prompt_embeds": torch.randn(1, 6, 32)}
-    _, trace = check(pipe, images=1, halves=lambda outputs: outputs, height=16, width=16, num_frames=5, **texts)
+    trace = check(pipe, images=1, halves=lambda outputs: outputs, height=16, width=16, num_frames=5, **texts)
     assert len(trace.evaluations) == 4
     assert trace.settings.guidance_scale == 5.0

@@ -6,10 +6,11 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from .conftest import STEPS, Sampler, near, profile_around, recorded
 
 from memorization_guard import Thresholds
 from memorization_guard.diffusers import guard
+
+from .conftest import STEPS, Sampler, near, profile_around, recorded
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")
 
