@@ -41,8 +41,8 @@ def calibrate(
             text as ``negative_prompt`` serves all prompts.
 
     Raises:
-        CalibrationError: if there are fewer than 8 prompts, or fewer than 8 runs are usable; and if ``state`` belongs to
-            another calibration.
+        CalibrationError: if there are fewer than 8 prompts, or fewer than 8 runs are usable; if the pipeline cannot be
+            watched; and if ``state`` belongs to another calibration.
     """
     texts = list(prompts) if isinstance(prompts, (list, tuple)) else read_prompts(prompts)  # type: ignore[arg-type]
     if len(texts) < MIN_RUNS or not all(isinstance(text, str) for text in texts):
@@ -71,6 +71,8 @@ def calibrate(
                 texts_a_prompt = {k: [v] * len(part) for k, v in pipe_kwargs.items() if "negative" in k and isinstance(v, str)}
                 with guard(pipe) as run:
                     pipe(part, generator=generators, output_type="latent", **(pipe_kwargs | texts_a_prompt))
+                if run.error is not None:
+                    raise CalibrationError(f"this pipeline could not be watched: {run.error}")
                 runs.add(run.traces, len(part))
                 bar.update(len(part))
     finally:

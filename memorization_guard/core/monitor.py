@@ -226,10 +226,11 @@ class StabilityMonitor:
     def fail(self, error: Exception) -> None:
         """Ends the watching of this run because of ``error``, and says so once; sampling goes on."""
         self._run.error = error
-        log.warning("Memorization Guard stopped watching this run; the image is not affected: %s", error, exc_info=True)
+        log.warning("Memorization Guard stopped watching this run; the image is not affected: %s", error, exc_info=error)
 
-    def end(self, reason: str) -> None:
-        """Says why the run came to no regular end (interrupted, an error of the host); without a trigger it is unscored."""
+    def end(self, reason: str | None) -> None:
+        """Says why the run came to no regular end (interrupted, an error of the host); without a trigger it is unscored.
+        ``None`` if it did after all."""
         self._run.ended = reason
 
     def outline(self) -> dict[str, Any]:
