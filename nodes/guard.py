@@ -17,7 +17,11 @@ StabilityProfileType = io.Custom("STABILITY_PROFILE")
 TraceType = io.Custom("STABILITY_TRACE")
 
 #: What can be set here: the published method replaces the latent after a solver step, which ComfyUI's samplers do not allow.
-CONSTANTS = [field for field in dataclasses.fields(Thresholds) if field.metadata.get("method") in ("reference", "both")]
+CONSTANTS = [
+    field
+    for field in dataclasses.fields(Thresholds)
+    if "bounds" in field.metadata and field.metadata["method"] in ("reference", "both")
+]
 
 
 def _threshold(field: dataclasses.Field[Any]) -> Any:

@@ -19,7 +19,8 @@ from ..memorization_guard.core.calibration import MIN_RUNS, ReferenceRuns, told_
 from ..memorization_guard.core.profile import EXTENSION, name_problem
 from ..memorization_guard.prompts import enough, read_prompts, reference_prompts, typed_prompts
 from .guard import CATEGORY, StabilityProfileType
-from .sampling import guard, is_guarded, model_hash
+from .models import model_hash
+from .sampling import guard, is_guarded
 
 FOLDER = "stability_profiles"
 
@@ -112,9 +113,9 @@ class CalibrateStabilityProfile(io.ComfyNode):
             display_name="Calibrate Stability Profile",
             category=CATEGORY,
             description=(
-                "Samples reference prompts, which the model should not have memorized, and measures how large its steps are. "
-                "The profile holds for this model and size, and is carried over to other samplers, steps and similar cfg. No "
-                "image is decoded."
+                "Samples reference prompts, which the model should not have memorized, and measures what it predicts for them. "
+                "The profile holds for this model and size, and is transferred to other samplers, steps and cfg. No image is "
+                "decoded."
             ),
             inputs=[
                 io.Model.Input("model", tooltip="With its LoRAs, and without Memorization Guard."),
