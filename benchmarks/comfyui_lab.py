@@ -1,7 +1,4 @@
-"""The lab model sampled by ComfyUI in this process, with and without guidance methods; for benchmarks and tests.
-
-    COMFYUI_PATH=/path/to/ComfyUI /path/to/its/python benchmarks/comfyui_samplers.py
-"""
+"""The lab model sampled by ComfyUI in this process, with and without guidance methods; for benchmarks and tests."""
 
 from __future__ import annotations
 
@@ -133,8 +130,21 @@ class Lab:
 
 def methods() -> dict[str, Method]:
     """Ways to mix predictions that ComfyUI has, and dynamic thresholding, with the settings that their nodes propose."""
-    from comfy_extras import nodes_apg, nodes_cfg, nodes_custom_sampler, nodes_eps, nodes_fresca, nodes_lumina2, nodes_mahiro
-    from comfy_extras import nodes_model_advanced, nodes_pag, nodes_perpneg, nodes_sag, nodes_slg, nodes_tcfg
+    from comfy_extras import (
+        nodes_apg,
+        nodes_cfg,
+        nodes_custom_sampler,
+        nodes_eps,
+        nodes_fresca,
+        nodes_lumina2,
+        nodes_mahiro,
+        nodes_model_advanced,
+        nodes_pag,
+        nodes_perpneg,
+        nodes_sag,
+        nodes_slg,
+        nodes_tcfg,
+    )
 
     def node(kind: Any, *values: Any, single: bool = False) -> Method:
         return Method(lambda model: kind.execute(model, *values).args[0], single=single)

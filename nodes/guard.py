@@ -41,8 +41,8 @@ class MemorizationGuard(io.ComfyNode):
             display_name="Memorization Guard",
             category=CATEGORY,
             description=(
-                "Judges what this model predicts while it samples, and shows live whether it goes farther than ordinary prompts "
-                "do, as it does when the model reproduces a training image. On 'mitigate' it steers away."
+                "Judges what this model predicts while it samples, and shows live whether that goes farther than ordinary "
+                "prompts do, as it does when the model reproduces a training image. On 'mitigate' it steers away."
             ),
             inputs=[
                 io.Model.Input("model", tooltip="The model to watch. Nodes that patch it may stand before or after this one."),
@@ -61,8 +61,8 @@ class MemorizationGuard(io.ComfyNode):
                     "profile",
                     optional=True,
                     tooltip=(
-                        "Stability profile of this model and size, from Load or Calibrate Stability Profile. It is transferred "
-                        "to other samplers, step counts and cfg. Without one the run is traced, not judged."
+                        "Stability profile of this model and size, from Load or Calibrate Stability Profile. It is "
+                        "transferred to other samplers, step counts and cfg. Without one the run is traced, not judged."
                     ),
                 ),
                 *map(_threshold, CONSTANTS),

@@ -113,9 +113,9 @@ class CalibrateStabilityProfile(io.ComfyNode):
             display_name="Calibrate Stability Profile",
             category=CATEGORY,
             description=(
-                "Samples reference prompts, which the model should not have memorized, and measures what it predicts for them. "
-                "The profile holds for this model and size, and is transferred to other samplers, steps and cfg. No image is "
-                "decoded."
+                "Samples reference prompts, which the model should not have memorized, and measures what it predicts for "
+                "them. The profile holds for this model and size, and is transferred to other samplers, steps and cfg. No "
+                "image is decoded."
             ),
             inputs=[
                 io.Model.Input("model", tooltip="With its LoRAs, and without Memorization Guard."),

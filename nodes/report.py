@@ -124,8 +124,8 @@ class MemorizationGate(io.ComfyNode):
                 io.Boolean.Input(
                     "pass_corrected",
                     default=False,
-                    tooltip="Whether images pass that counted as memorized and were corrected by mitigation. Most of those are "
-                    "no copies any more; some still are.",
+                    tooltip="Whether images pass that counted as memorized and were corrected by mitigation. Most of those "
+                    "are no copies any more; some still are.",
                 ),
             ],
             outputs=[

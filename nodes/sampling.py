@@ -23,7 +23,15 @@ from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from server import PromptServer
 from torch import Tensor
 
-from ..memorization_guard import Mode, StabilityMonitor, StabilityProfile, StepEvent, Thresholds
+from ..memorization_guard import (
+    Mode,
+    NoiseLevel,
+    RunSettings,
+    StabilityMonitor,
+    StabilityProfile,
+    StepEvent,
+    Thresholds,
+)
 from ..memorization_guard.adapters.kdiffusion import SamplerRun, watched
 from .models import noise_levels, run_settings
 from .runs import TraceLog
@@ -64,12 +72,21 @@ def guard(
             log.warning("Memorization Guard cannot watch %s: it is no KSAMPLER.", type(sampler).__name__)
             return run()
         try:
-            watch = _Watch(traces, profile, thresholds or Thresholds(), node, guider, sampler, sigmas, noise)
+            levels = noise_levels(guider.model_patcher.get_model_object("model_sampling"), sigmas)
+            schedule = [levels(sigma) for sigma in sigmas.tolist()]
+            settings = run_settings(guider, sampler, noise.shape, schedule)
+            watch = _Watch(traces, profile, thresholds, node, settings, levels)
         except Exception:
             log.warning("Memorization Guard does not watch this run; the image is not affected.", exc_info=True)
             return run()
-        with watch.around(extra_args["model_options"]):
-            return run()
+        function = sampler.sampler_function
+        sampler.sampler_function = watched(function, lambda *_, **__: SamplerRun(watch.monitor, schedule, levels))
+        try:
+            with Predictions(watch.monitor, guider).in_options(extra_args["model_options"]):
+                return run()
+        finally:
+            sampler.sampler_function = function
+            watch.end()
 
     guarded = model.clone()
     guarded.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, around_sampler)
@@ -82,46 +99,31 @@ def is_guarded(model: ModelPatcher) -> bool:
 
 
 class _Watch:
-    """One run under way: its monitor, its entry in the log and its live events."""
+    """One run: its monitor, its entry in the log and its live events. The log keeps it, so it holds on to no tensor."""
 
     def __init__(
         self,
         traces: TraceLog,
         profile: StabilityProfile | None,
-        thresholds: Thresholds,
+        thresholds: Thresholds | None,
         node: str | None,
-        guider: Any,
-        sampler: Any,
-        sigmas: Tensor,
-        noise: Tensor,
+        settings: RunSettings,
+        level: Callable[[float], NoiseLevel],
     ) -> None:
-        self._guider, self._sampler, self._node = guider, sampler, node
-        self._level = noise_levels(guider.model_patcher.get_model_object("model_sampling"), sigmas)
-        self._schedule = [self._level(sigma) for sigma in sigmas.tolist()]
-        self._monitor = StabilityMonitor(
-            profile,
-            thresholds,
-            traces.mode,
-            None if node is None else self._on_step,
-            settings=run_settings(guider, sampler, noise.shape, self._schedule),
-            level=self._level,
-        )
-        self._run = traces.begin(self._monitor)
-        if self._monitor.check is not None and self._monitor.check.invalid:
-            log.warning("Memorization Guard: %s", self._monitor.check)
+        on_step = None if node is None else self._on_step
+        self.monitor = StabilityMonitor(profile, thresholds, traces.mode, on_step, settings=settings, level=level)
+        self._run = traces.begin(self.monitor)
+        self._node = node
+        if self.monitor.check is not None and self.monitor.check.invalid:
+            log.warning("Memorization Guard: %s", self.monitor.check)
+        self._send("begin", **self.monitor.outline())
 
-    @contextmanager
-    def around(self, options: dict[str, Any]) -> Iterator[None]:
-        """Watches what is sampled with ``options`` in the meantime."""
-        sampler, function = self._sampler, self._sampler.sampler_function
-        sampler.sampler_function = watched(function, lambda *_, **__: SamplerRun(self._monitor, self._schedule, self._level))
-        self._send("begin", **self._monitor.outline())
+    def end(self) -> None:
+        """The sampler has returned, or was left."""
         try:
-            with Predictions(self._monitor, self._guider).in_options(options):
-                yield
-        finally:
-            sampler.sampler_function = function
             self._send("end", traces=[trace.to_dict() for trace in self._run.traces])
+        except Exception:
+            log.warning("Memorization Guard could not send the graph of this run.", exc_info=True)
 
     def _on_step(self, event: StepEvent) -> None:
         self._send("step", **event.to_dict())
@@ -184,15 +186,19 @@ class Predictions:
         return predictions
 
     def _judged(self, conds: Sequence[Any], predictions: Sequence[Tensor], x: Tensor, sigma: Tensor) -> Sequence[Tensor]:
-        place = self._place("positive", conds)
-        if place is None or not _active(conds[place], sigma):
+        try:
+            place = self._place("positive", conds)
+            if place is None or not _active(conds[place], sigma):
+                return predictions
+            without = next((p for name in _WITHOUT_PROMPT if (p := self._place(name, conds)) is not None), None)
+            uncond = predictions[without] if without is not None and _active(conds[without], sigma) else None
+            cond = self._monitor.predicted(x, sigma, predictions[place], uncond)
+            if cond is predictions[place]:
+                return predictions
+            return [cond if i == place else prediction for i, prediction in enumerate(predictions)]
+        except Exception as error:
+            self._monitor.fail(error)
             return predictions
-        without = next((p for name in _WITHOUT_PROMPT if (p := self._place(name, conds)) is not None), None)
-        uncond = predictions[without] if without is not None and _active(conds[without], sigma) else None
-        cond = self._monitor.predicted(x, sigma, predictions[place], uncond)
-        if cond is predictions[place]:
-            return predictions
-        return [cond if i == place else prediction for i, prediction in enumerate(predictions)]
 
     def _place(self, name: str, conds: Sequence[Any]) -> int | None:
         """Where in a batch the guider's own conditioning of this name stands."""

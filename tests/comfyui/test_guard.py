@@ -252,7 +252,11 @@ WAYS: dict[str, tuple[Callable[[Bench], Any], list[int], list[str]]] = {
     "BasicGuider": (lambda b: b.custom("BasicGuider", conditioning=b.positive), [30], [NEVER]),
     "DualCFGGuider": (dual, [30], [FITS]),
     "PerpNegGuider": (perp_neg, [30], [FITS]),
-    "denoise 0.5": (lambda b: b.ksampler(latent_image=b.ksampler(seed=9), denoise=0.5, steps=10), [30, 10], [FITS, TRANSFERRED]),
+    "denoise 0.5": (
+        lambda b: b.ksampler(latent_image=b.ksampler(seed=9), denoise=0.5, steps=10),
+        [30, 10],
+        [FITS, TRANSFERRED],
+    ),
     "a second pass": (second_pass, [30, 10], [FITS, NEVER]),
     "inpainting": (inpaint, [30, 30], [FITS, FITS]),
     "latent from a batch": (from_batch, [30], [FITS]),

@@ -35,7 +35,7 @@ def row(**how):
         "first p-values": [float(trace.evaluations.p_value[0]) for trace in traces],
         "verdicts": [trace.verdict for trace in traces],
         "verdicts when mitigated": [trace.verdict for trace in corrected],
-        "first corrected": [int(trace.evaluations.corrected.argmax()) for trace in corrected if trace.evaluations.corrected.any()],
+        "first corrected": [int(e.corrected.argmax()) for e in (t.evaluations for t in corrected) if e.corrected.any()],
         "copies": sum(lab.copies(plain[copied], exact)),
         "left": sum(lab.copies(mitigated[copied], exact)),
         "ordinary untouched": torch.equal(plain[3:], mitigated[3:]),

@@ -251,7 +251,8 @@ for order, guarded in {
     "after": (lambda: sampling.guard(others(model), mode="trace")),
 }.items():
     guarded, log = guarded()
-    result[order] = [torch.equal(plain, sample(guarded, "SD 1")), len(traces_of(log)[0].steps), str(log.runs()[0].monitor.error)]
+    same = torch.equal(plain, sample(guarded, "SD 1"))
+    result[order] = [same, len(traces_of(log)[0].steps), str(log.runs()[0].monitor.error)]
 """
     )
     assert result == {"before": [True, 6, "None"], "after": [True, 6, "None"]}
