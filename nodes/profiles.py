@@ -15,7 +15,7 @@ import torch
 from comfy_api.v0_0_2 import io, ui
 
 from ..memorization_guard import StabilityProfile
-from ..memorization_guard.core.calibration import MIN_RUNS, ReferenceRuns, told_left_out, unscheduled
+from ..memorization_guard.core.calibration import MIN_RUNS, ReferenceRuns, told_left_out
 from ..memorization_guard.core.profile import EXTENSION, name_problem
 from ..memorization_guard.prompts import enough, read_prompts, reference_prompts, typed_prompts
 from .guard import CATEGORY, StabilityProfileType
@@ -205,10 +205,7 @@ class CalibrateStabilityProfile(io.ComfyNode):
                 disable_pbar=True,
                 seed=seed + start,
             )
-            taken = traces.runs()
-            if any(run.monitor.off_schedule for run in taken):
-                raise unscheduled(sampler_name)
-            runs.add([trace for run in taken for trace in run.traces], len(part))
+            runs.add([trace for run in traces.runs() for trace in run.traces], len(part))
         bar.update_absolute(len(texts), len(texts))
         profile, left_out = runs.profile()
         runs.forget()

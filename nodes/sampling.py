@@ -67,10 +67,10 @@ def guard(
         executor: Any, guider: Any, sigmas: Tensor, extra_args: Any, callback: Any, noise: Tensor, *args: Any, **kwargs: Any
     ) -> Tensor:
         sampler = executor.class_obj
-        run = functools.partial(executor, guider, sigmas, extra_args, callback, noise, *args, **kwargs)
+        sample = functools.partial(executor, guider, sigmas, extra_args, callback, noise, *args, **kwargs)
         if not hasattr(sampler, "sampler_function"):
             log.warning("Memorization Guard cannot watch %s: it is no KSAMPLER.", type(sampler).__name__)
-            return run()
+            return sample()
         try:
             levels = noise_levels(guider.model_patcher.get_model_object("model_sampling"), sigmas)
             schedule = [levels(sigma) for sigma in sigmas.tolist()]
@@ -78,12 +78,13 @@ def guard(
             watch = _Watch(traces, profile, thresholds, node, settings, levels)
         except Exception:
             log.warning("Memorization Guard does not watch this run; the image is not affected.", exc_info=True)
-            return run()
+            return sample()
+        sampler_run = SamplerRun(watch.monitor, schedule, levels)
         function = sampler.sampler_function
-        sampler.sampler_function = watched(function, lambda *_, **__: SamplerRun(watch.monitor, schedule, levels))
+        sampler.sampler_function = watched(function, lambda *_, **__: sampler_run)
         try:
-            with Predictions(watch.monitor, guider).in_options(extra_args["model_options"]):
-                return run()
+            with Predictions(sampler_run, guider).in_options(extra_args["model_options"]):
+                return sample()
         finally:
             sampler.sampler_function = function
             watch.end()
@@ -135,15 +136,15 @@ class _Watch:
 
 
 class Predictions:
-    """The place between network and guidance in one run: hands both predictions to a monitor, and puts back the first.
+    """The place between network and guidance: hands the predictions of a run over, and puts the corrected one in their place.
 
     Args:
-        monitor: judges the predictions.
+        run: takes them in.
         guider: asks for them; its conditionings tell which prediction is which.
     """
 
-    def __init__(self, monitor: StabilityMonitor, guider: Any) -> None:
-        self._monitor = monitor
+    def __init__(self, run: SamplerRun, guider: Any) -> None:
+        self._run = run
         self._guider = guider
         self._expected = False  # whether an evaluation has begun whose predictions were not seen yet
 
@@ -192,12 +193,12 @@ class Predictions:
                 return predictions
             without = next((p for name in _WITHOUT_PROMPT if (p := self._place(name, conds)) is not None), None)
             uncond = predictions[without] if without is not None and _active(conds[without], sigma) else None
-            cond = self._monitor.predicted(x, sigma, predictions[place], uncond)
+            cond = self._run.predicted(x, sigma, predictions[place], uncond)
             if cond is predictions[place]:
                 return predictions
             return [cond if i == place else prediction for i, prediction in enumerate(predictions)]
         except Exception as error:
-            self._monitor.fail(error)
+            self._run.monitor.fail(error)
             return predictions
 
     def _place(self, name: str, conds: Sequence[Any]) -> int | None:

@@ -14,47 +14,52 @@ sys.path.insert(0, args[0])
 import torch, comfy.samplers
 from comfyui_lab import Lab, Method, methods
 lab = Lab(module)
-exact, ordinary = lab.lab.prompts("exact", "tuning")[:3], lab.lab.prompts("ordinary", "tuning")[:3]
-prompts, copied = [*exact, *ordinary], slice(0, 3)
+exact, ordinary = lab.lab.prompts("exact", "tuning")[:2], lab.lab.prompts("ordinary", "tuning")[:2]
 
-def sample(**how):
+def sample(prompts, **how):
     how = {"steps": 12} | how
-    if how.get("method", Method()).single:
-        each = [lab.sample([prompt], 5 + i, **how) for i, prompt in enumerate(prompts)]
-        return torch.cat([one.latents for one in each]), [trace for one in each for trace in one.traces]
-    sampled = lab.sample(prompts, 5, **how)
-    return sampled.latents, sampled.traces
+    size = 1 if how.get("method", Method()).single else len(prompts)
+    parts = [lab.sample(prompts[i : i + size], 5 + i, **how) for i in range(0, len(prompts), size)]
+    return torch.cat([part.latents for part in parts]), [trace for part in parts for trace in part.traces]
+
+def earliest(flags):
+    return int(flags.argmax()) if flags.any() else None
 
 def row(**how):
-    # What a plain, a traced and a mitigated run made of three memorized and three ordinary prompts.
-    plain, _ = sample(**how)
-    traced, traces = sample(**how, mode="trace", profile=lab.profile)
-    mitigated, corrected = sample(**how, mode="mitigate", profile=lab.profile)
-    return {
-        "identical": torch.equal(plain, traced),
-        "first p-values": [float(trace.evaluations.p_value[0]) for trace in traces],
-        "verdicts": [trace.verdict for trace in traces],
-        "verdicts when mitigated": [trace.verdict for trace in corrected],
-        "first corrected": [int(e.corrected.argmax()) for e in (t.evaluations for t in corrected) if e.corrected.any()],
-        "copies": sum(lab.copies(plain[copied], exact)),
-        "left": sum(lab.copies(mitigated[copied], exact)),
-        "ordinary untouched": torch.equal(plain[3:], mitigated[3:]),
-        "finite": bool(torch.isfinite(mitigated).all()),
-        "notes": sorted({str(trace.note) for trace in traces}),
-    }
+    # What comes of memorized and of ordinary prompts, without a guard, traced, and mitigated. They are two batches, since some
+    # methods and samplers take a batch for one.
+    found = {"identical": True, "finite": True}
+    for name, prompts in (("exact", exact), ("ordinary", ordinary)):
+        plain, _ = sample(prompts, **how)
+        traced, traces = sample(prompts, **how, mode="trace", profile=lab.profile)
+        mitigated, corrected = sample(prompts, **how, mode="mitigate", profile=lab.profile)
+        evaluations = [trace.evaluations for trace in corrected]
+        found["identical"] &= torch.equal(plain, traced)
+        found["finite"] &= bool(torch.isfinite(mitigated).all())
+        found[name] = {
+            "first p-values": [float(trace.evaluations.p_value[0]) for trace in traces],
+            "verdicts": sorted({trace.verdict for trace in (*traces, *corrected)}),
+            "triggered": [earliest(e.p_value <= 0.001) for e in evaluations],
+            "corrected": [earliest(e.corrected) for e in evaluations],
+            "untouched": torch.equal(plain, mitigated),
+            "note": traces[0].note,
+        }
+        if prompts is exact:
+            found["copies"], found["left"] = sum(lab.copies(plain, exact)), sum(lab.copies(mitigated, exact))
+    return found
 """
-
-VERDICTS = ["likely copy"] * 3 + ["stable"] * 3
 
 
 def check(row: dict[str, Any], name: str) -> None:
-    """A row in which memorized prompts trigger at once and no copy is left, and ordinary ones are what they were."""
+    """Memorized prompts trigger, are corrected from that evaluation on, and leave no copy; ordinary ones are what they were."""
+    exact, ordinary = row["exact"], row["ordinary"]
     assert row["identical"], name
-    assert row["verdicts"] == row["verdicts when mitigated"] == VERDICTS, name
-    assert row["first corrected"] == [0, 0, 0], name
-    assert row["left"] == 0, name
-    assert row["ordinary untouched"], name
     assert row["finite"], name
+    assert (exact["verdicts"], ordinary["verdicts"]) == (["likely copy"], ["stable"]), name
+    assert None not in exact["triggered"], name
+    assert exact["corrected"] == exact["triggered"], name
+    assert row["left"] == 0, name
+    assert ordinary["untouched"], name
 
 
 def test_every_sampler_is_corrected_from_the_evaluation_that_triggers(in_comfyui: Any) -> None:
@@ -67,7 +72,7 @@ def test_every_sampler_is_corrected_from_the_evaluation_that_triggers(in_comfyui
     for sampler, found in result.items():
         check(found, sampler)
     # Some paint no copy in 12 steps to begin with.
-    assert sum(row["copies"] for row in result.values()) > 2 * len(result)
+    assert sum(row["copies"] for row in result.values()) > 1.5 * len(result)
 
 
 def test_guidance_methods_before_and_after_the_guard_change_no_verdict_and_leave_no_copy(in_comfyui: Any) -> None:
@@ -82,13 +87,14 @@ for name, method in methods().items():
         timeout=1200,
     )
     assert len(result) >= 30
-    expected = result["CFG, guard after"]["first p-values"]
     for name, found in result.items():
         check(found, name)
-        # All begin with the same noise and the same predictions, whatever is made of them; sampled one by one, these are
-        # another batch, which rounds differently.
-        assert found["first p-values"] == (pytest.approx(expected, rel=0.02) if "Renorm" in name else expected), name
-    assert sum(row["copies"] for row in result.values()) > 2 * len(result)
+        for group in ("exact", "ordinary"):
+            # All begin with the same noise and the same predictions, whatever is made of them. Where images are sampled one by
+            # one, the network rounds differently.
+            p_values, expected = found[group]["first p-values"], result["CFG, guard after"][group]["first p-values"]
+            assert p_values == (pytest.approx(expected, rel=0.02) if "Renorm" in name else expected), name
+    assert sum(row["copies"] for row in result.values()) > 1.5 * len(result)
 
 
 def test_what_wraps_the_sampling_before_and_after_the_guard_leaves_no_copy(in_comfyui: Any) -> None:
@@ -142,10 +148,10 @@ for guider in ("CFG", "PerpNeg"):
                 model, log = lab.sampling.guard(model, mode=mode, profile=lab.profile)
                 logs.append(log)
             return model.clone()
-        latents, _ = sample(method=Method(guarded, methods()[guider].guider))
+        latents, _ = sample([*exact, *ordinary], method=Method(guarded, methods()[guider].guider))
         traces = [[trace for trace in log.runs()[0].traces] for log in logs]
         result[f"{guider}: {', then '.join(modes)}"] = {
-            "left": sum(lab.copies(latents[copied], exact)),
+            "left": sum(lab.copies(latents[:2], exact)),
             "verdicts": [[trace.verdict for trace in each] for each in traces],
             "corrected": [[bool(trace.evaluations.corrected.any()) for trace in each] for each in traces],
         }
@@ -154,15 +160,15 @@ for guider in ("CFG", "PerpNeg"):
     )
     for name, found in result.items():
         modes = name.partition(": ")[2].split(", then ")
-        assert found["left"] == (3 if "mitigate" not in modes else 0), name
+        assert found["left"] == (0 if "mitigate" in modes else 2), name
         # One of them sees the predictions as the network made them.
-        assert VERDICTS in found["verdicts"], name
+        assert ["likely copy"] * 2 + ["stable"] * 2 in found["verdicts"], name
         corrected = [mode for mode, images in zip(modes, found["corrected"], strict=True) if any(images)]
         assert set(corrected) <= {"mitigate"}, name
         assert len(corrected) >= (1 if "mitigate" in modes else 0), name
 
 
-def test_without_guidance_the_one_prediction_is_judged_alone(in_comfyui: Any) -> None:
+def test_without_guidance_a_profile_made_with_it_is_said_not_to_fit(in_comfyui: Any) -> None:
     result = in_comfyui(
         SETUP
         + """
@@ -180,16 +186,21 @@ def basic(model, positive, negative):
     return guider
 
 for name, guider in {"CFG 1": unguided, "BasicGuider": basic}.items():
-    latents, traces = sample(method=Method(guider=guider), mode="trace", profile=lab.profile)
+    latents, traces = sample(exact, method=Method(guider=guider), mode="mitigate", profile=lab.profile)
+    plain, _ = sample(exact, method=Method(guider=guider))
     result[name] = {
-        "guidance": bool(any((trace.evaluations.guidance == trace.evaluations.guidance).any() for trace in traces)),
-        "velocity": bool(all((trace.evaluations.velocity > 0).all() for trace in traces)),
-        "note": str(traces[0].note),
-    } | row(method=Method(guider=guider))
+        "identical": torch.equal(latents, plain),
+        "verdicts": [trace.verdict for trace in traces],
+        "note": traces[0].note,
+        "evaluations": len(traces[0].evaluations),
+        "signals": [int((getattr(traces[0].evaluations, one) > 0).sum()) for one in ("velocity", "denoised", "guidance")],
+    }
 """,
         BENCHMARKS,
     )
     for name, found in result.items():
         assert found["identical"], name
-        assert found["velocity"], name
-        assert not found["guidance"], name
+        assert found["verdicts"] == ["unscored"] * 2, name
+        assert "(guidance scale: profile 7.5, run 1.0)" in found["note"], name
+        assert found["evaluations"] == 12, name
+        assert found["signals"] == [12, 12, 0], name
