@@ -7,7 +7,7 @@ from typing import Any
 
 from comfy_api.v0_0_2 import io
 
-from ..memorization_guard import Thresholds
+from ..memorization_guard import Mode, Thresholds
 from ..memorization_guard.core.settings import MODES
 from .sampling import guard
 
@@ -80,7 +80,7 @@ class MemorizationGuard(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model: Any, mode: str, profile: Any = None, **thresholds: float) -> io.NodeOutput:
+    def execute(cls, model: Any, mode: Mode, profile: Any = None, **thresholds: Any) -> io.NodeOutput:
         return io.NodeOutput(
             *guard(model, mode=mode, profile=profile, thresholds=Thresholds(**thresholds), node=cls.hidden.unique_id)
         )

@@ -78,7 +78,7 @@ class StabilityReport(io.ComfyNode):
         count = len(latent["samples"]) if latent is not None else len(image)
         rows = [run.traces for run in runs]
         judged = _by_image(rows, count)
-        entries = [
+        entries: list[Any] = [
             {"sampler_node": run.sampler_node, "traces": [one.to_dict() for one in traces]}
             for run, traces in zip(runs, rows, strict=True)
         ]
