@@ -52,7 +52,8 @@ class StepEvent:
 class Step:
     """A solver step, with the evaluations ``first`` to ``last``.
 
-    ``latent``, ``update`` and, with the published method, ``denoised`` are its norms ``[B]``, where they were computed.
+    ``latent``, ``update`` and, with the published method, ``denoised`` are its norms ``[B]``, where they were computed, and
+    ``scale`` is what the first two are divided by to stand on the VP scale.
     """
 
     start: NoiseLevel
@@ -61,12 +62,13 @@ class Step:
     last: int
     latent: Tensor
     update: Tensor
+    scale: float
     denoised: Tensor | None = None
     judgement: published.Judgement | None = None
 
     def norms(self, judge: Judge) -> Norms:
         """The norms in host memory; x0's, if the step has none of its own, is that of its first evaluation."""
-        latent, update = (norm.double().cpu().numpy() for norm in (self.latent, self.update))
+        latent, update = (norm.double().cpu().numpy() / self.scale for norm in (self.latent, self.update))
         if self.denoised is not None:
             return Norms(latent, update, self.denoised.double().cpu().numpy())
         if self.first < len(judge.evaluations):
@@ -279,7 +281,7 @@ class Run:
             return f"Watching ended early: {self.error}"
         if self.ended is not None:
             return f"The run ended early: {self.ended}"
-        if self.steps and not self.taken:
+        if self.steps and not self.taken and self.detector is None:
             return (
                 "No prediction of the network reached the guard, so that the run was not judged: another extension may stand "
                 "in its place."
