@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import comfy.samplers
 from comfy.model_patcher import ModelPatcher
-from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
+from comfy.patcher_extension import WrappersMP
 from server import PromptServer
 from torch import Tensor
 
@@ -76,17 +75,19 @@ def guard(
             schedule = [levels(sigma) for sigma in sigmas.tolist()]
             settings = run_settings(guider, sampler, noise.shape, schedule)
             watch = _Watch(traces, profile, thresholds, node, settings, levels)
+            sampler_run = SamplerRun(watch.monitor, schedule, levels)
+            predictions = Predictions(sampler_run, guider)
+            predictions.attach(extra_args["model_options"])
         except Exception:
             log.warning("Memorization Guard does not watch this run; the image is not affected.", exc_info=True)
             return sample()
-        sampler_run = SamplerRun(watch.monitor, schedule, levels)
         function = sampler.sampler_function
         sampler.sampler_function = watched(function, lambda *_, **__: sampler_run)
         try:
-            with Predictions(sampler_run, guider).in_options(extra_args["model_options"]):
-                return sample()
+            return sample()
         finally:
             sampler.sampler_function = function
+            predictions.detach()
             watch.end()
 
     guarded = model.clone()
@@ -147,24 +148,23 @@ class Predictions:
         self._run = run
         self._guider = guider
         self._expected = False  # whether an evaluation has begun whose predictions were not seen yet
+        self._evaluation_wrappers: list[Any] = []
 
     def __deepcopy__(self, memo: Any) -> Predictions:
         """Itself: whoever copies a run's options goes on with the same run."""
         return self
 
-    @contextmanager
-    def in_options(self, options: dict[str, Any]) -> Iterator[None]:
-        """Sees the predictions of whatever is sampled with ``options`` in the meantime."""
+    def attach(self, options: dict[str, Any]) -> None:
+        """Stands between network and guidance of whatever is sampled with ``options``, those of this run alone."""
         inner = options.get("sampler_calc_cond_batch_function", _calc_cond_batch)
         options["sampler_calc_cond_batch_function"] = functools.partial(self.together, inner)
-        add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, self.around_batch, options, is_model_options=True)
-        add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, self.around_evaluation, self._guider.model_options, True)
-        try:
-            yield
-        finally:
-            # The guider's options may outlive the run, its sampler's never do.
-            wrappers = self._guider.model_options["transformer_options"]["wrappers"]
-            wrappers[WrappersMP.PREDICT_NOISE][KEY].remove(self.around_evaluation)
+        _wrappers(options, WrappersMP.CALC_COND_BATCH).append(self.around_batch)
+        self._evaluation_wrappers = _wrappers(self._guider.model_options, WrappersMP.PREDICT_NOISE)
+        self._evaluation_wrappers.append(self.around_evaluation)
+
+    def detach(self) -> None:
+        """Leaves the guider's options, which may outlive the run."""
+        self._evaluation_wrappers.remove(self.around_evaluation)
 
     def around_evaluation(self, executor: Any, *args: Any, **kwargs: Any) -> Tensor:
         """A ``PREDICT_NOISE`` wrapper: an evaluation begins."""
@@ -205,6 +205,14 @@ class Predictions:
         """Where in a batch the guider's own conditioning of this name stands."""
         own = self._guider.conds.get(name)
         return next((i for i, cond in enumerate(conds) if cond is own), None) if own is not None else None
+
+
+def _wrappers(options: dict[str, Any], kind: str) -> list[Any]:
+    """Our list among the wrappers of a kind."""
+    wrappers: list[Any] = (
+        options.setdefault("transformer_options", {}).setdefault("wrappers", {}).setdefault(kind, {}).setdefault(KEY, [])
+    )
+    return wrappers
 
 
 def _calc_cond_batch(args: Mapping[str, Any]) -> Sequence[Tensor]:

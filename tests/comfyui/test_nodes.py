@@ -158,7 +158,7 @@ def test_prompts_come_from_a_file_or_the_built_in_list(calibration: Any, server:
     ("changes", "message"),
     [
         ({"texts": REFERENCES[:5]}, "5 reference prompts: give at least 8"),
-        ({"sampler_name": "dpm_fast"}, "dpm_fast keeps to no fixed schedule"),
+        ({"sampler_name": "dpm_adaptive"}, r"5 usable reference runs, 7 left out \(other noise levels\)"),
     ],
 )
 def test_what_gives_no_profile_is_said(calibration: Any, server: Any, changes: dict, message: str) -> None:

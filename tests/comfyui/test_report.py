@@ -16,14 +16,14 @@ from PIL.PngImagePlugin import PngInfo
 from memorization_guard import Trace, evidence
 from memorization_guard.lab import prompts
 
-EXACT, ORDINARY = prompts("exact", "tuning")[:2], prompts("ordinary", "tuning")[:2]
+EXACT, ORDINARY = prompts("exact", "tuning")[0], prompts("ordinary", "tuning")[0]
 
 
 @pytest.fixture
 def batch(graph: Any) -> Any:
     """One batch of a memorized and an ordinary prompt, decoded."""
 
-    def make(mode: str = "trace", profile: bool = True, texts: tuple[str, ...] = (EXACT[1], ORDINARY[0])) -> Any:
+    def make(mode: str = "trace", profile: bool = True, texts: tuple[str, ...] = (EXACT, ORDINARY)) -> Any:
         g = graph()
         g.lab = lab = g.node("MemorizationGuardLoadLabModel")
         g.guard = g.node("MemorizationGuard", model=lab[0], mode=mode, **({"profile": lab[3]} if profile else {}))
@@ -89,7 +89,7 @@ def test_the_map_is_laid_over_the_image_and_shows_a_copy_more_than_an_ordinary_i
 
 
 def test_an_image_without_a_map_goes_through_unchanged(batch: Any, server: Any) -> None:
-    g = batch(profile=False, texts=(EXACT[1],))
+    g = batch(profile=False, texts=(EXACT,))
     report = g.node("MemorizationGuardReport", trace=g.guard[1], image=g.images[0])
     shown = [g.node("PreviewImage", images=report[output]) for output in (1, 6)]
     run = server.queue(g.prompt())
@@ -99,7 +99,7 @@ def test_an_image_without_a_map_goes_through_unchanged(batch: Any, server: Any) 
 
 
 def test_two_runs_of_one_image_are_two_rows_of_its_graph(batch: Any, server: Any) -> None:
-    g = batch(texts=(EXACT[1],))
+    g = batch(texts=(EXACT,))
     again = g.node("KSampler", **(g.settings | {"latent_image": g.latents[0], "denoise": 0.5}))
     report = g.node("MemorizationGuardReport", trace=g.guard[1], latent=again[0])
     picture = g.node("PreviewImage", images=report[5])
@@ -115,7 +115,7 @@ def saved(run: Any, node: Any, folder: Path) -> list[Path]:
 
 
 def test_the_evidence_belongs_to_every_image_of_a_batch_and_to_no_other(batch: Any, server: Any, tmp_path: Path) -> None:
-    g = batch(texts=(EXACT[1],))
+    g = batch(texts=(EXACT,))
     g.settings |= {"steps": 8, "seed": 77}
     several = g.node("RepeatLatentBatch", samples=g.settings["latent_image"], amount=3)
     samplers = [g.node("KSampler", **(g.settings | changes)) for changes in ({"latent_image": several[0]}, {"seed": 78})]
@@ -152,7 +152,7 @@ def test_the_evidence_belongs_to_every_image_of_a_batch_and_to_no_other(batch: A
 
 
 def test_without_an_image_the_evidence_says_that_pixels_are_not_known(batch: Any, server: Any) -> None:
-    g = batch(texts=(EXACT[1],))
+    g = batch(texts=(EXACT,))
     sampler = g.node("KSampler", **(g.settings | {"steps": 8, "seed": 79}))
     report = g.node("MemorizationGuardReport", trace=g.guard[1], latent=sampler[0])
     image = g.node("VAEDecode", samples=report[0], vae=g.lab[2])
@@ -183,7 +183,7 @@ def test_the_gate_passes_what_is_stable_and_blocks_the_rest(batch: Any, server: 
 
 
 def test_a_placeholder_stands_for_what_is_held_back(batch: Any, server: Any) -> None:
-    g = batch(texts=(EXACT[1],))
+    g = batch(texts=(EXACT,))
     save, count, _ = gate(g, g.images[0], when_empty="placeholder")
     run = server.queue(g.prompt())
     run.wait()
@@ -194,7 +194,7 @@ def test_a_placeholder_stands_for_what_is_held_back(batch: Any, server: Any) -> 
 
 @pytest.mark.parametrize(("mode", "switch"), [("trace", "pass_unscored"), ("mitigate", "pass_corrected")])
 def test_what_the_gate_lets_through_is_a_switch(batch: Any, server: Any, mode: str, switch: str) -> None:
-    g = batch(mode, profile=mode == "mitigate", texts=(EXACT[1],))
+    g = batch(mode, profile=mode == "mitigate", texts=(EXACT,))
     shut, opened = gate(g, g.images[0]), gate(g, g.images[0], **{switch: True})
     run = server.queue(g.prompt())
     run.wait()
@@ -203,7 +203,7 @@ def test_what_the_gate_lets_through_is_a_switch(batch: Any, server: Any, mode: s
 
 
 def test_a_report_that_no_run_led_to_says_so_and_loses_no_image(batch: Any, server: Any) -> None:
-    g = batch(texts=(EXACT[1],))
+    g = batch(texts=(EXACT,))
     empty = g.node("EmptyImage", width=64, height=64, batch_size=2, color=0)
     report = g.node("MemorizationGuardReport", trace=g.guard[1], image=empty[0])
     save = g.node("SaveImage", images=report[1], filename_prefix="t")
@@ -214,14 +214,14 @@ def test_a_report_that_no_run_led_to_says_so_and_loses_no_image(batch: Any, serv
 
 
 def test_a_report_without_anything_to_report_on_is_refused(batch: Any, server: Any) -> None:
-    g = batch(texts=(EXACT[1],))
+    g = batch(texts=(EXACT,))
     g.node("MemorizationGuardReport", trace=g.guard[1])
     with pytest.raises(RuntimeError, match="connect the sampler's latent"):
         server.queue(g.prompt()).wait()
 
 
 def test_runs_of_an_earlier_prompt_are_not_taken_for_those_of_this_one(batch: Any, server: Any) -> None:
-    g = batch(texts=(EXACT[1],))
+    g = batch(texts=(EXACT,))
     report = g.node("MemorizationGuardReport", trace=g.guard[1], latent=g.latents[0])
     prompt = g.prompt()
     run = server.queue(prompt)
@@ -238,7 +238,7 @@ def test_runs_of_an_earlier_prompt_are_not_taken_for_those_of_this_one(batch: An
 
 
 def test_a_report_added_later_finds_the_run_that_a_cached_sampler_made(batch: Any, server: Any) -> None:
-    g = batch(texts=(EXACT[1],))
+    g = batch(texts=(EXACT,))
     g.node("PreviewImage", images=g.images[0])
     server.queue(g.prompt()).wait()
     report = g.node("MemorizationGuardReport", trace=g.guard[1], image=g.images[0])

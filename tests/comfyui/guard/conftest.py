@@ -12,7 +12,7 @@ import pytest
 from memorization_guard import Trace
 from memorization_guard.lab import prompts
 
-EXACT = prompts("exact", "tuning")[1]
+EXACT = prompts("exact", "tuning")[0]
 STEPS, CFG = 30, 7.5
 
 

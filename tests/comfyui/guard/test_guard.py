@@ -12,7 +12,7 @@ import pytest
 from memorization_guard import Trace
 from memorization_guard.lab import copy_score, prompts
 
-EXACT = prompts("exact", "tuning")[1]
+EXACT = prompts("exact", "tuning")[0]
 ORDINARY = prompts("ordinary", "tuning")[0]
 STEPS = 30
 

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from memorization_guard.lab import copy_score, prompts
 
-EXACT = prompts("exact", "tuning")[1]
+EXACT = prompts("exact", "tuning")[0]
 ORDINARY = prompts("ordinary", "tuning")[0]
 CFG = 7.5
 
