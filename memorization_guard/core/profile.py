@@ -286,6 +286,8 @@ class StabilityProfile:
             signals = self.reference.signals._asdict()
             tensors |= {f"reference.{name}": values.astype(np.float32) for name, values in signals.items()}
             tensors |= {"reference.angles": self.reference.angles, "reference.patches": self.reference.patches}
+        # What is written is an array's memory as it lies.
+        tensors = {name: np.ascontiguousarray(values) for name, values in tensors.items()}
         return write_whole(path, save(tensors, metadata=metadata))
 
     @classmethod
