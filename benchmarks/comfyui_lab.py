@@ -48,7 +48,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Sampled:
-    """What came of some prompts: latents, their traces (none without a guard) and the seconds it took."""
+    """What came of some prompts: latents, their traces (none without a guard) and the seconds that the processor was at work."""
 
     latents: Any
     traces: list[Any]
@@ -104,11 +104,11 @@ class Lab:
         schedule = comfy.samplers.KSampler(model, steps, torch.device("cpu"), sampler, scheduler).sigmas
         latent = torch.zeros(len(prompts), 4, 16, 16)
         noise = torch.cat([comfy.sample.prepare_noise(latent[:1], seed + i) for i in range(len(prompts))])
-        began = time.perf_counter()
+        began = time.process_time()
         with torch.inference_mode():
             chosen = comfy.samplers.sampler_object(sampler)
             latents = guider.sample(noise, latent, chosen, schedule, disable_pbar=True, seed=seed)
-        return Sampled(latents, logs[0].runs()[0].traces if logs else [], time.perf_counter() - began)
+        return Sampled(latents, logs[0].runs()[0].traces if logs else [], time.process_time() - began)
 
     def encoded(self, prompts: list[str]) -> Any:
         """One conditioning for a batch of prompts."""
