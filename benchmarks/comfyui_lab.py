@@ -48,7 +48,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Sampled:
-    """What came of some prompts: latents, their traces (none without a guard) and the seconds that the processor was at work."""
+    """What came of some prompts: latents, their traces (none without a guard), and the processor's time in seconds."""
 
     latents: Any
     traces: list[Any]

@@ -8,8 +8,8 @@ traced, mitigated and plain again; times are the server's own, from the start of
 of the ratio within a turn with their quartiles. Plain against plain says what such a figure means on this machine.
 
 The second runs in a process of its own, without a server. The network's answers are recorded once and given back from then on,
-so that nothing is left of a step but ComfyUI's code and ours: the difference, guarded to plain, is what our code costs. Counted is
-the processor's time, which other programs beside it do not lengthen much.
+so that nothing is left of a step but ComfyUI's code and ours: the difference, guarded to plain, is what our code costs. It is the
+processor's time, which other programs lengthen less. Runs of two lengths tell what a step costs, and what a run.
 """
 
 from __future__ import annotations
@@ -70,47 +70,45 @@ def seconds(server: str, client: str, prompt: dict[str, Any]) -> float:
     return (times["execution_success"] - times["execution_start"]) / 1000
 
 
-def inside(turns: int = 40) -> None:
-    """Prints what the guard adds to a step, in microseconds, where the network's answers cost nothing."""
+def inside(turns: int = 30, lengths: tuple[int, int] = (20, 60)) -> None:
+    """Prints what the guard adds to a step and to a run, where the network's answers cost nothing."""
     from comfyui_lab import Lab, Method, load
 
     lab = Lab(load())
-    prompts = {"ordinary": lab.lab.prompts("ordinary", "tuning")[:1], "memorized": lab.lab.prompts("exact", "tuning")[1:2]}
+    prompts = {"ordinary": lab.lab.prompts("ordinary", "tuning")[:1], "memorized": lab.lab.prompts("exact", "tuning")[:1]}
+    answers: list[Any] = []
+    count = 0
+
+    def recorded(apply: Any, parts: Any) -> Any:
+        nonlocal count
+        if count == len(answers):
+            answers.append(apply(parts["input"], parts["timestep"], **parts["c"]))
+        count += 1
+        return answers[count - 1]
+
+    def patched(model: Any) -> Any:
+        model = model.clone()
+        model.set_model_unet_function_wrapper(recorded)
+        return model
+
+    modes = (None, "trace", "mitigate", None)
     for kind, prompt in prompts.items():
-        answers: list[Any] = []
-        count = 0
-
-        def recorded(apply: Any, parts: Any, answers: list[Any] = answers) -> Any:
-            nonlocal count
-            if count == len(answers):
-                answers.append(apply(parts["input"], parts["timestep"], **parts["c"]))
-            count += 1
-            return answers[count - 1]
-
-        def patched(model: Any, recorded: Any = recorded) -> Any:
-            model = model.clone()
-            model.set_model_unet_function_wrapper(recorded)
-            return model
-
-        def run(mode: str | None, prompt: list[str] = prompt, patched: Any = patched) -> float:
-            nonlocal count
-            count = 0
-            guard = {"mode": mode, "profile": lab.profile} if mode else {}
-            return lab.sample(prompt, 5, steps=STEPS, method=Method(patched), **guard).seconds
-
-        modes = (None, "trace", "mitigate", None)
-        taken: dict[int, list[float]] = {i: [] for i in range(len(modes))}
-        for turn in range(turns + 3):
-            for i, mode in enumerate(modes):
-                seconds = run(mode)
-                if turn >= 3:  # the first runs load and warm up
-                    taken[i].append(seconds)
-        medians = [statistics.median(values) for values in taken.values()]
-        added = [1e6 * (median - medians[0]) / STEPS for median in medians]
-        print(
-            f"{kind} prompt, {STEPS} steps: ComfyUI alone {1e6 * medians[0] / STEPS:.0f} us a step; added by trace "
-            f"{added[1]:.0f}, by mitigate {added[2]:.0f}, by nothing {added[3]:.0f}"
-        )
+        medians: list[list[float]] = []
+        for steps in lengths:
+            answers.clear()
+            taken: list[list[float]] = [[] for _ in modes]
+            for turn in range(turns + 3):
+                for mode, seconds in zip(modes, taken, strict=True):
+                    count = 0
+                    guard = {"mode": mode, "profile": lab.profile} if mode else {}
+                    sampled = lab.sample(prompt, 5, steps=steps, method=Method(patched), **guard)
+                    if turn >= 3:  # the first runs load and warm up
+                        seconds.append(1e6 * sampled.seconds)
+            medians.append([statistics.median(seconds) for seconds in taken])
+        short, long = ([median - plain for median in each] for each in medians for plain in each[:1])
+        for mode, few, many in zip(("trace", "mitigate", "nothing"), short[1:], long[1:], strict=True):
+            step = (many - few) / (lengths[1] - lengths[0])
+            print(f"{kind} prompt, {mode}: {step:.0f} us a step, {(few - lengths[0] * step) / 1000:.1f} ms a run")
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from comfy_execution.utils import get_executing_context
@@ -26,9 +27,9 @@ class Run:
     made_from: str | None
     monitor: StabilityMonitor
 
-    @property
+    @cached_property
     def traces(self) -> list[Trace]:
-        """One trace an image; a sampler that reports no steps leaves none."""
+        """One trace an image, to be read when the run is over; a run in which nothing was seen leaves none."""
         return self.monitor.traces
 
 

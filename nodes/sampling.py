@@ -118,22 +118,23 @@ class _Watch:
         self._node = node
         if self.monitor.check is not None and self.monitor.check.invalid:
             log.warning("Memorization Guard: %s", self.monitor.check)
-        self._send("begin", **self.monitor.outline())
+        self._send("begin", self.monitor.outline)
 
     def end(self) -> None:
         """The sampler has returned, or was left."""
         try:
-            self._send("end", traces=[trace.to_dict() for trace in self._run.traces])
+            traces = self._run.traces  # in any case: from here on the log keeps numbers, and no latent
+            self._send("end", lambda: {"traces": [trace.to_dict() for trace in traces]})
         except Exception:
             log.warning("Memorization Guard could not send the graph of this run.", exc_info=True)
 
     def _on_step(self, event: StepEvent) -> None:
-        self._send("step", **event.to_dict())
+        self._send("step", event.to_dict)
 
-    def _send(self, kind: str, **data: Any) -> None:
+    def _send(self, kind: str, data: Callable[[], dict[str, Any]]) -> None:
         if self._node is None or (server := PromptServer.instance).client_id is None:
             return
-        server.send_sync(KEY, {"kind": kind, "node": self._node, "run": self._run.name, **data}, server.client_id)
+        server.send_sync(KEY, {"kind": kind, "node": self._node, "run": self._run.name, **data()}, server.client_id)
 
 
 class Predictions:
