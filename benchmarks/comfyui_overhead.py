@@ -8,8 +8,8 @@ traced, mitigated and plain again; times are the server's own, from the start of
 of the ratio within a turn with their quartiles. Plain against plain says what such a figure means on this machine.
 
 The second runs in a process of its own, without a server. The network's answers are recorded once and given back from then on,
-so that nothing is left of a step but ComfyUI's code and ours: the difference, guarded to plain, is what our code costs. It is the
-processor's time, which other programs lengthen less. Runs of two lengths tell what a step costs, and what a run.
+so that nothing is left of a step but ComfyUI's code and ours: the difference, guarded to plain, is what our code costs. It
+is the processor's time, which other programs lengthen less. Runs of two lengths tell a step's cost from a run's.
 """
 
 from __future__ import annotations

@@ -276,9 +276,9 @@ plain = sample(model, "SD 1")
 def broken(*args, **kwargs):
     raise RuntimeError("broken on purpose")
 if args[0] == "prediction":
-    core.core.monitor.measure = broken
+    core.core.monitor.Meter.measure = broken
 elif args[0] == "step":
-    core.core.monitor.sample_norm = broken
+    core.core.monitor.row_norm = broken
 elif args[0] == "begin":
     sampling.TraceLog.begin = broken
 else:

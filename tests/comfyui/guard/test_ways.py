@@ -195,7 +195,8 @@ def test_mitigation_reaches_the_image_whatever_samples(bench: Any, finish: Any, 
     mitigated = finish(b := bench("mitigate"), build(b))
     assert any(trace.mitigated.any() for traces in mitigated.runs for trace in traces)
     assert not np.array_equal(plain.images[0], mitigated.images[0])
-    if way not in ("inpainting", "regional and timed conditioning"):  # those paint no copy to begin with
+    # Some ways paint no copy to begin with, and a sampler that goes on from another's noise is judged anew.
+    if way not in ("inpainting", "regional and timed conditioning", "KSamplerAdvanced, one after the other"):
         assert copy_score(plain.images[0], EXACT) > 0.75 > copy_score(mitigated.images[0], EXACT)
 
 
