@@ -76,7 +76,7 @@ def test_every_sampler_is_corrected_from_the_evaluation_that_triggers(in_comfyui
         # In 12 steps at this scale the third-order ones paint a mess of ordinary prompts, which is no ordinary image.
         check(found, sampler, ordinary=not sampler.startswith("dpmpp_3m_sde"))
     # Some paint no copy in 12 steps to begin with.
-    assert sum(row["copies"] for row in result.values()) > 1.5 * len(result)
+    assert sum(row["copies"] for row in result.values()) > len(result)
 
 
 def test_guidance_methods_before_and_after_the_guard_change_no_verdict_and_leave_no_copy(in_comfyui: Any) -> None:
@@ -98,7 +98,7 @@ for name, method in methods().items():
             # one, the network rounds differently.
             p_values, expected = found[group]["first p-values"], result["CFG, guard after"][group]["first p-values"]
             assert p_values == (pytest.approx(expected, rel=0.02) if "Renorm" in name else expected), name
-    assert sum(row["copies"] for row in result.values()) > 1.5 * len(result)
+    assert sum(row["copies"] for row in result.values()) > len(result)
 
 
 def test_what_wraps_the_sampling_before_and_after_the_guard_leaves_no_copy(in_comfyui: Any) -> None:
