@@ -32,18 +32,18 @@ def test_calibrate_then_trace(call, model, prompts, tmp_path):
     profile = tmp_path / "tiny.safetensors"
     result = call("calibrate", model, "--prompts", prompts, "-o", profile, *QUICK)
     assert result.exit_code == 0, result.output
-    assert "3 steps from 9 reference runs" in result.output
+    assert "4 steps from 9 reference runs" in result.output  # PNDM takes one step more than it is asked for
     assert StabilityProfile.load(profile).settings.model == "model"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "prompts.jsonl", "tiny.safetensors"]
 
     files = {"--json": tmp_path / "t.json", "--plot": tmp_path / "t.svg", "--image": tmp_path / "t.png"}
     options = [part for pair in files.items() for part in pair]
-    result = call("trace", model, "a <b>cat</b>", "--profile", profile, "--mitigate", *QUICK, *options)
+    result = call("trace", model, "a <b>cat</b>", "--profile", profile, "--mode", "mitigate", *QUICK, *options)
     assert result.exit_code == 0, result.output
     data = json.loads(files["--json"].read_text())
     jsonschema.Draft202012Validator(trace_schema()).validate(data)
     assert f"verdict: {data['verdict']}" in result.output
-    assert data["verdict"] in ("stable", "mild", "strong")
+    assert data["verdict"] in ("stable", "likely copy")
     ET.parse(files["--plot"])
     assert Image.open(files["--image"]).size == (16, 16)
     assert STATEMENT in result.output
@@ -60,7 +60,7 @@ def test_calibrate_then_trace(call, model, prompts, tmp_path):
     assert shown["steps"] == data["steps"]
     ET.parse(tmp_path / "v.svg")
     settings = json.loads(Image.open(files["--image"]).text[SETTINGS_KEY])
-    assert (settings["prompt"], settings["seed"], settings["mitigate"]) == ("a <b>cat</b>", 0, True)
+    assert (settings["prompt"], settings["seed"], settings["mode"]) == ("a <b>cat</b>", 0, "mitigate")
 
 
 def test_without_a_profile_it_says_that_nothing_is_scored(call, model, tmp_path):
@@ -74,10 +74,11 @@ def test_without_a_profile_it_says_that_nothing_is_scored(call, model, tmp_path)
 def test_a_profile_that_does_not_fit_is_said(call, model, prompts, tmp_path):
     profile = tmp_path / "tiny.safetensors"
     call("calibrate", model, "--prompts", prompts, "-o", profile, *QUICK)
-    result = call("trace", model, "a cat", "--profile", profile, *QUICK, "--guidance", 2)
-    assert result.exit_code == 2
-    assert "verdict: unscored" in result.output
-    assert "guidance scale: profile 7.5, run 2.0" in result.stderr
+    for option, value, reason in (("--guidance", 1, "the profile was made with guidance"), ("--width", 32, "latent shape")):
+        result = call("trace", model, "a cat", "--profile", profile, *QUICK, option, value)
+        assert result.exit_code == 2
+        assert "verdict: unscored" in result.output
+        assert reason in result.stderr
 
 
 def one_line_error(result, *words):
@@ -105,7 +106,7 @@ def test_what_a_user_can_get_wrong_ends_in_one_line_and_exit_code_2(call, model,
     one_line_error(call("trace", model, "a cat", "--json", tmp_path / "no" / "t.json"), "does not exist")
     one_line_error(call("trace", model, "a cat", "--json", tmp_path), "is a folder")
     one_line_error(call("trace", model, "a cat", "--json", "/dev/null"), "no ordinary file")
-    one_line_error(call("trace", model, "a cat", "--mitigate"), "needs a --profile")
+    one_line_error(call("trace", model, "a cat", "--mode", "mitigate"), "needs a --profile")
     one_line_error(call("trace", model, "a cat", "--config", tmp_path / "empty"), "no model_index.json")
     one_line_error(call("calibrate", model, "--prompts", missing.with_suffix(".txt"), "-o", out), "no prompt list")
     (tmp_path / "bad.txt").write_bytes(b"\xff\xff")
@@ -215,16 +216,6 @@ def test_the_module_is_the_command():
     )
     assert result.returncode == 2
     assert result.stderr.startswith("memorization-guard: there is no model at /nowhere")
-
-
-def test_a_scheduler_that_cannot_be_watched_is_one_line(call, tiny_pipe, tmp_path):
-    from diffusers import DEISMultistepScheduler
-
-    tiny_pipe.scheduler = DEISMultistepScheduler.from_config(tiny_pipe.scheduler.config)
-    tiny_pipe.save_pretrained(tmp_path / "deis")
-    one_line_error(
-        call("trace", tmp_path / "deis", "a cat", *QUICK), "sampling failed", "DEISMultistepScheduler cannot be watched"
-    )
 
 
 def test_a_full_disk_at_the_end_of_a_calibration_keeps_its_runs(call, model, prompts, tmp_path, monkeypatch):

@@ -1,25 +1,27 @@
-"""The folder of an audit: results as Parquet, a manifest, images, and what makes it survive being stopped at any instant.
+"""The folder of an audit: results as Parquet, a manifest, images, and the files with which an interrupted audit goes on.
 
 DIR/
-    manifest.json        what was audited and how; without it the folder is no audit
-    profile.safetensors  the stability profile that verdicts go by
-    results/             part-000000.parquet, ...: a row an image
-    images/              000000/00000007.png, ...: a folder a part
+    manifest.json        what was audited and how; a folder without it is no audit
+    profile.safetensors  the stability profile
+    results/             part-000000.parquet, ...: a row for each image
+    images/              000000/00000007.png, ...: a folder for each part
     report.html
-    .work/               journals and locks of parts under way; gone once the audit is finished
+    .work/               journals and locks of unfinished parts; deleted once the audit is finished
     .lock                held while an audit begins and ends
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from ..core.trace import Trace
 from ..files import write_whole
 from . import AuditError
 
@@ -31,9 +33,6 @@ PROFILE = "profile.safetensors"
 RESULTS = "results"
 IMAGES = "images"
 REPORT = "report.html"
-
-#: Verdicts of images that triggered.
-TRIGGERED = ("mild", "strong")
 
 _SETTINGS = pa.struct(
     [
@@ -50,8 +49,8 @@ _SETTINGS = pa.struct(
     ]
 )
 
-#: A row an image. ``image`` counts from 0 through the audit, ``row`` through the prompts of the list; ``file`` is the saved
-#: image, relative to the folder; ``settings`` are a trace's, and ``trace`` is its JSON form (``docs/trace.md``).
+#: A row for each image. ``image`` counts the images of the audit from 0, ``row`` the prompts of the list; ``file`` is the
+#: saved image, relative to the folder; ``settings`` are the trace's, and ``trace`` is its JSON form (``docs/trace.md``).
 SCHEMA = pa.schema(
     [
         pa.field("image", pa.int64(), nullable=False),
@@ -62,7 +61,7 @@ SCHEMA = pa.schema(
         pa.field("verdict", pa.string(), nullable=False),
         pa.field("score", pa.float64()),
         pa.field("joint_score", pa.float64()),
-        pa.field("tail_probability", pa.float64()),
+        pa.field("p_value", pa.float64()),
         pa.field("local_score", pa.float64()),
         pa.field("uncalibrated_score", pa.float64()),
         pa.field("trigger_step", pa.int32()),
@@ -99,18 +98,23 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def mapping(value: object) -> dict[str, Any]:
-    """A chapter of a manifest, empty where there is none."""
+    """A section of a manifest; empty if it is missing."""
     return value if isinstance(value, dict) else {}
 
 
+def counted(number: int, noun: str) -> str:
+    """``"1 image"``, ``"2,000 images"``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def planned_images(manifest: Mapping[str, Any]) -> int | None:
-    """How many images the audit is to have; ``None`` where the manifest does not tell."""
+    """Number of images that the finished audit will have; ``None`` where the manifest does not tell."""
     planned = manifest.get("images")
     return planned if isinstance(planned, int) else None
 
 
 def is_finished(manifest: Mapping[str, Any], images: int) -> bool:
-    """Whether an audit that holds ``images`` images was finished, and still has them all."""
+    """Whether an audit that holds ``images`` images was finished and still has all of them."""
     return bool(manifest.get("finished")) and images >= (planned_images(manifest) or 0)
 
 
@@ -127,7 +131,7 @@ def parts(folder: Path) -> list[Path]:
 
 
 def scan(folder: Path, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    """The rows of the finished parts, in order, some thousand at a time, so that memory does not grow with the audit.
+    """The rows of the finished parts, in order. Some thousand are read at a time, so that memory does not grow with the audit.
 
     Raises:
         AuditError: if a part is damaged.
@@ -136,4 +140,49 @@ def scan(folder: Path, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         try:
             yield from pq.ParquetFile(path).iter_batches(columns=list(columns))
         except (pa.ArrowInvalid, pa.ArrowException, OSError) as error:
-            raise AuditError(f"{path} cannot be read: {error}; delete it and call the audit again to make it anew") from None
+            raise AuditError(f"{path} cannot be read: {error}; delete it and call the audit again to make it again") from None
+
+
+def read_traces(folder: Path, images: Iterable[int]) -> dict[int, Trace]:
+    """The traces of some images of an audit, without those that cannot be read. Reads only the row groups that hold them."""
+    wanted, found = set(images), {}
+    for path in parts(folder):
+        with pq.ParquetFile(path) as file:
+            column = file.schema_arrow.get_field_index("image")
+            for group in range(file.num_row_groups):
+                known = file.metadata.row_group(group).column(column).statistics
+                if known is not None and known.has_min_max and not any(known.min <= n <= known.max for n in wanted):
+                    continue
+                for batch in file.iter_batches(64, row_groups=[group], columns=["image", "trace"]):
+                    inside = pc.is_in(batch["image"], pa.array(sorted(wanted), pa.int64()))
+                    if not inside.true_count:
+                        continue
+                    for row in batch.filter(inside).to_pylist():
+                        try:
+                            found[row["image"]] = Trace.from_dict(json.loads(row["trace"]))
+                        except ValueError:
+                            continue
+    return found
+
+
+def facts(manifest: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """What was audited, as text: sections of names and values. Unknown fields of a manifest are in the section ``other``."""
+    known = ("model", "prompts", "settings", "thresholds", "profile", "devices", "versions")
+    hidden = ("format", "version", "statement", "images")
+    sections: dict[str, dict[str, str]] = {}
+    for name in (*known, *(name for name in manifest if name not in (*known, *hidden))):
+        if name in manifest:
+            section = name if name in known else "other"
+            sections.setdefault(section, {}).update(_flat("" if section == name else name, manifest[name]))
+    return {name: section for name, section in sections.items() if section}
+
+
+def _flat(name: str, value: object) -> dict[str, str]:
+    if isinstance(value, dict):
+        parts = {str(key): part for key, part in value.items()}
+    elif isinstance(value, list) and any(isinstance(part, (dict, list)) for part in value):
+        parts = {str(number + 1): part for number, part in enumerate(value)}
+    else:
+        shown = ", ".join(map(str, value)) if isinstance(value, list) else {True: "yes", False: "no"}.get(value, value)  # type: ignore[call-overload]
+        return {name.replace("_", " "): "-" if shown is None else str(shown)}
+    return {key: shown for part in parts for key, shown in _flat(f"{name} {part}".strip(), parts[part]).items()}

@@ -18,6 +18,7 @@ from memorization_guard.audit.plan import Plan
 from memorization_guard.audit.run import audit
 from memorization_guard.audit.store import PNG, Store
 from memorization_guard.audit.worker import Recipe
+from memorization_guard.core.profile import Norms
 
 resource = pytest.importorskip("resource")
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked and killed")
@@ -55,10 +56,10 @@ class Quick:
 
 
 def row(job):
-    trace = Trace(verdict="stable", sigma=np.ones(1), **{name: np.ones(1) for name in ("tail", "latent_norm", "update_norm")})
+    trace = Trace(verdict="stable")
     made = {"image": job.image, "row": job.row, "prompt": job.prompt, "kind": job.kind, "seed": job.seed, "verdict": "stable"}
     numbers = dict.fromkeys(["score", "joint_score", "local_score", "uncalibrated_score"], 0.5)
-    made |= numbers | {"tail_probability": random.Random(job.seed).random()}
+    made |= numbers | {"p_value": random.Random(job.seed).random()}
     made |= {"trigger_step": None, "nonfinite_step": None, "steps": 1, "corrected_steps": 0, "note": None}
     made |= {"settings": RunSettings(steps=1).to_dict(), "trace": json.dumps(trace.to_dict())}
     if job.image % 7 == 0:
@@ -72,7 +73,8 @@ def begin(tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("".join(f"a prompt, the {n}th\n" for n in range(IMAGES)))
     profile = tmp_path / "profile.safetensors"
-    StabilityProfile(mean=np.ones((1, 3)), std=np.ones((1, 3)), count=9).save(profile)
+    norms = Norms(*np.ones((3, 1)))
+    StabilityProfile(mean=norms, std=norms, count=9).save(profile)
 
     def run(folder="audit", file_limit=None):
         if (child := os.fork()) != 0:
