@@ -94,10 +94,10 @@ for name, method in methods().items():
     for name, found in result.items():
         check(found, name)
         for group in ("exact", "ordinary"):
-            # All begin with the same noise and the same predictions, whatever is made of them. Where images are sampled one by
-            # one, the network rounds differently.
+            # All begin with the same noise and the same predictions, whatever is made of them. SAG puts another attention into
+            # the network, and where images are sampled one by one it is another batch, which both round differently.
             p_values, expected = found[group]["first p-values"], result["CFG, guard after"][group]["first p-values"]
-            assert p_values == (pytest.approx(expected, rel=0.02) if "Renorm" in name else expected), name
+            assert p_values == pytest.approx(expected, rel=1e-3), name
     assert sum(row["copies"] for row in result.values()) > len(result)
 
 
