@@ -7,13 +7,13 @@ The first needs `websockets`: a client listens, so that live events are sent as 
 traced, mitigated and plain again; times are the server's own, from the start of a prompt to its end, and figures are medians
 of the ratio within a turn with their quartiles. Plain against plain says what such a figure means on this machine.
 
-The second runs in a process of its own, without a server, and adds up the time that is spent in the guard's code alone: on a
-machine whose noise is larger than the cost, that is the figure to go by.
+The second runs in a process of its own, without a server. The network's answers are recorded once and given back from then on,
+so that nothing is left of a step but ComfyUI's code and ours: the difference, guarded to plain, is what our code costs. It
+is the processor's time, which other programs lengthen less. Runs of two lengths tell a step's cost from a run's.
 """
 
 from __future__ import annotations
 
-import functools
 import json
 import statistics
 import sys
@@ -70,44 +70,45 @@ def seconds(server: str, client: str, prompt: dict[str, Any]) -> float:
     return (times["execution_success"] - times["execution_start"]) / 1000
 
 
-def inside() -> None:
-    """Prints the time spent in the guard's own code, a run and a step."""
-    from comfyui_samplers import CFG, Lab, load
+def inside(turns: int = 30, lengths: tuple[int, int] = (20, 60)) -> None:
+    """Prints what the guard adds to a step and to a run, where the network's answers cost nothing."""
+    from comfyui_lab import Lab, Method, load
 
-    module = load()
-    lab = Lab(module)
-    spent = {"seconds": 0.0, "depth": 0}
+    lab = Lab(load())
+    prompts = {"ordinary": lab.lab.prompts("ordinary", "tuning")[:1], "memorized": lab.lab.prompts("exact", "tuning")[:1]}
+    answers: list[Any] = []
+    count = 0
 
-    def clocked(function: Any) -> Any:
-        @functools.wraps(function)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            began, spent["depth"] = time.perf_counter(), spent["depth"] + 1
-            try:
-                return function(*args, **kwargs)
-            finally:
-                spent["depth"] -= 1
-                spent["seconds"] += time.perf_counter() - began if spent["depth"] == 0 else 0.0
+    def recorded(apply: Any, parts: Any) -> Any:
+        nonlocal count
+        if count == len(answers):
+            answers.append(apply(parts["input"], parts["timestep"], **parts["c"]))
+        count += 1
+        return answers[count - 1]
 
-        return call
+    def patched(model: Any) -> Any:
+        model = model.clone()
+        model.set_model_unet_function_wrapper(recorded)
+        return model
 
-    # Everything of ours that a run goes through; the network's evaluation is not inside any of it.
-    for owner, names in (
-        (module("memorization_guard.adapters.kdiffusion").SamplerWatch, ("_guarded", "saw_guidance", "__init__")),
-        (module("nodes.sampling")._Guard, ("_begin", "_end")),
-    ):
-        for name in names:
-            setattr(owner, name, clocked(getattr(owner, name)))
-
-    profile = lab.profile("euler", 24)
-    for mode in ("trace", "mitigate"):
-        shares, costs = [], []
-        for turn in range(12):
-            spent["seconds"] = 0.0
-            _, run, seconds = lab.sample([PROMPT], "euler", turn, mode=mode, profile=profile)
-            shares.append(spent["seconds"] / seconds)
-            costs.append(1e6 * spent["seconds"] / run.monitor.steps)
-        share, cost = statistics.median(shares[2:]), statistics.median(costs[2:])
-        print(f"{mode}, cfg {CFG}: {cost:.0f} us a step, {100 * share:.2f} % of the run")
+    modes = (None, "trace", "mitigate", None)
+    for kind, prompt in prompts.items():
+        medians: list[list[float]] = []
+        for steps in lengths:
+            answers.clear()
+            taken: list[list[float]] = [[] for _ in modes]
+            for turn in range(turns + 3):
+                for mode, seconds in zip(modes, taken, strict=True):
+                    count = 0
+                    guard = {"mode": mode, "profile": lab.profile} if mode else {}
+                    sampled = lab.sample(prompt, 5, steps=steps, method=Method(patched), **guard)
+                    if turn >= 3:  # the first runs load and warm up
+                        seconds.append(1e6 * sampled.seconds)
+            medians.append([statistics.median(seconds) for seconds in taken])
+        short, long = ([median - plain for median in each] for each in medians for plain in each[:1])
+        for mode, few, many in zip(("trace", "mitigate", "nothing"), short[1:], long[1:], strict=True):
+            step = (many - few) / (lengths[1] - lengths[0])
+            print(f"{kind} prompt, {mode}: {step:.0f} us a step, {(few - lengths[0] * step) / 1000:.1f} ms a run")
 
 
 def main() -> None:

@@ -175,7 +175,7 @@ class StabilityMonitor:
             return
         try:
             self._check_batch(len(x))
-            evaluation = self._run.taken - 1 if evaluated else self._run.taken
+            evaluation = max(self._run.taken - 1, 0) if evaluated else self._run.taken
             before, self._latent = self._latent, (x, level, evaluation)
             if before is None:
                 return

@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -206,14 +207,22 @@ class StabilityProfile:
         }
 
     def _latent_band(self, angle: float) -> tuple[float, float]:
+        if self._ends is None:
+            return math.nan, math.nan
+        angles, order = self._ends
+        mean, std = (np.interp(angle, angles, norms.latent[order]) for norms in (self.mean, self.std))
+        return float(mean), float(std)
+
+    @cached_property
+    def _ends(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """The angles at which the profile's steps end, rising, and the steps in that order."""
         sigmas, kind = self.settings.sigmas, self.settings.prediction_type
         if sigmas is None:
-            return math.nan, math.nan
+            return None
         ends = (*sigmas[1:], self.settings.end_sigma or 0.0)
         angles = np.array([NoiseLevel.from_model(sigma, kind).angle for sigma in ends])
         order = np.argsort(angles, kind="stable")
-        mean, std = (np.interp(angle, angles[order], norms.latent[order]) for norms in (self.mean, self.std))
-        return float(mean), float(std)
+        return angles[order], order
 
     def check(self, settings: RunSettings) -> ProfileCheck:
         """Names every field in which a run differs from this profile; what either side does not know is no difference.
