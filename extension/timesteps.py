@@ -1,0 +1,62 @@
+"""The WebUI's timestep samplers (DDIM, PLMS, UniPC and their like), put in the core's terms.
+
+They hold ``x`` on the VP scale, call the model with a timestep, get the noise back, and call back once a solver step, after
+the update. The numbers of timesteps say nothing without the model, whose noise levels :class:`TimestepScale` knows.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..memorization_guard import NoiseLevel, StabilityMonitor
+from ..memorization_guard.core.noise_level import widened
+
+
+class TimestepScale:
+    """The noise levels of a model with discrete timesteps, and those in between as UniPC's noise schedule has them.
+
+    Args:
+        alphas_cumprod: ``abar`` of every timestep the model was trained on, ``[T]``.
+    """
+
+    def __init__(self, alphas_cumprod: Tensor) -> None:
+        self._log_signal = 0.5 * alphas_cumprod.detach().double().log()
+        self._on_host: list[float] = self._log_signal.tolist()
+        self._on_device: dict[torch.device, Tensor] = {}
+
+    def level(self, t: float) -> NoiseLevel:
+        """The noise level of timestep ``t``, in ``[0, T - 1]``."""
+        t = min(max(t, 0.0), len(self._on_host) - 1)
+        below = math.floor(t)
+        above = min(below + 1, len(self._on_host) - 1)
+        log_signal = self._on_host[below] + (t - below) * (self._on_host[above] - self._on_host[below])
+        return NoiseLevel.from_alpha_bar(math.exp(2 * log_signal))
+
+    def denoised(self, x: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """The clean latent that a noise prediction stands for, at least in float32.
+
+        Args:
+            x: the latent it was made from, ``[B, ...]``, on the VP scale. t: its timesteps, ``[B]``.
+        """
+        signal_level, noise_level = self._coefficients(t, x.ndim)
+        return (x - noise_level * widened(noise)) / signal_level
+
+    def noise(self, x: Tensor, t: Tensor, denoised: Tensor) -> Tensor:
+        """The inverse of :meth:`denoised`."""
+        signal_level, noise_level = self._coefficients(t, x.ndim)
+        return (x - signal_level * denoised) / noise_level
+
+    def _coefficients(self, t: Tensor, ndim: int) -> tuple[Tensor, Tensor]:
+        """Signal and noise coefficient at the timesteps, ``[B, 1, ...]`` in float32; does not wait for the device."""
+        if (table := self._on_device.get(t.device)) is None:
+            # Some devices know no float64.
+            table = self._on_device[t.device] = self._log_signal.float().to(t.device)
+        t = t.float().clamp(0, len(table) - 1)
+        below = t.long()
+        above = (below + 1).clamp_(max=len(table) - 1)
+        signal = torch.lerp(table[below], table[above], t - below).exp_().view(-1, *(1,) * (ndim - 1))
+        return signal, (1 - signal**2).sqrt_()
