@@ -15,13 +15,15 @@ from modules.ui_common import create_refresh_button
 from modules.ui_components import FormRow, InputAccordion
 
 from ..memorization_guard import ProfileError, RunSettings
+from ..memorization_guard.core.settings import MODES
 from ..memorization_guard.lab import prompts
 from . import hosts, lab, profiles, sampling
 from .session import CONSTANTS, TITLE, Options, pasted_result
 
-MODES = ("trace", "mitigate", "stop")
 COMPARE, CALIBRATE = "compare", "calibrate"
 SECTION = ("memorization_guard", TITLE)
+
+_ON = tuple(mode for mode in MODES if mode != "off")
 
 #: Inputs of the host that a profile can be held against before a run, by the end of their element id.
 HOST_INPUTS = ("sampling", "steps", "cfg_scale", "width", "height")
@@ -47,11 +49,11 @@ class Controls:
         self._elem_id = elem_id
         if accordion:
             with InputAccordion(False, label=TITLE, elem_id=elem_id("enabled")) as enabled:
-                self.inputs = [enabled, *self._common(MODES, host_inputs)]
+                self.inputs = [enabled, *self._common(_ON, host_inputs)]
             # What the dropdown's script made comes back there.
             self.infotext_fields = [PasteField(enabled, lambda fields: TITLE in fields and fields.get("Script") != TITLE)]
         else:
-            self.inputs = self._common((*MODES, COMPARE, CALIBRATE), host_inputs)
+            self.inputs = self._common((*_ON, COMPARE, CALIBRATE), host_inputs)
             self.infotext_fields = []
         mode, profile, *values = self.inputs[-2 - len(CONSTANTS) :]
         if not accordion:

@@ -78,7 +78,7 @@ class MemorizationGuardAccordion(_WithControls):
         p.extra_generation_params = {name: value for name, value in fields if not name.startswith(TITLE)}
         try:
             options, profile = self._choice(p, enabled, args)
-            if options is not None:
+            if options is not None and options.mode != "off":
                 page = None if getattr(p, CALIBRATING, False) else progress.current_task
                 session = Session(options, profile, live=LIVE, task=page, label=getattr(p, LABEL, ""))
         except (ValueError, OSError) as error:
@@ -100,7 +100,7 @@ class MemorizationGuardAccordion(_WithControls):
 
     def process_before_every_sampling(self, p: Any, *args: Any, **kwargs: Any) -> None:
         if (session := getattr(p, SESSION, None)) is not None:
-            sampling.watch_next_run(p, lambda settings: session.new_monitor(p, settings), session.end_run)
+            sampling.watch_next_run(p, session)
 
     def post_sample(self, p: Any, ps: Any, *args: Any) -> None:
         if getattr(p, CALIBRATING, False):
@@ -115,6 +115,8 @@ class MemorizationGuardAccordion(_WithControls):
         if session is None or getattr(p, CALIBRATING, False):
             return
         said = len(p.comments)
+        if not session.runs:
+            session.say(p, "not watched: this sampler is not called as those of the host are")
         session.tell_verdicts(p)
         processed.comments += "".join(f"{comment}\n" for comment in list(p.comments)[said:])
         if getattr(p, "is_api", False):

@@ -37,12 +37,9 @@ def _set(name: str) -> Any:
 
 
 def applied(p: Any, options: Options | None) -> Options | None:
-    """``options`` with what a plot's cell changes; the mode alone switches the guard on or off."""
+    """``options`` with what a plot's cell changes; the mode alone switches the guard on."""
     axes = dict(getattr(p, _AXES, {}))
-    mode = axes.pop("mode", None)
-    if mode == "off":
-        return None
-    if mode is not None:
+    if (mode := axes.pop("mode", None)) is not None:
         options = dataclasses.replace(options or Options(), mode=mode)
     if options is None:
         return None
