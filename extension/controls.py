@@ -26,7 +26,7 @@ SECTION = ("memorization_guard", TITLE)
 _ON = tuple(mode for mode in MODES if mode != "off")
 
 #: Inputs of the host that a profile can be held against before a run, by the end of their element id.
-HOST_INPUTS = ("sampling", "steps", "cfg_scale", "width", "height")
+HOST_INPUTS = ("sampling", "cfg_scale", "width", "height")
 
 _ABOUT = {
     "trace": "trace: watch and judge; the image is bit-identical to one without the guard",
@@ -172,9 +172,7 @@ def _add_lab_model() -> str:
     )
 
 
-def _describe_fit(
-    name: str, sampler: Any = None, steps: Any = None, cfg: Any = None, width: Any = None, height: Any = None
-) -> str:
+def _describe_fit(name: str, sampler: Any = None, cfg: Any = None, width: Any = None, height: Any = None) -> str:
     """Whether a profile fits what is set in the page, as far as that is known before a run."""
     if name in (None, "", profiles.NONE):
         return ""
@@ -182,16 +180,12 @@ def _describe_fit(
         profile = profiles.load(name)
     except (ProfileError, OSError) as error:
         return f"<p class='error'>{html.escape(str(error))}</p>"
-    function = sampling.sampler_function_name(str(sampler)) if sampler else None
-    # Timestep samplers take other numbers of steps than they are asked for.
-    exact = function is not None and function not in ("ddim", "ddim_cfgpp", "plms", "unipc")
     shape = profile.settings.latent_shape
     model = sd_models.model_data.sd_model
     planned = RunSettings(
         model_hash=sampling.checkpoint_hash(model) if model is not None and hasattr(model, "sd_checkpoint_info") else None,
-        sampler=function,
-        steps=int(steps) if steps and exact else None,
-        guidance_scale=sampling.guidance_scale(function, cfg) if cfg else None,
+        sampler=sampling.sampler_function_name(str(sampler)) if sampler else None,
+        guidance_scale=float(cfg) if cfg else None,
         latent_shape=(shape[0], int(height) // 8, int(width) // 8) if shape and width and height else None,
     )
     check = profile.check(planned)

@@ -177,8 +177,8 @@ class Session:
         self._send("begin", name, title=self._title(images, hires), **monitor.outline())
         return monitor
 
-    def end_run(self) -> None:
-        """The run that began last has ended."""
+    def end_run(self, p: Any) -> None:
+        """The run that began last has ended; what kept it from being judged is said."""
         run = self.runs[-1]
         run.traces = run.monitor.traces
         self._send("end", run.name, traces=[trace.to_dict() for trace in run.traces])

@@ -6,14 +6,17 @@ the update. The numbers of timesteps say nothing without the model, whose noise 
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..memorization_guard import NoiseLevel, StabilityMonitor
-from ..memorization_guard.core.noise_level import widened
+from ..memorization_guard.adapters.kdiffusion import SamplerRun
+from ..memorization_guard.core.noise_level import where_changed, widened
 
 
 class TimestepScale:
@@ -60,3 +63,43 @@ class TimestepScale:
         above = (below + 1).clamp_(max=len(table) - 1)
         signal = torch.lerp(table[below], table[above], t - below).exp_().view(-1, *(1,) * (ndim - 1))
         return signal, (1 - signal**2).sqrt_()
+
+
+def predicted_noise(
+    monitor: StabilityMonitor, scale: TimestepScale, x: Tensor, t: Tensor, cond: Tensor, uncond: Tensor | None
+) -> Tensor:
+    """``monitor.predicted`` for predictions of the noise: ``cond`` itself, and each sample of it, where nothing is corrected."""
+    denoised = scale.denoised(x, t, cond)
+    given = monitor.predicted(x, t, denoised, None if uncond is None else scale.denoised(x, t, uncond))
+    return cond if given is denoised else where_changed(cond, denoised, given, scale.noise(x, t, given))
+
+
+class TimestepRun(SamplerRun):
+    """A run of a sampler that calls back after the update.
+
+    Which noise level the update led to shows at the next evaluation. Where that is made from the very latent that was called
+    back, it is the evaluation's; a sampler that evaluates elsewhere (UniPC, at what it predicts) has been there already.
+
+    Args:
+        monitor: takes in the steps. schedule: as the host plans it. level: of a timestep. x: the latent to begin with.
+    """
+
+    def __init__(
+        self, monitor: StabilityMonitor, schedule: list[NoiseLevel], level: Callable[[float], NoiseLevel], x: Tensor
+    ) -> None:
+        super().__init__(monitor, schedule, level)
+        self._latent: Tensor | None = x  # called back, and not handed over yet
+        self._evaluated: NoiseLevel | None = None  # where the network was evaluated last
+
+    @contextlib.contextmanager
+    def evaluations_of(self, denoiser: torch.nn.Module) -> Iterator[None]:
+        """While it is entered, the run is told of every evaluation before it is made."""
+        hook = denoiser.register_forward_pre_hook(lambda _, args: self._evaluates(*args[:2]))
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def stepped(self, info: Mapping[str, Any]) -> None:
+        self._latent = info["x"]
+        self._stop_if_wanted(info)
