@@ -5,10 +5,12 @@ diffusers pipelines; ``memorization_guard.lab`` holds a small model that really 
 """
 
 from .core.calibration import CalibrationError, Calibrator
-from .core.detection import Thresholds
-from .core.monitor import StabilityMonitor, StepEvent
+from .core.errors import GuardError
+from .core.monitor import StabilityMonitor
 from .core.noise_level import NoiseLevel
-from .core.profile import Mismatch, ProfileCheck, ProfileError, RunSettings, StabilityProfile
+from .core.profile import Mismatch, ProfileCheck, ProfileError, StabilityProfile
+from .core.run import StepEvent
+from .core.settings import Method, Mode, RunSettings, Thresholds
 from .core.trace import Trace, trace_schema
 
 __version__ = "0.1.0"
@@ -16,7 +18,10 @@ __version__ = "0.1.0"
 __all__ = [
     "CalibrationError",
     "Calibrator",
+    "GuardError",
+    "Method",
     "Mismatch",
+    "Mode",
     "NoiseLevel",
     "ProfileCheck",
     "ProfileError",

@@ -1,5 +1,6 @@
-"""Watching diffusers pipelines: the public name of :mod:`memorization_guard.adapters.diffusers`."""
+"""Watching diffusers pipelines: the public names of what is in :mod:`memorization_guard.adapters`."""
 
-from .adapters.diffusers import GuardedRun, calibrate, copy_sharing_weights, guard
+from .adapters.calibrate import calibrate
+from .adapters.diffusers import GuardedRun, copy_sharing_weights, guard
 
 __all__ = ["GuardedRun", "calibrate", "copy_sharing_weights", "guard"]

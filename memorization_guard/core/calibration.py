@@ -1,4 +1,4 @@
-"""Estimating a stability profile from reference runs, one run at a time."""
+"""Making a stability profile from reference runs, one run at a time."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ import numpy as np
 
 from ..files import write_whole
 from ..fingerprint import content_hash
+from .errors import GuardError
 from .noise_level import NoiseLevel
-from .profile import NORMS, RunSettings, StabilityProfile
-from .reference import COLUMNS, Reference
-from .trace import Trace
+from .profile import Norms, StabilityProfile
+from .reference import Reference
+from .settings import RunSettings
+from .signals import Signals
+from .trace import Evaluations, Trace
 
 log = logging.getLogger(__name__)
 
@@ -29,100 +32,68 @@ OUTLIER_SCORE = 5.0
 #: Fewer runs than this give a standard deviation that is off by more than a quarter as a rule.
 MIN_RUNS = 8
 
+#: Relative distance up to which two runs are evaluated at the same noise level.
+_SAME_SIGMA = 1e-3
 
-class CalibrationError(ValueError):
-    """Reference runs that give no profile; the message says why and what to do."""
+
+class CalibrationError(GuardError, ValueError):
+    """Reference runs that give no profile."""
 
 
 class Calibrator:
-    """Streaming mean and standard deviation of the three norms over reference runs.
-
-    Uses the update of Welford (1962) and, to merge two calibrators, that of Chan, Golub & LeVeque (1983): stable however
-    many runs there are, and independent of how they were split over machines, up to rounding.
+    """Collects the traces of reference runs.
 
     Args:
-        settings: what the runs are made with; written into the profile. Steps and noise levels are filled in from the
-            first trace if they are missing.
+        settings: what the runs are made with; written into the profile. What it does not know is filled in from the first
+            trace.
     """
 
     def __init__(self, settings: RunSettings | None = None) -> None:
         self.settings = settings or RunSettings()
-        self.count = 0
         #: Number of runs left out so far, by reason.
         self.left_out: Counter[str] = Counter()
-        self._mean = np.zeros((0, len(NORMS)))
-        self._sum_of_squares = np.zeros((0, len(NORMS)))
-        self._runs: list[np.ndarray] = []  # [steps, 8] of every run that came as a trace, as in Reference
-        self._patches: list[np.ndarray] = []  # [steps, 2] of the same
+        self._traces: list[Trace] = []
 
-    def add(self, run: Trace | np.ndarray) -> None:
-        """Takes in one reference run: its trace, or its norms as ``[steps, 3]`` (columns as in ``profile.NORMS``).
+    @property
+    def count(self) -> int:
+        """Number of runs taken in."""
+        return len(self._traces)
+
+    def add(self, trace: Trace) -> None:
+        """Takes in one reference run.
 
         A run that is refused changes nothing but ``left_out``, so a caller may catch the error and go on.
 
         Raises:
-            CalibrationError: if a norm is not finite, the run has another number of steps than those before it, or it was
-                mitigated (a corrected run does not show how the model behaves by itself).
+            CalibrationError: if a norm is not finite, the run has other noise levels than those before it, or it was
+                corrected (a corrected run does not show how the model behaves by itself).
         """
-        if isinstance(run, Trace):
-            if run.mitigated.any():
-                self._refuse("mitigated", "a corrected run cannot be a reference: calibrate with mitigation off")
-            norms = np.stack([run.latent_norm, run.update_norm, run.denoised_norm], axis=1).astype(np.float64)
-        else:
-            norms = np.array(run, dtype=np.float64)
-        if norms.ndim != 2 or norms.shape[1] != len(NORMS) or not len(norms):
-            raise CalibrationError(f"norms of a run are [steps, {len(NORMS)}]; these are {norms.shape}")
+        if trace.mitigated.any() or trace.evaluations.corrected.any():
+            self._refuse("mitigated", "a corrected run cannot be a reference: calibrate with mode trace")
+        if not len(trace.steps):
+            self._refuse("no steps", "the run has no steps: see the log for what went wrong")
+        norms = _norms(trace)
         if not np.isfinite(norms).all():
-            step = int(np.flatnonzero(~np.isfinite(norms).all(axis=1))[0])
+            step = int(np.flatnonzero(~np.isfinite(norms).all(axis=0))[0])
             self._refuse(
                 "not finite",
                 f"the latent is NaN or infinite at step {step}: run the model in float32 or bfloat16, or leave the prompt out",
             )
-        if self.count == 0:
-            self._begin(norms.shape, run if isinstance(run, Trace) else None)
-        if norms.shape != self._mean.shape:
+        first = self._traces[0] if self._traces else trace
+        expected = len(first.steps) if self._traces or self.settings.steps is None else self.settings.steps
+        if len(trace.steps) != expected:
             self._refuse(
                 "another step count",
-                f"the run has {len(norms)} steps, the ones before it {len(self._mean)}: a profile holds for one number of "
-                "steps, so calibrate with one",
+                f"the run has {len(trace.steps)} steps, not {expected}: a profile holds for one number of steps, so calibrate "
+                f"with one",
             )
-        self.count += 1
-        delta = norms - self._mean
-        self._mean += delta / self.count
-        self._sum_of_squares += delta * (norms - self._mean)
-        if isinstance(run, Trace) and np.isfinite(run.velocity_norm).all() and len(run.velocity_norm) == len(norms):
-            # Every column is a field of a trace, a cosine by its own name.
-            columns = [name if name.endswith("alignment") else f"{name}_norm" for name in COLUMNS]
-            self._runs.append(np.stack([getattr(run, name) for name in columns], axis=1))
-            self._patches.append(np.stack([run.patch_mean, run.patch_std], axis=1))
-
-    def merge(self, other: Calibrator) -> None:
-        """Takes in all runs of ``other``, as if they had been added here.
-
-        Raises:
-            CalibrationError: if its runs have another number of steps.
-        """
-        if other.count and self.count and other._mean.shape != self._mean.shape:
-            raise CalibrationError(
-                f"cannot merge runs of {len(other._mean)} steps with runs of {len(self._mean)}: calibrate them apart"
+        if not _same_levels(first.evaluations, trace.evaluations):
+            self._refuse(
+                "other noise levels",
+                f"{trace.settings.sampler or 'the sampler'} keeps to no fixed schedule, so that no profile can be made for "
+                "it: choose another sampler",
             )
-        expected = self.settings.steps
-        if other.count and expected not in (None, len(other._mean)):
-            raise CalibrationError(f"cannot merge runs of {len(other._mean)} steps: the settings say {expected}")
-        self.left_out.update(other.left_out)
-        if not other.count:
-            return
-        self._runs += other._runs
-        self._patches += other._patches
-        if not self.count:
-            self.settings = _fill(self.settings, other.settings)
-            self._mean, self._sum_of_squares = other._mean.copy(), other._sum_of_squares.copy()
-        else:
-            total = self.count + other.count
-            delta = other._mean - self._mean
-            self._mean += delta * (other.count / total)
-            self._sum_of_squares += other._sum_of_squares + delta**2 * (self.count * other.count / total)
-        self.count += other.count
+        self._traces.append(trace)
 
     def profile(self) -> StabilityProfile:
         """The profile of the runs so far.
@@ -136,46 +107,52 @@ class Calibrator:
                 f"{self.count} usable reference runs{left_out}: a profile needs at least {MIN_RUNS}, and 50 are "
                 "recommended. Add reference prompts."
             )
+        first = self._traces[0]
+        settings = _fill(self.settings, dataclasses.replace(first.settings, steps=len(first.steps)))
+        if settings.sigmas is None or len(settings.sigmas) != len(first.steps):
+            settings = dataclasses.replace(settings, sigmas=tuple(first.steps.sigma))
+        norms = np.stack([_norms(trace) for trace in self._traces])
         return StabilityProfile(
-            mean=self._mean,
-            std=np.sqrt(self._sum_of_squares / (self.count - 1)),
+            mean=Norms(*norms.mean(axis=0)),
+            std=Norms(*norms.std(axis=0, ddof=1)),
             count=self.count,
-            settings=dataclasses.replace(self.settings, steps=len(self._mean)),
+            settings=settings,
             left_out=dict(self.left_out),
-            reference=self._reference(),
+            reference=_reference(self._traces, settings.prediction_type),
         )
-
-    def _reference(self) -> Reference | None:
-        settings = self.settings
-        if len(self._runs) != self.count or settings.sigmas is None or settings.end_sigma is None:
-            return None
-        kind = settings.prediction_type
-        mean, std = np.moveaxis(np.stack(self._patches), 2, 0)
-        pooled = mean.mean(axis=0)
-        spread = np.sqrt((std**2 + mean**2).mean(axis=0) - pooled**2)
-        return Reference(
-            runs=np.stack(self._runs),
-            angles=np.array([NoiseLevel.from_model(s, kind).angle for s in (*settings.sigmas, settings.end_sigma)]),
-            guidance_scale=settings.guidance_scale,
-            patches=np.stack([pooled, spread], axis=1),
-        )
-
-    def _begin(self, shape: tuple[int, ...], trace: Trace | None) -> None:
-        expected = self.settings.steps
-        if expected is not None and expected != shape[0]:
-            self._refuse(
-                "another step count",
-                f"the run has {shape[0]} steps, the settings say {expected}: give the number of steps really taken",
-            )
-        if trace is not None:
-            self.settings = _fill(self.settings, trace.settings)
-            if self.settings.sigmas is None:
-                self.settings = dataclasses.replace(self.settings, sigmas=tuple(trace.sigma))
-        self._mean, self._sum_of_squares = np.zeros(shape), np.zeros(shape)
 
     def _refuse(self, reason: str, message: str) -> None:
         self.left_out[reason] += 1
         raise CalibrationError(message)
+
+
+def _norms(trace: Trace) -> np.ndarray:
+    """``[3, steps]``, in the order of :class:`Norms`."""
+    return np.stack([trace.steps.latent_norm, trace.steps.update_norm, trace.steps.denoised_norm])
+
+
+def _same_levels(ours: Evaluations, theirs: Evaluations) -> bool:
+    return len(ours) == len(theirs) and np.allclose(ours.sigma, theirs.sigma, rtol=_SAME_SIGMA, atol=1e-6)
+
+
+def _reference(traces: Sequence[Trace], prediction_type: str | None) -> Reference | None:
+    """The signals of the runs at each noise level; where a sampler evaluates one level twice, at the last time."""
+    signals = Signals(*(np.stack([getattr(t.evaluations, name) for t in traces]) for name in Signals._fields))
+    usable = np.isfinite(signals.velocity).all(axis=0) & np.isfinite(signals.denoised).all(axis=0)
+    angles = np.array([NoiseLevel.from_model(sigma, prediction_type).angle for sigma in traces[0].evaluations.sigma])
+    last = {round(angle, 6): index for index, angle in enumerate(angles) if usable[index]}
+    if not last:
+        return None
+    chosen = [last[angle] for angle in sorted(last, reverse=True)]
+    mean = np.stack([trace.evaluations.patch_mean for trace in traces])[:, chosen]
+    std = np.stack([trace.evaluations.patch_std for trace in traces])[:, chosen]
+    pooled = mean.mean(axis=0)
+    spread = np.sqrt((std**2 + mean**2).mean(axis=0) - pooled**2)
+    return Reference(
+        signals=Signals(*(values[:, chosen] for values in signals)),
+        angles=angles[chosen],
+        patches=np.stack([pooled, spread], axis=1),
+    )
 
 
 class ReferenceRuns:
@@ -258,13 +235,6 @@ class ReferenceRuns:
         return calibrator.profile(), left_out
 
 
-def unscheduled(sampler: str) -> CalibrationError:
-    """What is said of a sampler that takes noise levels of its own."""
-    return CalibrationError(
-        f"{sampler} keeps to no fixed schedule, so that no profile can be made for it: choose another sampler"
-    )
-
-
 def told_left_out(left_out: Mapping[int, str], prompts: Sequence[str]) -> list[str]:
     """Which reference prompts were left out and why, a line each."""
     return [f"Left out: {prompts[number]!r}: {reason}." for number, reason in left_out.items()]
@@ -272,11 +242,11 @@ def told_left_out(left_out: Mapping[int, str], prompts: Sequence[str]) -> list[s
 
 def _outliers(traces: Sequence[Trace]) -> dict[int, float]:
     """Runs whose update and x0 norm are both far off at some step, and how far, in robust standard deviations."""
-    steps = Counter(trace.steps for trace in traces).most_common(1)[0][0] if traces else 0
-    chosen = [number for number, trace in enumerate(traces) if trace.steps == steps]
+    steps = Counter(len(trace.steps) for trace in traces).most_common(1)[0][0] if traces else 0
+    chosen = [number for number, trace in enumerate(traces) if len(trace.steps) == steps]
     if len(chosen) < MIN_RUNS or not steps:
         return {}
-    norms = np.array([[traces[number].update_norm, traces[number].denoised_norm] for number in chosen])  # [runs, 2, steps]
+    norms = np.array([_norms(traces[number])[1:] for number in chosen])  # [runs, 2, steps]
     median = np.nanmedian(norms, axis=0)
     # 1.4826 makes it the standard deviation of a normal distribution; a norm that never varies is no yardstick.
     spread = np.maximum(1.4826 * np.nanmedian(np.abs(norms - median), axis=0), 1e-6 * median + 1e-12)

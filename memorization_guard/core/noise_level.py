@@ -103,72 +103,49 @@ class NoiseLevel:
         """
         return self.noise / max(self.signal, self.noise / MAX_SIGMA)
 
-    def to_vp(self, x: Tensor) -> Tensor:
-        """A latent of this convention on the VP scale: the same object if it already is, otherwise at least float32."""
-        return x if math.isclose(self.scale, 1.0, rel_tol=1e-7) else widened(x) / self.scale
-
-    def from_vp(self, z: Tensor) -> Tensor:
-        """The inverse of :meth:`to_vp`."""
-        return z if math.isclose(self.scale, 1.0, rel_tol=1e-7) else z * self.scale
-
-    def denoised(self, x: Tensor, prediction: Tensor, prediction_type: str) -> Tensor:
-        """Clean latent x0 that a network output stands for.
+    def denoised_coefficients(self, prediction_type: str) -> tuple[float, float]:
+        """``(a, b)`` such that the clean latent that a network output stands for is ``x0 = a x + b output``.
 
         Args:
-            x: noisy latent of this convention, ``[B, ...]``.
-            prediction: network output of the same shape.
-            prediction_type: ``"epsilon"``; ``"v_prediction"``, ``v = alpha eps - beta x0`` on the VP scale (Salimans &
-                Ho 2022, appendix D); ``"flow_prediction"``, ``v = eps - x0`` (Liu et al. 2023); ``"sample"``, x0 itself.
+            prediction_type: ``"epsilon"``; ``"v_prediction"``, ``v = alpha eps - beta x0`` on the VP scale (Salimans & Ho
+                2022,
+                appendix D); ``"flow_prediction"``, ``v = eps - x0`` (Liu et al. 2023); ``"sample"``, x0 itself.
 
         Raises:
             ValueError: for another prediction type, and for epsilon where ``signal`` is 0 (x0 is not in x then).
         """
         if prediction_type == "sample":
-            return prediction
+            return 0.0, 1.0
         if prediction_type == "flow_prediction":
             # x = signal x0 + noise (v + x0)
-            return (x - self.noise * prediction) / (self.signal + self.noise)
+            return 1 / (self.signal + self.noise), -self.noise / (self.signal + self.noise)
         if prediction_type == "v_prediction":
-            return (self.alpha / self.scale) * x - self.beta * prediction
+            return self.alpha / self.scale, -self.beta
         if prediction_type == "epsilon":
             if self.signal == 0:
                 raise ValueError("an epsilon prediction says nothing about x0 at zero signal (zero terminal SNR)")
-            return (x - self.noise * prediction) / self.signal
-        raise ValueError(f"prediction_type is {prediction_type!r}; known: {', '.join(PREDICTION_TYPES)}")
-
-    def epsilon(self, x: Tensor, prediction: Tensor, prediction_type: str) -> Tensor:
-        """Noise that a network output stands for; arguments and errors as in :meth:`denoised`."""
-        if prediction_type == "epsilon":
-            return prediction
-        if prediction_type == "flow_prediction":
-            return (x + self.signal * prediction) / (self.signal + self.noise)
-        if prediction_type == "v_prediction":
-            return (self.beta / self.scale) * x + self.alpha * prediction
-        if self.noise == 0:
-            raise ValueError("x0 says nothing about the noise at noise level 0")
-        return torch.sub(x, self.denoised(x, prediction, prediction_type), alpha=self.signal).div_(self.noise)
-
-    def prediction(self, x: Tensor, denoised: Tensor, prediction_type: str) -> Tensor:
-        """The network output that stands for a clean latent: the inverse of :meth:`denoised`, where there is noise in x."""
-        if prediction_type == "sample":
-            return denoised
-        eps = self.epsilon(x, denoised, "sample")
-        if prediction_type == "epsilon":
-            return eps
-        if prediction_type == "flow_prediction":
-            return eps - denoised
-        if prediction_type == "v_prediction":
-            return self.alpha * eps - self.beta * denoised
+            return 1 / self.signal, -self.noise / self.signal
         raise ValueError(f"prediction_type is {prediction_type!r}; known: {', '.join(PREDICTION_TYPES)}")
 
 
-def where_changed(x: Tensor, before: Tensor, after: Tensor, value: Tensor) -> Tensor:
-    """``x`` with ``value``, in its dtype, in the samples in which ``after`` differs from ``before``; the others bit-identical.
+class Timesteps:
+    """The noise levels of a model with discrete timesteps, and in between, linear in the logarithm of sigma.
 
-    Going to another scale and back rounds, so that a sample that nobody changed has to be taken as it came.
+    Args:
+        alphas_cumprod: ``abar`` of every timestep that the model was trained on, ``[T]``.
     """
-    changed = (after != before).flatten(1).any(1).view(-1, *(1,) * (x.ndim - 1))
-    return torch.where(changed, value.to(x.dtype), x)
+
+    def __init__(self, alphas_cumprod: Tensor) -> None:
+        alpha_bar = alphas_cumprod.detach().double().cpu().clamp(1 / (1 + MAX_SIGMA**2), 1 - 1e-12)
+        self._log_sigma: list[float] = (0.5 * ((1 - alpha_bar) / alpha_bar).log()).tolist()
+
+    def level(self, t: float) -> NoiseLevel:
+        """The noise level of timestep ``t``, held to ``[0, T - 1]``, on the VP scale."""
+        t = min(max(t, 0.0), len(self._log_sigma) - 1)
+        below = math.floor(t)
+        above = min(below + 1, len(self._log_sigma) - 1)
+        sigma = math.exp(self._log_sigma[below] + (t - below) * (self._log_sigma[above] - self._log_sigma[below]))
+        return NoiseLevel.from_alpha_bar(1 / (1 + sigma * sigma))
 
 
 def widened(x: Tensor) -> Tensor:

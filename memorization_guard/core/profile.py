@@ -1,95 +1,46 @@
-"""The stability profile: how large the three norms are, step by step, for prompts that are not memorized."""
+"""The stability profile: what a model does, at every noise level and step by step, for prompts that are not memorized."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from ..files import write_whole
+from .errors import GuardError
+from .noise_level import NoiseLevel
 from .reference import Reference
-
-#: The three norms, in the order of the last axis wherever norms stand in one array.
-NORMS = ("latent", "update", "denoised")
+from .settings import RunSettings
+from .signals import Signals
 
 FORMAT = "memorization-guard.profile"
 EXTENSION = ".safetensors"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 #: Relative distance up to which two noise levels, or two guidance scales, count as the same.
 SIGMA_TOLERANCE = 0.01
 GUIDANCE_TOLERANCE = 0.1
 
-#: Guidance scales that reference runs may be carried over to, as a multiple of their own; see docs/evaluation.md.
-GUIDANCE_REACH = (0.4, 1.7)
+
+class ProfileError(GuardError, ValueError):
+    """A profile file that cannot be used."""
 
 
-class ProfileError(ValueError):
-    """A profile file that cannot be used; the message says why and what to do."""
+class Norms(NamedTuple):
+    """The three norms of the published method, all of one shape, on the VP scale: ``|z_{i+1}|``, ``|z_{i+1} - z_i|``,
+    ``|x0_i|``."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class RunSettings:
-    """What a sampling run was made with; ``None`` where the host does not know.
-
-    Attributes:
-        model: name of the model, for people.
-        model_hash: fingerprint of the denoiser's weights, for comparison.
-        prediction_type: what the network predicts (``"epsilon"``, ``"v_prediction"``, ``"flow_prediction"``, ...).
-        sampler: solver of the reverse process (``"PNDM"``, ``"euler"``, ...).
-        scheduler: how the noise levels are spaced (``"karras"``, ``"leading"``, ...).
-        steps: number of solver steps taken.
-        guidance_scale: classifier-free guidance scale.
-        latent_shape: shape of one latent without the batch axis, ``(C, H, W)`` or ``(C, F, H, W)``.
-        sigmas: noise level before every step, in the model's own convention: the k-diffusion sigma of epsilon and v
-            models, the time of rectified flow models.
-        end_sigma: noise level after the last step, in the same convention; above 0 where a run stops half way.
-    """
-
-    model: str | None = None
-    model_hash: str | None = None
-    prediction_type: str | None = None
-    sampler: str | None = None
-    scheduler: str | None = None
-    steps: int | None = None
-    guidance_scale: float | None = None
-    latent_shape: tuple[int, ...] | None = None
-    sigmas: tuple[float, ...] | None = None
-    end_sigma: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.latent_shape is not None:
-            object.__setattr__(self, "latent_shape", tuple(int(n) for n in self.latent_shape))
-        if self.sigmas is not None:
-            object.__setattr__(self, "sigmas", tuple(float(s) for s in self.sigmas))
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready mapping; inverse of :meth:`from_dict`."""
-        return {
-            key: list(value) if isinstance(value, tuple) else value
-            for key, value in ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self))
-        }
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> RunSettings:
-        """Reads what :meth:`to_dict` wrote; unknown keys are left to newer versions.
-
-        Raises:
-            ValueError: if a value does not have its field's type.
-        """
-        try:
-            return cls(**{f.name: data[f.name] for f in dataclasses.fields(cls) if f.name in data})
-        except TypeError as error:
-            raise ValueError(f"settings do not have the expected types: {error}") from None
+    latent: np.ndarray
+    update: np.ndarray
+    denoised: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -108,28 +59,28 @@ class Mismatch:
 
 @dataclass(frozen=True)
 class ProfileCheck:
-    """How well a profile fits a run: what makes it invalid, what it is carried over, and what merely weakens it."""
+    """How well a profile fits a run: what makes it invalid, what it is transferred over, and what merely weakens it."""
 
     invalid: tuple[Mismatch, ...] = ()
-    carried: tuple[Mismatch, ...] = ()
+    transferred: tuple[Mismatch, ...] = ()
     weakened: tuple[Mismatch, ...] = ()
 
     @property
     def valid(self) -> bool:
-        """Whether the run may be scored with the profile's reference runs."""
+        """Whether the run may be judged with the profile's reference runs."""
         return not self.invalid
 
     @property
     def exact(self) -> bool:
         """Whether the published bands hold too: those of one solver, its noise levels and its guidance scale."""
-        return not self.invalid and not self.carried
+        return not self.invalid and not self.transferred
 
     def __str__(self) -> str:
         if self.invalid:
             reasons = "; ".join(map(str, self.invalid))
             return f"The profile does not fit this run ({reasons}). Calibrate a profile with the run's own settings."
-        if self.carried:
-            return f"The profile is carried over to this run ({'; '.join(map(str, (*self.carried, *self.weakened)))})."
+        if self.transferred:
+            return f"The profile is transferred to this run ({'; '.join(map(str, (*self.transferred, *self.weakened)))})."
         if self.weakened:
             return f"The profile fits this run with less certainty ({'; '.join(map(str, self.weakened))})."
         return "The profile fits this run."
@@ -137,57 +88,66 @@ class ProfileCheck:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StabilityProfile:
-    """Per-step mean and standard deviation of the three norms over reference runs (Huang et al. 2026, calibration).
+    """What reference runs did.
 
     Attributes:
-        mean: ``[steps, 3]`` float64, columns as in :data:`NORMS`: ``|z_{i+1}|``, ``|z_{i+1} - z_i|``, ``|x0_i|``, all on
-            the VP scale.
-        std: ``[steps, 3]`` float64, the standard deviation over the reference runs (``ddof=1``).
+        mean, std: of the three norms at every solver step, each ``[steps]`` float64; the standard deviation over the
+            reference runs
+            (``ddof=1``). The bands of Huang et al. 2026.
         count: number of reference runs.
-        settings: what the profile holds for.
+        settings: what the profile was made with.
         left_out: number of reference runs that were not used, by reason.
-        reference: the reference runs, from which the profile is carried over to other samplers, step counts and guidance
-            scales; ``None`` in a profile that has only the published bands.
+        reference: the signals of the reference runs, which hold for other samplers, step counts and guidance scales too;
+            ``None`` in a profile that has only the published bands.
+
+    Raises:
+        ValueError: if the parts do not fit together.
     """
 
-    mean: np.ndarray
-    std: np.ndarray
+    mean: Norms
+    std: Norms
     count: int
     settings: RunSettings = field(default_factory=RunSettings)
     left_out: Mapping[str, int] = field(default_factory=dict)
     reference: Reference | None = None
 
     def __post_init__(self) -> None:
-        mean, std = np.array(self.mean, dtype=np.float64), np.array(self.std, dtype=np.float64)
-        if mean.ndim != 2 or mean.shape[1] != len(NORMS) or std.shape != mean.shape or not len(mean):
-            raise ValueError(f"mean and std must both be [steps, 3]; they are {mean.shape} and {std.shape}")
+        mean, std = (Norms(*(np.array(norm, dtype=np.float64) for norm in norms)) for norms in (self.mean, self.std))
+        steps = mean.latent.size
+        if not steps or any(norm.shape != (steps,) for norm in (*mean, *std)):
+            shapes = [norm.shape for norm in (*mean, *std)]
+            raise ValueError(f"mean and std must each hold three norms of [steps] numbers; they are {shapes}")
         if self.count < 1:
             raise ValueError(f"count is {self.count}; a profile comes from at least one reference run")
-        if not (np.isfinite(mean).all() and np.isfinite(std).all() and (std >= 0).all() and (mean >= 0).all()):
+        if not all(np.isfinite(norm).all() and (norm >= 0).all() for norm in (*mean, *std)):
             raise ValueError("mean and std of norms must be finite and non-negative")
-        steps, sigmas = self.settings.steps, self.settings.sigmas
-        if (steps not in (None, len(mean))) or (sigmas is not None and len(sigmas) != len(mean)):
-            raise ValueError(f"the settings speak of another number of steps than the {len(mean)} of the statistics")
-        mean.setflags(write=False)
-        std.setflags(write=False)
+        expected, sigmas = self.settings.steps, self.settings.sigmas
+        if expected not in (None, steps) or (sigmas is not None and len(sigmas) != steps):
+            raise ValueError(f"the settings speak of another number of steps than the {steps} of the statistics")
+        for norm in (*mean, *std):
+            norm.setflags(write=False)
         object.__setattr__(self, "mean", mean)
         object.__setattr__(self, "std", std)
 
     @property
     def steps(self) -> int:
         """Number of solver steps."""
-        return len(self.mean)
+        return len(self.mean.latent)
 
-    def scores(self, row: int, norms: np.ndarray) -> np.ndarray:
-        """Standardised distance ``|norm - mu| / sd`` of ``norms`` ``[3, B]`` from row ``row``: ``[3, B]``.
+    def row(self, step: int) -> tuple[Norms, Norms]:
+        """Mean and standard deviation of the norms at a step."""
+        return Norms(*(norm[step] for norm in self.mean)), Norms(*(norm[step] for norm in self.std))
+
+    def scores(self, row: int, norms: Norms) -> Norms:
+        """Standardised distance ``|norm - mu| / sd`` of ``norms`` ``[B]`` from row ``row``.
 
         A norm that never varied in the reference (the first latent of some schedules) would make any rounding error an
         alarm; its standard deviation is taken as a millionth of its mean.
         """
-        mean = self.mean[row][:, None]
-        std = np.maximum(self.std[row][:, None], 1e-6 * mean)
         with np.errstate(divide="ignore", invalid="ignore"):
-            return np.abs(norms - mean) / std
+            return Norms(
+                *(np.abs(norm - mean) / max(std, 1e-6 * mean) for norm, mean, std in zip(norms, *self.row(row), strict=True))
+            )
 
     def find(self, sigma: float) -> int | None:
         """The row whose noise level is ``sigma`` (within 1 %), or ``None``. Row 0 if the profile knows no noise levels."""
@@ -210,18 +170,64 @@ class StabilityProfile:
                 return after
         return None
 
+    def bands(self, sigmas: Sequence[float], levels: Sequence[NoiseLevel], *, exact: bool) -> dict[str, dict[str, np.ndarray]]:
+        """Mean and standard deviation of the norms of a run's steps, by name, to be drawn.
+
+        Where the run keeps to the profile's own schedule they are the profile's; elsewhere those of a solver that adds no
+        noise, whose update is a chord of the VP circle.
+
+        Args:
+            sigmas: noise level before every step, in the model's own convention, ``[steps]``.
+            levels: noise levels before every step and after the last, ``[steps + 1]``.
+            exact: whether the profile was made with the run's sampler, schedule and guidance scale.
+        """
+        region = self.reference.region() if self.reference is not None else None
+        rows: list[tuple[Norms, Norms]] = []
+        row: int | None = None
+        for step, (sigma, start, end) in enumerate(zip(sigmas, levels[:-1], levels[1:], strict=True)):
+            row = self.next_row(row, sigma, step) if exact and (row is not None or not step) else None
+            if row is not None or region is None:
+                nothing = Norms(*np.full(len(Norms._fields), np.nan))
+                rows.append((nothing, nothing) if row is None else self.row(row))
+                continue
+            chord = 2 * math.sin(abs(start.angle - end.angle) / 2)
+            latent, velocity, denoised = (
+                self._latent_band(end.angle), region.band(start.angle, "velocity"), region.band(start.angle, "denoised")
+            )  # fmt: skip
+            rows.append(
+                tuple(Norms(*map(np.asarray, (latent[i], velocity[i] * chord, denoised[i]))) for i in (0, 1))  # type: ignore[arg-type]
+            )
+        return {
+            name: {
+                "mean": np.array([float(getattr(mean, name)) for mean, _ in rows]),
+                "std": np.array([float(getattr(std, name)) for _, std in rows]),
+            }
+            for name in Norms._fields
+        }
+
+    def _latent_band(self, angle: float) -> tuple[float, float]:
+        sigmas, kind = self.settings.sigmas, self.settings.prediction_type
+        if sigmas is None:
+            return math.nan, math.nan
+        ends = (*sigmas[1:], self.settings.end_sigma or 0.0)
+        angles = np.array([NoiseLevel.from_model(sigma, kind).angle for sigma in ends])
+        order = np.argsort(angles, kind="stable")
+        mean, std = (np.interp(angle, angles[order], norms.latent[order]) for norms in (self.mean, self.std))
+        return float(mean), float(std)
+
     def check(self, settings: RunSettings) -> ProfileCheck:
         """Names every field in which a run differs from this profile; what either side does not know is no difference.
 
-        Invalid (never scored): other weights, prediction type or latent shape. Carried over, with the reference runs: another
-        sampler, other noise levels, and a guidance scale within :data:`GUIDANCE_REACH`; beyond it, or without reference runs,
-        they are invalid too. Guidance up to 10 % away, and a run over part of the profile's schedule in the same steps
-        (img2img), only weaken. A model name or scheduler name that differs is a warning when what the name stands for
-        (weights, noise levels) cannot be compared or agrees.
+        Invalid (never judged): other weights, prediction type or latent shape, and a run without guidance against a profile
+        with it, since one prediction says nothing of the two combined. Transferred, with the reference runs: another sampler,
+        other noise levels, and another guidance scale; without reference runs they are invalid too. Guidance up to 10 % away,
+        and a run over part of the profile's schedule in the same steps (image to image), only weaken. A model name or
+        scheduler name that differs is a warning when what the name stands for (weights, noise levels) cannot be compared or
+        agrees.
         """
         invalid: list[Mismatch] = []
         weakened: list[Mismatch] = []
-        carried: list[Mismatch] = [] if self.reference is not None else invalid
+        transferred: list[Mismatch] = [] if self.reference is not None else invalid
 
         def differs(name: str) -> Mismatch | None:
             ours, theirs = getattr(self.settings, name), getattr(settings, name)
@@ -231,25 +237,25 @@ class StabilityProfile:
             if found := differs(name):
                 invalid.append(found)
         if found := differs("sampler"):
-            carried.append(found)
+            transferred.append(found)
         same_weights = self.settings.model_hash is not None and self.settings.model_hash == settings.model_hash
         if not same_weights and (found := differs("model")):
             weakened.append(found)
         if found := differs("guidance_scale"):
-            far = not GUIDANCE_REACH[0] <= found.run / found.profile <= GUIDANCE_REACH[1]
             near = math.isclose(found.profile, found.run, rel_tol=GUIDANCE_TOLERANCE)
-            (invalid if far else weakened if near else carried).append(found)
+            lost = self.settings.guided and not settings.guided
+            (invalid if lost else weakened if near else transferred).append(found)
 
         covered = None
         if self.settings.sigmas is not None and settings.sigmas is not None:
             covered = self._covers(settings.sigmas, settings.end_sigma)
             if not covered:
-                carried.append(Mismatch("sigmas", self.settings.sigmas, settings.sigmas))
+                transferred.append(Mismatch("sigmas", self.settings.sigmas, settings.sigmas))
         if found := differs("steps"):
-            (weakened if covered else carried).append(found)
+            (weakened if covered else transferred).append(found)
         if found := differs("scheduler"):
             weakened.append(found)
-        return ProfileCheck(tuple(invalid), () if self.reference is None else tuple(carried), tuple(weakened))
+        return ProfileCheck(tuple(invalid), () if self.reference is None else tuple(transferred), tuple(weakened))
 
     def _covers(self, sigmas: Sequence[float], end_sigma: float | None) -> bool:
         row = None
@@ -276,13 +282,12 @@ class StabilityProfile:
             "settings": json.dumps(self.settings.to_dict()),
             "left_out": json.dumps(dict(self.left_out)),
         }
-        tensors = {"mean": self.mean, "std": self.std}
+        tensors = {f"mean.{name}": norm for name, norm in self.mean._asdict().items()}
+        tensors |= {f"std.{name}": norm for name, norm in self.std._asdict().items()}
         if self.reference is not None:
-            tensors |= {
-                "reference.runs": self.reference.runs.astype(np.float32),
-                "reference.angles": self.reference.angles,
-                "reference.patches": self.reference.patches,
-            }
+            signals = self.reference.signals._asdict()
+            tensors |= {f"reference.{name}": values.astype(np.float32) for name, values in signals.items()}
+            tensors |= {"reference.angles": self.reference.angles, "reference.patches": self.reference.patches}
         return write_whole(path, save(tensors, metadata=metadata))
 
     @classmethod
@@ -291,7 +296,7 @@ class StabilityProfile:
 
         Raises:
             FileNotFoundError: if there is no such file.
-            ProfileError: if it is not a stability profile, or one of a newer format.
+            ProfileError: if it is not a stability profile, or one of another format.
         """
         path = Path(path)
         if not path.is_file():
@@ -304,19 +309,22 @@ class StabilityProfile:
                 if metadata.get("version") != str(FORMAT_VERSION):
                     raise ProfileError(
                         f"{path} has profile format {metadata.get('version')}, this version reads {FORMAT_VERSION}: "
-                        "update Memorization Guard, or calibrate again"
+                        "calibrate again"
                     )
-                settings = RunSettings.from_dict(json.loads(metadata["settings"]))
+
+                def record(kind: Any, prefix: str) -> Any:
+                    return kind(*(file.get_tensor(f"{prefix}.{name}") for name in kind._fields))
+
                 reference = None
-                if "reference.runs" in file.keys():  # noqa: SIM118 (no mapping)
-                    arrays = {name: file.get_tensor(f"reference.{name}") for name in ("runs", "angles", "patches")}
-                    reference = Reference(guidance_scale=settings.guidance_scale, **arrays)
+                if "reference.angles" in file.keys():  # noqa: SIM118 (no mapping)
+                    angles, patches = (file.get_tensor(f"reference.{name}") for name in ("angles", "patches"))
+                    reference = Reference(record(Signals, "reference"), angles, patches)
                 return cls(
-                    mean=file.get_tensor("mean"),
-                    std=file.get_tensor("std"),
+                    mean=record(Norms, "mean"),
+                    std=record(Norms, "std"),
                     reference=reference,
                     count=int(metadata["count"]),
-                    settings=settings,
+                    settings=RunSettings.from_dict(json.loads(metadata["settings"])),
                     left_out=json.loads(metadata["left_out"]),
                 )
         except ProfileError:

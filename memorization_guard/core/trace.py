@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
-from typing import Any, get_args
+from typing import Any, TypeVar
 
 import numpy as np
 
-from .detection import Thresholds, Verdict
 from .noise_level import MAX_SIGMA, NoiseLevel
-from .profile import NORMS, RunSettings
+from .profile import Norms
 from .reference import OPEN_SIGMA
+from .settings import MODES, VERDICTS, Mode, RunSettings, Thresholds, Verdict
 
 FORMAT = "memorization-guard.trace"
-FORMAT_VERSION = 2
-
-VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
+FORMAT_VERSION = 3
 
 #: What every trace, report and record says of itself: what was measured, and what that does not prove.
 STATEMENT = (
@@ -27,158 +26,175 @@ STATEMENT = (
     "nor that it is none."
 )
 
-_WEIGHT: Mapping[Verdict, int] = {"stable": 0, "unscored": 1, "mild": 2, "strong": 3}
+_WEIGHT: Mapping[Verdict, int] = {"stable": 0, "unscored": 1, "likely copy": 2, "mild": 2, "strong": 3}
 
 #: Uncalibrated score from which an image is suspected: no ordinary image of the lab models (tuning splits, samplers, guidance
 #: 3 to 12) reaches 0.36, their exact ones reach 0.36 to 0.7. What large models do is not known.
 SUSPICIOUS = 0.38
 
-#: The fields of a trace that have one number a step.
-STEP_FIELDS = (
-    "sigma",
-    "latent_norm",
-    "update_norm",
-    "denoised_norm",
-    "update_score",
-    "denoised_score",
-    "tail",
-    "joint_deviation",
-    "guidance_deviation",
-    "local_deviation",
-    "velocity_norm",
-    "local_norm",
-    "guidance_norm",
-    "uncond_norm",
-    "alignment",
-    "denoised_alignment",
-    "patch_mean",
-    "patch_std",
-    "corrected_latent_norm",
-    "corrected_update_norm",
-)
 
-
-def _empty() -> np.ndarray:
+def _numbers() -> np.ndarray:
     return np.zeros(0)
+
+
+def _flags() -> np.ndarray:
+    return np.zeros(0, dtype=bool)
+
+
+@dataclass(kw_only=True, eq=False)
+class Steps:
+    """The solver steps of one image, each array ``[steps]``; NaN where there is no value.
+
+    Attributes:
+        sigma: noise level before the step.
+        latent_norm, update_norm: ``|z_{i+1}|`` and ``|z_{i+1} - z_i|`` on the VP scale, of the latents that the sampler went
+            through; with the published method as the sampler proposed them, before a correction.
+        denoised_norm: ``|x0_i|``, the clean latent predicted at the start of the step, combined at the guidance scale of the
+            profile (without one, of the run).
+        update_score, denoised_score: distance of the two norms from the profile's, in standard deviations, where the profile
+            was made with the same sampler and schedule.
+        p_value: share of ordinary images that get as far in a whole run as this one did up to the end of the step; NaN without
+            reference runs.
+        mitigated: whether the step was corrected.
+    """
+
+    sigma: np.ndarray = field(default_factory=_numbers)
+    latent_norm: np.ndarray = field(default_factory=_numbers)
+    update_norm: np.ndarray = field(default_factory=_numbers)
+    denoised_norm: np.ndarray = field(default_factory=_numbers)
+    update_score: np.ndarray = field(default_factory=_numbers)
+    denoised_score: np.ndarray = field(default_factory=_numbers)
+    p_value: np.ndarray = field(default_factory=_numbers)
+    mitigated: np.ndarray = field(default_factory=_flags)
+
+    def __len__(self) -> int:
+        return len(self.sigma)
+
+
+@dataclass(kw_only=True, eq=False)
+class Evaluations:
+    """The evaluations of the network for one image, each array ``[evaluations]``; NaN where there is no value.
+
+    Attributes:
+        step: the solver step that the evaluation is part of, from 0.
+        sigma: its noise level.
+        velocity, denoised, guidance, local: the signals, see ``core/signals.py``.
+        patch_mean, patch_std: mean and standard deviation, over the patches, of the logarithm of the root mean square of x0.
+        joint_deviation, guidance_deviation, local_deviation: the statistics, see ``core/reference.py``, in standard
+            deviations.
+        p_value: share of ordinary images that get as far in a whole run as this one did up to the evaluation.
+        corrected: whether its conditional prediction was replaced.
+    """
+
+    step: np.ndarray = field(default_factory=_numbers)
+    sigma: np.ndarray = field(default_factory=_numbers)
+    velocity: np.ndarray = field(default_factory=_numbers)
+    denoised: np.ndarray = field(default_factory=_numbers)
+    guidance: np.ndarray = field(default_factory=_numbers)
+    local: np.ndarray = field(default_factory=_numbers)
+    patch_mean: np.ndarray = field(default_factory=_numbers)
+    patch_std: np.ndarray = field(default_factory=_numbers)
+    joint_deviation: np.ndarray = field(default_factory=_numbers)
+    guidance_deviation: np.ndarray = field(default_factory=_numbers)
+    local_deviation: np.ndarray = field(default_factory=_numbers)
+    p_value: np.ndarray = field(default_factory=_numbers)
+    corrected: np.ndarray = field(default_factory=_flags)
+
+    def __len__(self) -> int:
+        return len(self.sigma)
 
 
 @dataclass(kw_only=True, eq=False)
 class Trace:
-    """One image's run. Every per-step array is ``[steps]`` float64, with NaN where there is no value.
+    """One image's run.
 
     Attributes:
-        verdict: ``"stable"``, ``"mild"``, ``"strong"``, or ``"unscored"`` (no profile that fits, a latent that
-            was NaN, or a run that was not watched to its end).
-        trigger_step: first step at which update and x0 norm both left the region, or ``None``.
+        verdict: ``"stable"``; ``"likely copy"``, or with the published method ``"mild"`` or ``"strong"``, of an image that
+            triggered; or ``"unscored"`` (no profile that fits, a latent that was NaN, or a run that was not watched to its
+            end).
+        trigger_step: the step of the evaluation that triggered, or ``None``.
         nonfinite_step: first step at which the latent was NaN or infinite, or ``None``.
         note: one sentence for people on why a run is unscored or less certain, or ``None``.
-        sigma: noise level before the step.
-        latent_norm, update_norm, denoised_norm: ``|z_{i+1}|``, ``|z_{i+1} - z_i|`` and ``|x0_i|`` on the VP scale, as the
-            sampler proposed them, before any correction.
-        update_score, denoised_score: distance of the two norms from the reference, in standard deviations.
-        tail: share of ordinary images that get as far in a whole run as this one did up to the step; what the verdict goes by,
-            unless the published method was asked for. NaN without reference runs.
-        joint_deviation: standard deviations by which both velocity and x0 norm are off ordinary images, in the logarithm.
-            guidance_deviation, local_deviation: by which guidance and local norm are larger.
-        velocity_norm: ``|alpha eps - beta x0|``, the update norm per angle of the VP circle, whatever the solver.
-        local_norm: root mean square of x0 in the quarter of its patches where that is largest (geometric mean). patch_mean,
-            patch_std: mean and standard deviation, over the patches, of the logarithm of the same.
-        guidance_norm: ``|eps_cond - eps_uncond|`` (Wen et al. 2024). uncond_norm: ``|eps_uncond|``. alignment:
-            ``cos(eps_cond - eps_uncond, eps_uncond)``. denoised_alignment: ``cos(eps_cond - eps_uncond, x0)``.
+        steps, evaluations: what the sampler did, and what the network said.
         local_map: ``[height, width]``, by how many standard deviations each patch of the latent was larger than patches of
-            ordinary images are, at the step at which the latent's largest quarter was farthest off; empty if unknown.
-        mitigated: ``[steps]`` bool, the steps that were corrected.
-        corrected_latent_norm, corrected_update_norm: the norms after correction; NaN where nothing was corrected.
+            ordinary images are, at the evaluation at which the latent's largest quarter was farthest off; empty if unknown.
         bands: for each of ``latent``, ``update``, ``denoised`` the reference ``mean`` and ``std`` of the steps taken; empty
             without a profile.
         reference_count: number of reference runs behind the bands, or ``None``.
-        settings: what the run was made with. thresholds: what it was judged by.
-        mitigation: whether mitigation was switched on.
+        settings: what the run was made with. thresholds: what it was judged by. mode: what was to be done.
     """
 
     verdict: Verdict = "unscored"
     trigger_step: int | None = None
     nonfinite_step: int | None = None
     note: str | None = None
-    sigma: np.ndarray = field(default_factory=_empty)
-    latent_norm: np.ndarray = field(default_factory=_empty)
-    update_norm: np.ndarray = field(default_factory=_empty)
-    denoised_norm: np.ndarray = field(default_factory=_empty)
-    update_score: np.ndarray = field(default_factory=_empty)
-    denoised_score: np.ndarray = field(default_factory=_empty)
-    tail: np.ndarray = field(default_factory=_empty)
-    joint_deviation: np.ndarray = field(default_factory=_empty)
-    guidance_deviation: np.ndarray = field(default_factory=_empty)
-    local_deviation: np.ndarray = field(default_factory=_empty)
-    velocity_norm: np.ndarray = field(default_factory=_empty)
-    local_norm: np.ndarray = field(default_factory=_empty)
-    guidance_norm: np.ndarray = field(default_factory=_empty)
-    uncond_norm: np.ndarray = field(default_factory=_empty)
-    alignment: np.ndarray = field(default_factory=_empty)
-    denoised_alignment: np.ndarray = field(default_factory=_empty)
-    patch_mean: np.ndarray = field(default_factory=_empty)
-    patch_std: np.ndarray = field(default_factory=_empty)
-    corrected_latent_norm: np.ndarray = field(default_factory=_empty)
-    corrected_update_norm: np.ndarray = field(default_factory=_empty)
+    steps: Steps = field(default_factory=Steps)
+    evaluations: Evaluations = field(default_factory=Evaluations)
     local_map: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
     bands: Mapping[str, Mapping[str, np.ndarray]] = field(default_factory=dict)
     reference_count: int | None = None
     settings: RunSettings = field(default_factory=RunSettings)
     thresholds: Thresholds = field(default_factory=Thresholds)
-    mitigation: bool = False
-
-    @property
-    def steps(self) -> int:
-        """Number of steps taken."""
-        return len(self.sigma)
+    mode: Mode = "trace"
 
     @property
     def mitigated(self) -> np.ndarray:
         """``[steps]`` bool, the steps that were corrected."""
-        return np.isfinite(self.corrected_latent_norm)
+        return self.steps.mitigated
 
     @property
     def score(self) -> float | None:
-        """``S_mem``, the largest update score of all steps; ``None`` where no step was scored."""
-        return _highest(self.update_score)
+        """``S_mem`` of the published method, the largest update score of all steps; ``None`` where no step was scored."""
+        return _highest(self.steps.update_score)
 
     @property
     def joint_score(self) -> float | None:
         """Largest value, of all steps, that update and x0 score both reach: above ``tau_mild`` the published trigger."""
-        return _highest(np.minimum(self.update_score, self.denoised_score))
+        return _highest(np.minimum(self.steps.update_score, self.steps.denoised_score))
 
     @property
-    def tail_probability(self) -> float | None:
+    def p_value(self) -> float | None:
         """Share of ordinary images that get as far: 0.00005 is one in 20,000. ``None`` without reference runs.
 
         Ours; how near the nominal share is to the observed one is in ``docs/evaluation.md``.
         """
-        tails = self.tail[np.isfinite(self.tail)]
-        return float(tails.min()) if len(tails) else None
+        values = self.evaluations.p_value[np.isfinite(self.evaluations.p_value)]
+        return float(values.min()) if len(values) else None
 
     @property
     def local_score(self) -> float | None:
         """By how many standard deviations the largest quarter of the latent's patches is off at most; ``None`` if unknown."""
-        return _highest(self.local_deviation)
+        return _highest(self.evaluations.local_deviation)
+
+    @property
+    def guidance_norm(self) -> np.ndarray:
+        """``|eps_cond - eps_uncond|`` (Wen et al. 2024) at every evaluation, ``[evaluations]``; NaN without guidance."""
+        return self.evaluations.guidance * np.cos(self._angles())
 
     @property
     def uncalibrated_score(self) -> float | None:
         """How much of the image the prompt alone has settled while it is still noise; needs no profile, but guidance.
 
-        Root mean square of ``x0_cond - x0_uncond = -sigma (eps_cond - eps_uncond)``, in units of clean latents (of variance
-        1, as autoencoders are scaled to), as the mean over the steps at noise levels above :data:`OPEN_SIGMA`. Wen et al.
-        (2024) in other units: those of eps depend on the size of the latent and on the noise level, these do not.
+        Root mean square of ``x0_cond - x0_uncond``, in units of clean latents (of variance 1, as autoencoders are scaled to),
+        as the mean over the evaluations at noise levels above :data:`OPEN_SIGMA`. Wen et al. (2024) in other units: those of
+        eps depend on the size of the latent and on the noise level, these do not.
         """
         if self.settings.latent_shape is None:
             return None
-        sigma = np.array([NoiseLevel.from_model(s, self.settings.prediction_type).sigma for s in self.sigma])
-        chosen = (sigma > OPEN_SIGMA) & np.isfinite(self.guidance_norm) & (sigma < MAX_SIGMA)
+        angles = self._angles()
+        sigma = np.tan(angles)
+        chosen = (sigma > OPEN_SIGMA) & np.isfinite(self.evaluations.guidance) & (sigma < MAX_SIGMA)
         if not chosen.any():
             return None
-        return float((sigma * self.guidance_norm)[chosen].mean() / math.sqrt(math.prod(self.settings.latent_shape)))
+        distance = (self.evaluations.guidance * np.sin(angles))[chosen]
+        return float(distance.mean() / math.sqrt(math.prod(self.settings.latent_shape)))
+
+    def _angles(self) -> np.ndarray:
+        kind = self.settings.prediction_type
+        return np.array([NoiseLevel.from_model(sigma, kind).angle for sigma in self.evaluations.sigma])
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON form, version 2; strict JSON, with ``null`` for what is not there."""
+        """The JSON form, version 3; strict JSON, with ``null`` for what is not there."""
         return {
             "format": FORMAT,
             "version": FORMAT_VERSION,
@@ -186,17 +202,17 @@ class Trace:
             "verdict": self.verdict,
             "score": _number(self.score),
             "joint_score": _number(self.joint_score),
-            "tail_probability": _number(self.tail_probability),
+            "p_value": _number(self.p_value),
             "local_score": _number(self.local_score),
             "uncalibrated_score": _number(self.uncalibrated_score),
             "trigger_step": self.trigger_step,
             "nonfinite_step": self.nonfinite_step,
             "note": self.note,
-            "mitigation": self.mitigation,
+            "mode": self.mode,
             "settings": self.settings.to_dict(),
             "thresholds": self.thresholds.to_dict(),
-            "steps": {name: numbers(getattr(self, name).tolist()) for name in STEP_FIELDS}
-            | {"mitigated": self.mitigated.tolist()},
+            "steps": _written(self.steps),
+            "evaluations": _written(self.evaluations),
             "local_map": [numbers(row) for row in self.local_map.tolist()],
             "bands": band_numbers(self.bands),
             "reference_count": self.reference_count,
@@ -207,20 +223,18 @@ class Trace:
         """Reads what :meth:`to_dict` wrote.
 
         Raises:
-            ValueError: if it is not a trace, one of a newer version, or does not hold together.
+            ValueError: if it is not a trace, one of another version, or does not hold together.
         """
         if not isinstance(data, Mapping) or data.get("format") != FORMAT:
             raise ValueError(f"this is not a trace: its 'format' is not {FORMAT!r}")
         if data.get("version") != FORMAT_VERSION:
             raise ValueError(
-                f"the trace has version {data.get('version')!r}, this version of Memorization Guard reads "
-                f"{FORMAT_VERSION}: update it"
+                f"the trace has version {data.get('version')!r}, this version of Memorization Guard reads {FORMAT_VERSION}"
             )
         try:
-            steps = {name: _array(data["steps"][name]) for name in STEP_FIELDS}
             bands = {
                 name: {key: _array(data["bands"][name][key]) for key in ("mean", "std")}
-                for name in NORMS
+                for name in Norms._fields
                 if name in data["bands"]
             }
             trace = cls(
@@ -228,29 +242,46 @@ class Trace:
                 trigger_step=data["trigger_step"],
                 nonfinite_step=data["nonfinite_step"],
                 note=data["note"],
-                mitigation=data["mitigation"],
+                mode=data["mode"],
                 settings=RunSettings.from_dict(data["settings"]),
                 thresholds=Thresholds.from_dict(data["thresholds"]),
                 bands=bands,
                 local_map=_map(data["local_map"]),
                 reference_count=data["reference_count"],
-                **steps,
+                steps=_read(Steps, data["steps"]),
+                evaluations=_read(Evaluations, data["evaluations"]),
             )
         except (KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError(f"the trace is incomplete or damaged: {type(error).__name__}: {error}") from None
         if trace.verdict not in VERDICTS:
             raise ValueError(f"the trace's verdict is {trace.verdict!r}; known: {', '.join(VERDICTS)}")
+        if trace.mode not in MODES:
+            raise ValueError(f"the trace's mode is {trace.mode!r}; known: {', '.join(MODES)}")
         if not isinstance(trace.note, (str, type(None))):
             raise ValueError(f"the trace's note is no text but {type(trace.note).__name__}")
         for name in ("trigger_step", "nonfinite_step"):
             step = getattr(trace, name)
-            if step is not None and not (isinstance(step, int) and 0 <= step < trace.steps):
-                raise ValueError(f"the trace's {name} is {step!r}; the trace has {trace.steps} steps")
-        lengths = {len(values) for values in steps.values()}
-        lengths |= {len(values) for band in bands.values() for values in band.values()}
-        if len(lengths) != 1:
-            raise ValueError(f"the trace's per-step lists have different lengths: {sorted(lengths)}")
+            if step is not None and not (isinstance(step, int) and 0 <= step < max(len(trace.steps), 1)):
+                raise ValueError(f"the trace's {name} is {step!r}; the trace has {len(trace.steps)} steps")
+        if any(len(values) != len(trace.steps) for band in bands.values() for values in band.values()):
+            raise ValueError("the trace's bands and its steps have different lengths")
         return trace
+
+
+_Record = TypeVar("_Record", Steps, Evaluations)
+
+
+def _written(record: Steps | Evaluations) -> dict[str, list[Any]]:
+    columns = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
+    return {name: values.tolist() if values.dtype == bool else numbers(values.tolist()) for name, values in columns.items()}
+
+
+def _read(kind: type[_Record], data: Mapping[str, Any]) -> _Record:
+    flags = {f.name for f in dataclasses.fields(kind) if f.default_factory is _flags}
+    columns = {f.name: _array(data[f.name]) for f in dataclasses.fields(kind)}
+    if len({len(values) for values in columns.values()}) > 1:
+        raise ValueError(f"the trace's lists in {kind.__name__.lower()} have different lengths")
+    return kind(**{name: values.astype(bool) if name in flags else values for name, values in columns.items()})
 
 
 def worst(traces: Iterable[Trace]) -> Trace:
@@ -263,8 +294,8 @@ def worst(traces: Iterable[Trace]) -> Trace:
     """
 
     def weight(trace: Trace) -> tuple[float, ...]:
-        rarity = 1.0 if trace.tail_probability is None else trace.tail_probability
-        return _WEIGHT[trace.verdict], -rarity, trace.joint_score or 0.0
+        p_value = 1.0 if trace.p_value is None else trace.p_value
+        return _WEIGHT[trace.verdict], -p_value, trace.joint_score or 0.0
 
     return max(traces, key=weight)
 
@@ -311,8 +342,8 @@ def _map(rows: Sequence[Sequence[float | None]]) -> np.ndarray:
 
 def _array(values: Sequence[float | None]) -> np.ndarray:
     if isinstance(values, (str, bytes)):
-        raise TypeError("a per-step list is text")
+        raise TypeError("a list of numbers is text")
     array = np.array([math.nan if value is None else value for value in values], dtype=np.float64)
     if array.ndim != 1:
-        raise TypeError("a per-step list holds lists")
+        raise TypeError("a list of numbers holds lists")
     return array

@@ -1,0 +1,82 @@
+"""Making a stability profile with a diffusers pipeline."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from ..core.calibration import MIN_RUNS, CalibrationError, ReferenceRuns
+from ..core.profile import StabilityProfile
+from ..fingerprint import fingerprint
+from ..prompts import read_prompts
+from .diffusers import guard
+from .network import denoisers
+
+
+def calibrate(
+    pipe: Any,
+    prompts: Sequence[str] | str | os.PathLike[str],
+    *,
+    batch_size: int = 4,
+    seed: int = 0,
+    state: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+    **pipe_kwargs: Any,
+) -> StabilityProfile:
+    """Makes a stability profile from reference prompts, one unmitigated run each; outliers among them are left out.
+
+    Args:
+        pipe: as for :func:`guard`.
+        prompts: prompts that are not memorized, 50 or so; a list, or a file that :func:`read_prompts` reads.
+        batch_size: prompts sampled at once.
+        seed: prompt i starts from the noise of seed ``seed + i``, drawn on the CPU.
+        state: file that keeps the runs so far after every batch, so that an interrupted calibration goes on from there;
+            delete it once the profile is saved.
+        progress: whether to show a progress bar.
+        pipe_kwargs: what the profile is to hold for (``num_inference_steps``, ``guidance_scale``, ``height``, ...); one
+            text as ``negative_prompt`` serves all prompts.
+
+    Raises:
+        CalibrationError: if there are fewer than 8 prompts, or fewer than 8 runs are usable; and if ``state`` belongs to
+            another calibration.
+    """
+    texts = list(prompts) if isinstance(prompts, (list, tuple)) else read_prompts(prompts)  # type: ignore[arg-type]
+    if len(texts) < MIN_RUNS or not all(isinstance(text, str) for text in texts):
+        raise CalibrationError(f"{len(texts)} reference prompts: give a list of at least {MIN_RUNS}, better 50")
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+    arguments = {key: repr(value) for key, value in sorted(pipe_kwargs.items())}
+    identity = [
+        texts,
+        seed,
+        arguments,
+        fingerprint(denoisers(pipe)[0]),
+        type(pipe.scheduler).__name__,
+        dict(pipe.scheduler.config),
+    ]
+    runs = ReferenceRuns(state, identity)
+
+    bar_config = getattr(pipe, "_progress_bar_config", None)
+    pipe.set_progress_bar_config(disable=True)
+    try:
+        with tqdm(total=len(texts), initial=len(runs.traces), desc="calibrating", unit="image", disable=not progress) as bar:
+            for start in range(len(runs.traces), len(texts), batch_size):
+                part = texts[start : start + batch_size]
+                generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(part))]
+                # Pipelines want as many of them as there are prompts.
+                texts_a_prompt = {k: [v] * len(part) for k, v in pipe_kwargs.items() if "negative" in k and isinstance(v, str)}
+                with guard(pipe) as run:
+                    pipe(part, generator=generators, output_type="latent", **(pipe_kwargs | texts_a_prompt))
+                runs.add(run.traces, len(part))
+                bar.update(len(part))
+    finally:
+        if bar_config is None:
+            del pipe._progress_bar_config
+        else:
+            pipe._progress_bar_config = bar_config
+
+    return runs.profile()[0]

@@ -1,0 +1,301 @@
+"""One run as far as it is known in host memory: its steps and evaluations, and what is told of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from . import published
+from .judge import Judge
+from .noise_level import NoiseLevel
+from .profile import Norms, ProfileCheck, StabilityProfile
+from .reference import Region
+from .settings import USUAL_GUIDANCE, Mode, RunSettings, Thresholds, Verdict
+from .trace import SUSPICIOUS, Steps, Trace, band_numbers, numbers
+
+
+@dataclass(frozen=True)
+class StepEvent:
+    """What a live graph needs of one solver step; every list has one entry a sample of the batch.
+
+    A score or p-value is ``None`` where nothing was judged; ``state`` is the verdict so far.
+    """
+
+    step: int
+    sigma: float
+    latent_norm: list[float]
+    update_norm: list[float]
+    denoised_norm: list[float]
+    guidance_norm: list[float]
+    update_score: list[float] | None
+    denoised_score: list[float] | None
+    p_value: list[float] | None
+    state: list[Verdict]
+    mitigated: list[bool]
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready mapping, some hundred bytes; ``null`` for what is no number."""
+        data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        for name, value in data.items():
+            if value is not None and name not in ("step", "sigma", "state", "mitigated"):
+                data[name] = numbers(value)
+        return data
+
+
+@dataclass
+class Step:
+    """A solver step, with the evaluations ``first`` to ``last``.
+
+    ``latent``, ``update`` and, with the published method, ``denoised`` are its norms ``[B]``, where they were computed.
+    """
+
+    start: NoiseLevel
+    end: NoiseLevel
+    first: int
+    last: int
+    latent: Tensor
+    update: Tensor
+    denoised: Tensor | None = None
+    judgement: published.Judgement | None = None
+
+    def norms(self, judge: Judge) -> Norms:
+        """The norms in host memory; x0's, if the step has none of its own, is that of its first evaluation."""
+        latent, update = (norm.double().cpu().numpy() for norm in (self.latent, self.update))
+        if self.denoised is not None:
+            return Norms(latent, update, self.denoised.double().cpu().numpy())
+        if self.first < len(judge.evaluations):
+            return Norms(latent, update, judge.evaluations[self.first].signals.denoised)
+        return Norms(latent, update, np.full(len(latent), np.nan))
+
+
+@dataclass
+class Run:
+    """What is known of a run.
+
+    Attributes:
+        profile, thresholds, mode, settings: as for :class:`~memorization_guard.core.monitor.StabilityMonitor`.
+        level: the noise level that the host's own number stands for.
+        check: how the profile fits the settings, or ``None`` without a profile.
+        batch: number of samples; 0 before the first latent.
+        grid: patches of the latent, height and width.
+        taken: number of evaluations taken in, judged or not.
+        error: what ended the watching early. ended: why the run came to no regular end.
+    """
+
+    profile: StabilityProfile | None
+    thresholds: Thresholds
+    mode: Mode
+    settings: RunSettings
+    level: Callable[[float], NoiseLevel]
+    batch: int = 0
+    grid: tuple[int, ...] | None = None
+    taken: int = 0
+    steps: list[Step] = field(default_factory=list)
+    error: Exception | None = None
+    ended: str | None = None
+
+    def __post_init__(self) -> None:
+        self.check = self.profile.check(self.settings) if self.profile is not None else None
+
+    @cached_property
+    def region(self) -> Region | None:
+        """Where the profile's reference runs are in this run; ``None`` where nothing can be held against them."""
+        if self.profile is None or self.check is None or not self.check.valid or self.thresholds.method == "published":
+            return None
+        if self.profile.reference is None:
+            return None
+        if self.check.exact or self.settings.sigmas is None:
+            return self.profile.reference.region()
+        kind = self.settings.prediction_type
+        angles = [NoiseLevel.from_model(sigma, kind).angle for sigma in self.settings.sigmas]
+        return self.profile.reference.region(np.array(angles))
+
+    @cached_property
+    def detector(self) -> published.Detector | None:
+        """Who judges solver steps, where the published method was asked for and the profile holds for them."""
+        if self.profile is None or self.check is None or not self.check.exact or self.thresholds.method != "published":
+            return None
+        return published.Detector(self.profile, self.thresholds)
+
+    @cached_property
+    def scale(self) -> float:
+        """Guidance scale at which predictions are combined for judging, whatever guidance makes of them: the profile's own."""
+        settings = self.profile.settings if self.profile is not None else self.settings
+        return USUAL_GUIDANCE if settings.guidance_scale is None else settings.guidance_scale
+
+    @cached_property
+    def judge(self) -> Judge:
+        rate = self.thresholds.false_positive_rate
+        return Judge(self.region, rate, guided=self.scale != 1.0, level=self.level)
+
+    @cached_property
+    def judges(self) -> bool:
+        """Whether the run is judged at all."""
+        return self.region is not None or self.detector is not None
+
+    @property
+    def triggers(self) -> np.ndarray:
+        """Step or evaluation at which each sample triggered, -1 if it has not; empty before the first."""
+        return self.judge.trigger if self.detector is None else self.detector.trigger_step
+
+    def verdict(self, sample: int, evaluation: int | None = None) -> Verdict:
+        """The verdict up to an evaluation; by default the last."""
+        return self.judge.verdict(sample, evaluation) if self.detector is None else self.detector.verdict(sample)
+
+    def judge_steps(self) -> None:
+        """Judges the solver steps so far by the published method, waiting for the device."""
+        for step in self.steps if self.detector is not None else ():
+            if step.judgement is None and self.detector is not None:
+                step.judgement = self.detector.judge(self._sigma(step.start), step.norms(self.judge))
+
+    def _sigma(self, level: NoiseLevel) -> float:
+        return level.model_sigma(self.settings.prediction_type)
+
+    def outline(self) -> dict[str, Any]:
+        """What is known before the first step, JSON-ready, for a live graph: planned ``steps`` and ``bands`` (as in a trace,
+        for the planned steps), ``thresholds``, ``reference_count``, ``mode`` and ``note``."""
+        sigmas, kind = self.settings.sigmas, self.settings.prediction_type
+        levels = [NoiseLevel.from_model(sigma, kind) for sigma in (*(sigmas or ()), self.settings.end_sigma or 0.0)]
+        return {
+            "steps": self.settings.steps,
+            "bands": band_numbers(self._bands(levels)),
+            "thresholds": self.thresholds.to_dict(),
+            "reference_count": self._reference_count,
+            "mode": self.mode,
+            "note": self.note(),
+        }
+
+    def _bands(self, levels: Sequence[NoiseLevel]) -> dict[str, dict[str, np.ndarray]]:
+        """Of steps, from the noise levels before each and after the last."""
+        if not self.judges or self.profile is None or self.check is None or len(levels) < 2:
+            return {}
+        return self.profile.bands([self._sigma(level) for level in levels[:-1]], levels, exact=self.check.exact)
+
+    @property
+    def _reference_count(self) -> int | None:
+        return self.profile.count if self.judges and self.profile is not None else None
+
+    def event(self, number: int) -> StepEvent:
+        """What a live graph is told of a step."""
+        self.judge_steps()
+        step, known = self.steps[number], self.judge.evaluations
+        norms, scores = step.norms(self.judge), step.judgement
+        guidance = np.full(self.batch, np.nan)
+        if step.first < len(known):
+            guidance = known[step.first].signals.guidance * known[step.first].level.alpha
+        judged = self.region is not None and step.last < len(known)
+        return StepEvent(
+            step=number,
+            sigma=self._sigma(step.start),
+            **{f"{name}_norm": norm.tolist() for name, norm in norms._asdict().items()},
+            guidance_norm=guidance.tolist(),
+            update_score=scores.update_score.tolist() if scores else None,
+            denoised_score=scores.denoised_score.tolist() if scores else None,
+            p_value=self.judge.p_values(step.last, step.last + 1)[0].tolist() if judged else None,
+            state=[self.verdict(sample, step.last) for sample in range(self.batch)],
+            mitigated=self._mitigated(step).tolist(),
+        )
+
+    def _mitigated(self, step: Step) -> np.ndarray:
+        masks = [one.corrected for one in self.judge.evaluations[step.first : step.last + 1]]
+        if self.mode == "mitigate" and step.judgement is not None:
+            masks.append(step.judgement.correct)
+        return np.logical_or.reduce([np.zeros(self.batch, dtype=bool), *(mask for mask in masks if mask is not None)])
+
+    def traces(self) -> list[Trace]:
+        """One trace a sample, in batch order."""
+        judge = self.judge
+        firsts = [step.first for step in self.steps]
+        of_step = np.maximum(np.searchsorted(firsts, np.arange(len(judge.evaluations)), side="right") - 1, 0)
+        p_values = judge.p_values()
+        norms = [step.norms(judge) for step in self.steps]
+        scores = self._scores(norms)
+        bands = self._bands([step.start for step in self.steps] + [step.end for step in self.steps[-1:]])
+        traces = []
+        for sample in range(self.batch):
+            verdict, trigger = self.verdict(sample), int(self.triggers[sample]) if len(self.triggers) else -1
+            if verdict == "stable" and (self.error is not None or self.ended is not None):
+                verdict = "unscored"  # what was not watched to its end cannot be called stable
+            trace = Trace(
+                verdict=verdict,
+                trigger_step=None if trigger < 0 else trigger if self.detector is not None else int(of_step[trigger]),
+                note=self.note(),
+                steps=self._traced(sample, norms, scores, p_values),
+                evaluations=judge.traced(sample, of_step, p_values, self.settings.prediction_type),
+                local_map=judge.map(sample, self.grid),
+                bands=bands,
+                reference_count=self._reference_count,
+                settings=self.settings,
+                thresholds=self.thresholds,
+                mode=self.mode,
+            )
+            columns = [trace.steps.latent_norm, trace.steps.update_norm, trace.steps.denoised_norm]
+            broken = np.flatnonzero(~np.isfinite(columns[: 3 if judge.evaluations else 2]).all(axis=0))
+            trace.nonfinite_step = int(broken[0]) if len(broken) else None
+            if not self.judges and (settled := trace.uncalibrated_score) is not None and settled > SUSPICIOUS:
+                hint = (
+                    f"The prompt alone had settled much of the image while it was still noise ({settled:.2f}; {SUSPICIOUS} "
+                    "and more is suspicious): it may be memorized. Calibrate a profile to know."
+                )
+                trace.note = hint if trace.note is None else f"{trace.note} {hint}"
+            traces.append(trace)
+        return traces
+
+    def _scores(self, norms: list[Norms]) -> list[Norms | None]:
+        """Scores ``[B]`` of the steps against the profile's bands, where those are of the run's own sampler and schedule."""
+        if self.profile is None or self.check is None or not self.check.exact:
+            return [None] * len(norms)
+        scores: list[Norms | None] = []
+        row: int | None = None
+        for number, (step, found) in enumerate(zip(self.steps, norms, strict=True)):
+            row = self.profile.next_row(row, self._sigma(step.start), number) if row is not None or not number else None
+            scores.append(None if row is None else self.profile.scores(row, found))
+        return scores
+
+    def _traced(self, sample: int, norms: list[Norms], scores: list[Norms | None], p_values: np.ndarray) -> Steps:
+        def column(values: list[Any]) -> np.ndarray:
+            return np.array([np.nan if value is None else value[sample] for value in values], dtype=np.float64)
+
+        return Steps(
+            sigma=np.array([self._sigma(step.start) for step in self.steps], dtype=np.float64),
+            latent_norm=column([norm.latent for norm in norms]),
+            update_norm=column([norm.update for norm in norms]),
+            denoised_norm=column([norm.denoised for norm in norms]),
+            update_score=column([score and score.update for score in scores]),
+            denoised_score=column([score and score.denoised for score in scores]),
+            p_value=column([p_values[step.last] if step.last < len(p_values) else None for step in self.steps]),
+            mitigated=np.array([self._mitigated(step)[sample] for step in self.steps], dtype=bool),
+        )
+
+    def note(self) -> str | None:
+        """One sentence on why the run is unscored or less certain, or ``None``."""
+        if self.error is not None:
+            return f"Watching ended early: {self.error}"
+        if self.ended is not None:
+            return f"The run ended early: {self.ended}"
+        if self.steps and not self.taken:
+            return (
+                "No prediction of the network reached the guard, so that the run was not judged: another extension may stand "
+                "in its place."
+            )
+        if self.detector is not None and self.detector.off_schedule is not None:
+            return f"The run is not scored: {self.detector.off_schedule}. Calibrate a profile with the run's own schedule."
+        if self.check is None:
+            return None
+        if self.check.valid and not self.judges:
+            if self.thresholds.method == "published":
+                reasons = "; ".join(map(str, self.check.transferred))
+                return f"The published method holds for one sampler and schedule ({reasons})."
+            return "The profile has the published bands alone: calibrate again for one that holds for any sampler."
+        if self.judges and (alone := self.judge.alone):
+            return (
+                f"{alone} of {self.taken} evaluations gave one prediction only and could not be judged: the profile was made "
+                "with guidance."
+            )
+        return None if self.check == ProfileCheck() else str(self.check)
