@@ -40,7 +40,6 @@ class SamplerRun:
         monitor: takes in predictions and latents; its settings should have been made from the same schedule.
         levels: noise levels before every planned step and after the last.
         level: the noise level that a number of the sampler's stands for.
-        after_update: whether the sampler calls back after its update, with the new latent, rather than before it.
     """
 
     def __init__(
@@ -48,13 +47,10 @@ class SamplerRun:
         monitor: StabilityMonitor,
         levels: Sequence[NoiseLevel],
         level: Callable[[float], NoiseLevel] = NoiseLevel.from_sigma,
-        *,
-        after_update: bool = False,
     ) -> None:
         self.monitor = monitor
         self._levels = list(levels)
         self._level = level
-        self._after_update = after_update
         self._callbacks = 0
         self._calls = 0  # evaluations since the last callback
         self._evaluated: Tensor | None = None  # the latent of the last one
@@ -71,8 +67,6 @@ class SamplerRun:
     def around(self, sampler_function: Callable[..., Tensor], model: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Runs ``sampler_function`` with these arguments, and gives what it returns; or, of a run that the monitor stops, the
         clean latent as it was predicted when every image had triggered."""
-        if self._after_update:
-            self.monitor.latent(x, self._levels[0], evaluated=False)
         try:
             result = sampler_function(model, x, *args, **(kwargs | {"callback": self._callback(kwargs.get("callback"))}))
         except Stopped as stopped:
@@ -83,32 +77,33 @@ class SamplerRun:
             why = "interrupted" if "interrupt" in name.lower() else name
             self.monitor.end(f"{why} after {self.monitor.steps} of {self.monitor.settings.steps} steps")
             raise
-        if not self._after_update:
-            self.monitor.latent(result, self._levels[-1], evaluated=False)
+        self.finished(result)
         return result
+
+    def finished(self, result: Tensor) -> None:
+        """Takes in what the sampler function returned."""
+        self.monitor.latent(result, self._levels[-1], evaluated=False)
 
     def _callback(self, callback: Callable[[dict[str, Any]], Any] | None) -> Callable[[dict[str, Any]], Any]:
         def stepped(info: dict[str, Any]) -> Any:
-            self._stepped(info)
+            try:
+                self.stepped(info)
+            except Exception as error:
+                self.monitor.fail(error)
             if self.monitor.should_stop and self._denoised is not None:
                 raise Stopped(self._denoised)
             return callback(info) if callback is not None else None
 
         return stepped
 
-    def _stepped(self, info: Mapping[str, Any]) -> None:
+    def stepped(self, info: Mapping[str, Any]) -> None:
+        """Takes in what the sampler calls back with."""
         number, calls = self._callbacks, self._calls
         self._callbacks, self._calls = number + 1, 0
-        try:
-            if self._after_update:
-                level = self._levels[min(number + 1, len(self._levels) - 1)]
-                self.monitor.latent(info["x"], level, evaluated=False)
-                return
-            # A sampler that evaluates once a step may report a latent of before, or in another scale.
-            x = self._evaluated if calls == 1 and self._evaluated is not None else info["x"]
-            self.monitor.latent(x, self._level_of(info.get("sigma"), number), evaluated=True)
-        except Exception as error:
-            self.monitor.fail(error)
+        # A sampler that evaluates once a step may report a latent of before, or in another scale.
+        x = self._evaluated if calls == 1 and self._evaluated is not None else info["x"]
+        # The latent is at the second of the two where a sampler adds noise first, or reports where it is heading.
+        self.monitor.latent(x, self._level_of(info.get("sigma_hat", info.get("sigma")), number), evaluated=True)
 
     def _level_of(self, sigma: Tensor | float | None, number: int) -> NoiseLevel:
         planned = self._levels[number] if number < len(self._levels) else self._levels[-1]

@@ -218,12 +218,11 @@ class StabilityProfile:
     def check(self, settings: RunSettings) -> ProfileCheck:
         """Names every field in which a run differs from this profile; what either side does not know is no difference.
 
-        Invalid (never judged): other weights, prediction type or latent shape, and a run without guidance against a profile
-        with it, since one prediction says nothing of the two combined. Transferred, with the reference runs: another sampler,
-        other noise levels, and another guidance scale; without reference runs they are invalid too. Guidance up to 10 % away,
-        and a run over part of the profile's schedule in the same steps (image to image), only weaken. A model name or
-        scheduler name that differs is a warning when what the name stands for (weights, noise levels) cannot be compared or
-        agrees.
+        Invalid (never judged): other weights, prediction type or latent shape. Transferred, with the reference runs: another
+        sampler, other noise levels, and another guidance scale; without reference runs they are invalid too. Guidance up to
+        10 % away, and a run over part of the profile's schedule in the same steps (image to image), only weaken. A model name
+        or scheduler name that differs is a warning when what the name stands for (weights, noise levels) cannot be compared
+        or agrees. Whether there is a prediction without the prompt is seen at each evaluation: a scale of 1 does not tell.
         """
         invalid: list[Mismatch] = []
         weakened: list[Mismatch] = []
@@ -243,8 +242,7 @@ class StabilityProfile:
             weakened.append(found)
         if found := differs("guidance_scale"):
             near = math.isclose(found.profile, found.run, rel_tol=GUIDANCE_TOLERANCE)
-            lost = self.settings.guided and not settings.guided
-            (invalid if lost else weakened if near else transferred).append(found)
+            (weakened if near else transferred).append(found)
 
         covered = None
         if self.settings.sigmas is not None and settings.sigmas is not None:

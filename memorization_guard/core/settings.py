@@ -64,11 +64,6 @@ class RunSettings:
         if self.sigmas is not None:
             object.__setattr__(self, "sigmas", tuple(float(s) for s in self.sigmas))
 
-    @property
-    def guided(self) -> bool:
-        """Whether guidance needs a prediction without the prompt, as far as the host knows."""
-        return self.guidance_scale is None or not math.isclose(self.guidance_scale, 1.0)
-
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready mapping; inverse of :meth:`from_dict`."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
