@@ -5,8 +5,8 @@
 The server needs --api, and among its extensions this repository and ``benchmarks/webui_batch``. One profile, calibrated with
 Euler, judges every sampler. With the lab model chosen, which the script's page adds, exact, template and ordinary prompts of
 the evaluation split are sampled traced and mitigated, from the same noise, and copies are counted. With any other model it is
-only seen whether each sampler is judged and a correction reaches the image, with thresholds that everything exceeds. The figures
-of each sampler go to a JSON file in FOLDER; a second call does what is missing. A sampler takes about five minutes on one core.
+only seen whether each sampler is judged and a correction reaches the image, with thresholds that everything exceeds. Figures
+of each sampler go to a JSON file in FOLDER; a second call does what is missing. A sampler takes some minutes on one core.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ LAB_HEAD = [
     *("sampler", "steps traced", "bit-identical", "triggered: exact", "template", "ordinary"),
     *("copies without: exact", "template", "left after mitigation: exact", "template", "ordinary touched"),
 ]
-OTHER_HEAD = ["sampler", "steps traced", "bit-identical", "judged", "corrected from evaluation", "correction reaches the image"]
+OTHER_HEAD = ["sampler", "steps traced", "bit-identical", "judged", "corrected from evaluation", "reaches the image"]
 
 
 class Server:

@@ -1,8 +1,8 @@
 """The place between the network and guidance, in each host: both predictions lie side by side there, and may be replaced.
 
-The WebUI calls back with the predictions for all prompts and images in one tensor, which is changed in place. In Forge the last
-pre-CFG function puts a CFG function in front of whatever guides; in reForge the first pre-CFG function is given the predictions.
-All of it is in place for one run of a sampler and leaves nothing behind.
+The WebUI calls back with the predictions for all prompts and images in one tensor, which is changed in place. In Forge the
+last pre-CFG function puts a CFG function in front of whatever guides; in reForge the first pre-CFG function is given the
+predictions. All of it is in place for one run of a sampler and leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from modules import script_callbacks, shared
 from torch import Tensor
 
 from ..memorization_guard import StabilityMonitor
-from ..memorization_guard.core.noise_level import where_changed
 from . import hosts
+from .timesteps import changed
 
 #: Takes a latent, its noise level, and the predictions with and without the prompt; gives the first of the two to go on with.
 Predicted = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
@@ -95,16 +95,16 @@ def _judge_rows(denoiser: Any, predicted: Predicted, given: Any, rows: Tensor) -
     corrected = predicted(x, sigma, cond, None if missing else without)
     if corrected is cond:
         return
-    changed = (corrected != cond).flatten(1).any(1)
+    replace = changed(cond, corrected)
     for i, (image, each) in enumerate(zip(prompted, weights, strict=True)):
         if missing:
-            without[i] = torch.where(changed[i], corrected[i], without[i])
+            without[i] = torch.where(replace[i], corrected[i], without[i])
         # So that the host, which adds up the differences at their weights, comes to the corrected one.
         strongest = max(range(len(each)), key=lambda number: abs(each[number]))
         replaced = without[i].expand_as(image).clone()
         if each[strongest] != 0:
             replaced[strongest] += (corrected[i] - without[i]) / each[strongest]
-        image.copy_(torch.where(changed[i], replaced, image))
+        image.copy_(torch.where(replace[i], replaced, image))
 
 
 def _joined(rows: Tensor, prompted: Sequence[Tensor], without: Tensor, weights: list[list[float]]) -> Tensor:
@@ -191,13 +191,13 @@ def _weight(cond: Any) -> float:
 
 
 def _judge(predicted: Predicted, args: dict[str, Any], prompted: Tensor, without: Tensor | None, weight: float) -> None:
-    """Judges the prediction with the prompt, an average, at the weight that guidance will give it, and replaces it in place."""
+    """Judges the prediction with the prompt, an average, at the weight that guidance gives it, and replaces it in place."""
     joined = prompted if without is None or weight in (0.0, 1.0) else torch.lerp(without, prompted, weight)
     corrected = predicted(args["input"], args["sigma"], joined, without)
     if corrected is joined:
         return
     if without is not None and joined is not prompted:
-        corrected = where_changed(prompted, joined, corrected, without + (corrected - without) / weight)
+        corrected = torch.where(changed(joined, corrected), without + (corrected - without) / weight, prompted)
     prompted.copy_(corrected)
 
 

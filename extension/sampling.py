@@ -17,7 +17,7 @@ from ..memorization_guard.adapters.kdiffusion import SamplerRun, sampler_name, w
 from ..memorization_guard.fingerprint import content_hash, fingerprint
 from . import hosts, predictions
 from .session import Session
-from .timesteps import TimestepRun, TimestepScale, predicted_noise
+from .timesteps import TimestepRun, TimestepScale
 
 log = logging.getLogger(__name__)
 
@@ -69,26 +69,32 @@ def _new_run(
     hooks: contextlib.ExitStack,
 ) -> SamplerRun:
     kind = hosts.prediction_type(p.sd_model)
-    scale: TimestepScale | None = None
     level: Callable[[float], NoiseLevel] = functools.partial(NoiseLevel.from_model, prediction_type=kind)
+    scale: TimestepScale | None = None
+    fixed = True
     if "timesteps" in arguments:
         scale = TimestepScale(denoiser.inner_model.inner_model.alphas_cumprod)
-        schedule = [scale.level(t) for t in arguments["timesteps"].flip(0).tolist()]
+        levels = [scale.level(t) for t in arguments["timesteps"].flip(0).tolist()]
     elif "sigmas" in arguments:
-        schedule = [level(sigma) for sigma in arguments["sigmas"].tolist()]
-    else:  # it chooses its own
-        schedule = []
+        levels = [level(sigma) for sigma in arguments["sigmas"].tolist()]
+    else:  # the sampler chooses its own, between these
+        levels, fixed = [level(float(arguments[end])) for end in ("sigma_max", "sigma_min")], False
+    settings = _settings(
+        p, kind, _name(function), _options(function, arguments), x, levels if fixed else [], arguments.get("n")
+    )
+    # The denoiser of Forge and reForge gives clean latents to all samplers.
     noisy = scale is not None and not hosts.HAS_UNET_PATCHER
-    settings = _settings(p, kind, _name(function), _options(function, arguments), x, schedule, arguments.get("n"))
-    monitor = session.new_monitor(p, settings, scale.level if noisy else level)
+    monitor = session.new_monitor(p, settings, scale.level if scale is not None and noisy else level)
     hooks.callback(session.end_run, p)
-    predicted = functools.partial(predicted_noise, monitor, scale) if noisy else monitor.predicted
-    hooks.enter_context(predictions.judged(denoiser, monitor, predicted))
     if scale is None:
-        return SamplerRun(monitor, schedule, level)
-    run = TimestepRun(monitor, schedule, scale.level, x)
-    hooks.enter_context(run.evaluations_of(denoiser))
-    return run
+        run = SamplerRun(monitor, levels, level)
+        hooks.enter_context(predictions.judged(denoiser, monitor, run.predicted))
+        return run
+    timestep_run = TimestepRun(monitor, levels, scale, x)
+    predicted = timestep_run.predicted_noise if noisy else timestep_run.predicted
+    hooks.enter_context(predictions.judged(denoiser, monitor, predicted))
+    hooks.enter_context(timestep_run.following(denoiser))
+    return timestep_run
 
 
 def _settings(

@@ -34,8 +34,12 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 #: The constants that a user can set here, in the order of the scripts' arguments.
-CONSTANTS = [field for field in dataclasses.fields(Thresholds) if field.metadata.get("method") in ("reference", "both")]
-_PUBLISHED = "the published method edits latents between solver steps, which is possible in diffusers only: it cannot be used here"
+CONSTANTS = [
+    field
+    for field in dataclasses.fields(Thresholds)
+    if field.metadata["method"] in ("reference", "both") and "bounds" in field.metadata
+]
+_PUBLISHED = "the published method edits latents between solver steps, which only diffusers allows: it cannot be used here"
 
 #: Of the scripts; also begins the name of every field that we write into an image's infotext.
 TITLE = "Memorization Guard"
@@ -71,9 +75,7 @@ class Options:
         if "published" in values:
             raise ValueError(_PUBLISHED)
         constants = {
-            each.name: type(each.default)(value)
-            for each, value in zip(CONSTANTS, values, strict=False)
-            if value is not None
+            each.name: type(each.default)(value) for each, value in zip(CONSTANTS, values, strict=False) if value is not None
         }
         return cls(mode, None if profile in (None, "", "None") else profile, Thresholds(**constants))
 
@@ -122,6 +124,7 @@ class Run:
     batch: int
     hires: bool
     monitor: StabilityMonitor
+    known: str | None  # what its traces would say before it begins
     traces: list[Trace] = field(default_factory=list)
 
 
@@ -169,18 +172,23 @@ class Session:
             settings=settings,
             level=level,
         )
-        self.runs.append(Run(name, batch, hires, monitor))
-        if monitor.check is not None and monitor.check.invalid:
-            self.say(p, f"{'hires pass: ' if hires else ''}{monitor.check}")
+        outline = monitor.outline()
+        self.runs.append(Run(name, batch, hires, monitor, outline["note"]))
+        if self._profile is not None and not monitor.judges:
+            self.say(p, f"{'hires pass: ' if hires else ''}{outline['note']}")
         first = batch * p.batch_size + 1
         images = f"image {first}" if p.batch_size == 1 else f"images {first}-{first + p.batch_size - 1}"
-        self._send("begin", name, title=self._title(images, hires), **monitor.outline())
+        self._send("begin", name, title=self._title(images, hires), **outline)
         return monitor
 
     def end_run(self, p: Any) -> None:
         """The run that began last has ended; what kept it from being judged is said."""
         run = self.runs[-1]
         run.traces = run.monitor.traces
+        for note in {trace.note for trace in run.traces} - {run.known, None}:
+            self.say(p, f"{'hires pass: ' if run.hires else ''}{note}")
+        if run.monitor.error is not None and not run.traces:
+            self.say(p, f"not watched: {run.monitor.error}")
         self._send("end", run.name, traces=[trace.to_dict() for trace in run.traces])
 
     def say(self, p: Any, message: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..memorization_guard import NoiseLevel, StabilityMonitor
 from ..memorization_guard.adapters.kdiffusion import SamplerRun
-from ..memorization_guard.core.noise_level import where_changed, widened
+from ..memorization_guard.core.noise_level import widened
 
 
 class TimestepScale:
@@ -65,41 +65,62 @@ class TimestepScale:
         return signal, (1 - signal**2).sqrt_()
 
 
-def predicted_noise(
-    monitor: StabilityMonitor, scale: TimestepScale, x: Tensor, t: Tensor, cond: Tensor, uncond: Tensor | None
-) -> Tensor:
-    """``monitor.predicted`` for predictions of the noise: ``cond`` itself, and each sample of it, where nothing is corrected."""
-    denoised = scale.denoised(x, t, cond)
-    given = monitor.predicted(x, t, denoised, None if uncond is None else scale.denoised(x, t, uncond))
-    return cond if given is denoised else where_changed(cond, denoised, given, scale.noise(x, t, given))
+def changed(before: Tensor, after: Tensor) -> Tensor:
+    """Samples ``[B, 1, ...]`` in which two tensors ``[B, ...]`` differ.
+
+    Going to another scale and back rounds, so that a sample that nobody changed has to be left as it came.
+    """
+    return (after != before).flatten(1).any(1).view(-1, *(1,) * (before.ndim - 1))
 
 
 class TimestepRun(SamplerRun):
-    """A run of a sampler that calls back after the update.
+    """A run of a sampler that calls back after its update.
 
-    Which noise level the update led to shows at the next evaluation. Where that is made from the very latent that was called
-    back, it is the evaluation's; a sampler that evaluates elsewhere (UniPC, at what it predicts) has been there already.
+    Which noise level an update led to shows at the next evaluation. Where that is made from the very latent that was called
+    back, it is the evaluation's own; a sampler that evaluates another one (UniPC, what it predicts) has done so there before.
 
     Args:
-        monitor: takes in the steps. schedule: as the host plans it. level: of a timestep. x: the latent to begin with.
+        monitor: takes in predictions and latents.
+        levels: noise levels before every planned step and after the last.
+        scale: those of the model's timesteps.
+        x: the latent to begin with.
     """
 
-    def __init__(
-        self, monitor: StabilityMonitor, schedule: list[NoiseLevel], level: Callable[[float], NoiseLevel], x: Tensor
-    ) -> None:
-        super().__init__(monitor, schedule, level)
+    def __init__(self, monitor: StabilityMonitor, levels: Sequence[NoiseLevel], scale: TimestepScale, x: Tensor) -> None:
+        super().__init__(monitor, levels, scale.level)
+        self._scale = scale
         self._latent: Tensor | None = x  # called back, and not handed over yet
-        self._evaluated: NoiseLevel | None = None  # where the network was evaluated last
+        self._last: NoiseLevel | None = None  # where the network was evaluated
 
     @contextlib.contextmanager
-    def evaluations_of(self, denoiser: torch.nn.Module) -> Iterator[None]:
-        """While it is entered, the run is told of every evaluation before it is made."""
-        hook = denoiser.register_forward_pre_hook(lambda _, args: self._evaluates(*args[:2]))
+    def following(self, denoiser: torch.nn.Module) -> Iterator[None]:
+        """While it is entered, the run hears of every evaluation of ``denoiser(x, t, ...)`` before it is made."""
+        hook = denoiser.register_forward_pre_hook(lambda _, arguments: self._evaluates(*arguments))
         try:
             yield
         finally:
             hook.remove()
 
+    def predicted_noise(self, x: Tensor, t: Tensor, cond: Tensor, uncond: Tensor | None = None) -> Tensor:
+        """As :meth:`predicted` for predictions of the noise; bit-identical in samples that are not corrected."""
+        denoised = self._scale.denoised(x, t, cond)
+        given = self.predicted(x, t, denoised, None if uncond is None else self._scale.denoised(x, t, uncond))
+        if given is denoised:
+            return cond
+        return torch.where(changed(denoised, given), self._scale.noise(x, t, given).to(cond.dtype), cond)
+
     def stepped(self, info: Mapping[str, Any]) -> None:
         self._latent = info["x"]
-        self._stop_if_wanted(info)
+
+    def finished(self, result: Tensor) -> None:
+        self.monitor.latent(result, self._levels[-1], evaluated=False)
+
+    def _evaluates(self, x: Tensor, t: Tensor) -> None:
+        latent, self._latent = self._latent, None
+        last, self._last = self._last, self._level(float(t.flatten()[0]))  # the samplers themselves wait for the device
+        if latent is None:
+            return
+        if x is latent or last is None:
+            self.monitor.latent(latent, self._last, evaluated=False)
+        else:
+            self.monitor.latent(latent, last, evaluated=True)

@@ -629,7 +629,9 @@ def test_the_plot_has_axes_for_mode_and_thresholds(host, profile):
     for arg in plot["args"]:
         value, label = arg.get("value"), arg["label"]
         if label.endswith(" type"):
-            value = names.index({"X type": f"[{TITLE}] Mode", "Y type": f"[{TITLE}] false_positive_rate"}.get(label, "Nothing"))
+            value = names.index(
+                {"X type": f"[{TITLE}] Mode", "Y type": f"[{TITLE}] false_positive_rate"}.get(label, "Nothing")
+            )
         elif label.endswith(" values"):
             value = (
                 {"X values": "off, trace, mitigate", "Y values": "0.1, 0.001"}.get(label, "")
