@@ -110,17 +110,23 @@ class TimestepRun(SamplerRun):
         return torch.where(changed(denoised, given), self._scale.noise(x, t, given).to(cond.dtype), cond)
 
     def stepped(self, info: Mapping[str, Any]) -> None:
+        if self._last is not None:
+            self._hand_over(self._last, evaluated=True)
         self._latent = info["x"]
 
     def finished(self, result: Tensor) -> None:
         self.monitor.latent(result, self._levels[-1], evaluated=False)
 
     def _evaluates(self, x: Tensor, t: Tensor) -> None:
-        latent, self._latent = self._latent, None
-        last, self._last = self._last, self._level(float(t.flatten()[0]))  # the samplers themselves wait for the device
-        if latent is None:
-            return
-        if x is latent or last is None:
-            self.monitor.latent(latent, self._last, evaluated=False)
+        level = self._level(float(t.flatten()[0]))  # the sampler itself waits for the device
+        if self._last is None or x is self._latent:
+            self._hand_over(level, evaluated=False)
         else:
-            self.monitor.latent(latent, last, evaluated=True)
+            self._hand_over(self._last, evaluated=True)
+        self._last = level
+
+    def _hand_over(self, level: NoiseLevel, *, evaluated: bool) -> None:
+        """Hands the latent that was called back last over, if that is still due."""
+        latent, self._latent = self._latent, None
+        if latent is not None:
+            self.monitor.latent(latent, level, evaluated=evaluated)

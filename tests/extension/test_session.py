@@ -1,7 +1,5 @@
 """The WebUI half without a host: how it is loaded beside others, and what an image's infotext brings back."""
 
-import importlib
-import importlib.util
 import json
 import subprocess
 import sys
@@ -13,7 +11,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from memorization_guard import NoiseLevel, RunSettings, Thresholds, evidence
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 #: A host of mock modules, and other extensions' modules in the places where theirs would be.
 LOAD = """
@@ -60,13 +58,9 @@ print(json.dumps({
 
 
 @pytest.fixture(scope="module")
-def session():
-    """``extension/session.py``, loaded as the script loads it; it needs no host."""
-    name = "memorization_guard_pack_of_tests"
-    spec = importlib.util.spec_from_file_location(name, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
-    sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules[name])
-    return importlib.import_module(f"{name}.extension.session")
+def session(load_extension):
+    """``extension/session.py``; it needs no host."""
+    return load_extension("session")
 
 
 def test_the_script_loads_under_a_name_of_its_own_beside_others():

@@ -1,17 +1,13 @@
 """The seam of the WebUI and of Forge without a host: what is judged, what is replaced, and that nothing is left behind."""
 
 import copy
-import importlib
-import importlib.util
 import math
 import sys
 import types
-from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
 CFG = 7.5
 
 
@@ -38,15 +34,8 @@ def modules(monkeypatch):
 
 
 @pytest.fixture
-def predictions(modules):
-    """``extension/predictions.py``, loaded as the script loads it."""
-    name = "memorization_guard_pack_of_seam"
-    for loaded in [loaded for loaded in sys.modules if loaded.partition(".")[0] == name]:
-        del sys.modules[loaded]
-    spec = importlib.util.spec_from_file_location(name, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
-    sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules[name])
-    return importlib.import_module(f"{name}.extension.predictions")
+def predictions(load_extension, modules):
+    return load_extension("predictions")
 
 
 class Monitor:
