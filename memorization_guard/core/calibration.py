@@ -70,8 +70,8 @@ class Calibrator:
         """
         if trace.mitigated.any() or trace.evaluations.corrected.any():
             self._refuse("mitigated", "a corrected run cannot be a reference: calibrate with mode trace")
-        if not len(trace.steps):
-            self._refuse("no steps", "the run has no steps: see the log for what went wrong")
+        if not len(trace.steps) or not len(trace.evaluations):
+            self._refuse("nothing seen", "the run has no steps or no prediction reached the guard: see the log")
         norms = _norms(trace)
         if not np.isfinite(norms).all():
             step = int(np.flatnonzero(~np.isfinite(norms).all(axis=0))[0])

@@ -8,11 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from torch import Tensor
 
 from .noise_level import NoiseLevel
 from .reference import Region, Statistics
 from .settings import Verdict
-from .signals import Measurement, Signals, patch_logs, signals
+from .signals import Measurement, Signals, signals
 from .trace import Evaluations
 
 #: Deviation of every statistic below which a corrected image is back among ordinary ones.
@@ -29,7 +30,7 @@ class Evaluation:
 
     level: NoiseLevel
     signals: Signals
-    patches: np.ndarray  # [patches, B], logarithms
+    patches: np.ndarray  # [patches, B], mean squares of x0
     statistics: np.ndarray  # [3, B], in the order of Statistics
     highest: np.ndarray  # [3, B], of the run so far
     corrected: np.ndarray | None = None  # [B] bool
@@ -56,38 +57,31 @@ class Judge:
         self._guided = guided
         self._level = level
         self._finite = np.zeros(0, dtype=bool)
+        self._highest = np.zeros((len(Statistics._fields), 0))
 
-    def take_in(self, measurements: list[Measurement], blocks: np.ndarray) -> None:
-        """Judges the next evaluations.
-
-        Args:
-            measurements: as they were taken.
-            blocks: their blocks ``[E, 5 + patches, B]``, arrived in host memory.
-        """
-        named = [m.sigma if isinstance(m.sigma, float) else float(b[0, 0]) for m, b in zip(measurements, blocks, strict=True)]
-        levels = [self._level(sigma) for sigma in named]
-        found = signals(blocks, levels)
-        if self._guided and any(m.guidance is None for m in measurements):
-            alone = np.array([m.guidance is None for m in measurements])[:, None]
-            found = Signals(*(np.where(alone, np.nan, values) for values in found))
-        batch = blocks.shape[2]
-        if not len(self.trigger):
+    @np.errstate(divide="ignore", invalid="ignore")
+    def take_in(self, measurement: Measurement, block: np.ndarray) -> None:
+        """Judges the next evaluation, from its block ``[5 + patches, B]`` in host memory."""
+        block = block.astype(np.float64)
+        sigma = measurement.sigma
+        level = self._level(float(block[0, 0]) if isinstance(sigma, Tensor) else sigma)
+        found = signals(block, level)
+        if self._guided and measurement.guidance is None:
+            found = Signals(*(np.full_like(values, np.nan) for values in found))
+        if not self.evaluations:
+            batch = block.shape[1]
             self.trigger, self._finite = np.full(batch, -1), np.ones(batch, dtype=bool)
-        statistics = np.full((len(levels), len(Statistics._fields), batch), np.nan)
-        if self._region is not None:
-            angles = np.array([level.angle for level in levels])
-            statistics = np.stack(self._region.statistics(angles, found), axis=1)
-        highest = self.evaluations[-1].highest if self.evaluations else np.full(statistics.shape[1:], -np.inf)
+            self._highest = np.full((len(Statistics._fields), batch), -np.inf)
         # A sample that was NaN or infinite once has lost its trajectory: what comes later means nothing.
-        finite = np.isfinite(blocks[:, 1:4]).all(axis=1)
-        logs = patch_logs(blocks)
-        for index, level in enumerate(levels):
-            self._finite = self._finite & finite[index]
-            highest = np.fmax(highest, np.where(self._finite, statistics[index], np.nan))
-            if self._critical is not None:
-                self.trigger[(self.trigger < 0) & (highest > self._critical).any(axis=0)] = len(self.evaluations)
-            of_one = Signals(*(values[index] for values in found))
-            self.evaluations.append(Evaluation(level, of_one, logs[index], statistics[index], highest))
+        self._finite &= np.isfinite(block[1:4]).all(axis=0)
+        if self._region is None or self._critical is None:
+            statistics = np.full_like(self._highest, np.nan)
+        else:
+            statistics = np.where(self._finite, np.array(self._region.statistics(level.angle, found)), np.nan)
+            self._highest = np.fmax(self._highest, statistics)
+            fresh = (self._highest > self._critical).any(axis=0) & (self.trigger < 0)
+            self.trigger[fresh] = len(self.evaluations)
+        self.evaluations.append(Evaluation(level, found, block[5:], statistics, self._highest))
 
     def to_correct(self) -> np.ndarray:
         """Samples ``[B]`` whose last evaluation is to be corrected: those that have triggered, and are not back for good."""
@@ -138,7 +132,8 @@ class Judge:
             return Evaluations()
         found = Signals(*np.array([[values[sample] for values in one.signals] for one in self.evaluations]).T)
         statistics = Statistics(*np.array([one.statistics[:, sample] for one in self.evaluations]).T)
-        patches = np.stack([one.patches[:, sample] for one in self.evaluations])
+        with np.errstate(divide="ignore", invalid="ignore"):
+            patches = 0.5 * np.log(np.stack([one.patches[:, sample] for one in self.evaluations]))
         nothing = np.full(len(self.evaluations), np.nan)
         return Evaluations(
             step=of_step.astype(np.float64),
@@ -158,4 +153,4 @@ class Judge:
             return np.zeros((0, 0))
         worst = self.evaluations[int(np.nanargmax(local))]
         mean, std = self._region.patch(worst.level.angle)
-        return ((worst.patches[:, sample] - mean) / std).reshape(grid)
+        return ((0.5 * np.log(worst.patches[:, sample]) - mean) / std).reshape(grid)

@@ -15,7 +15,7 @@ from .noise_level import NoiseLevel, sample_norm, widened
 from .profile import ProfileCheck, StabilityProfile
 from .run import Run, Step, StepEvent
 from .settings import USUAL_GUIDANCE, Mode, RunSettings, Thresholds
-from .signals import Measurement, measure
+from .signals import Measurement, Meter
 from .trace import Trace
 
 log = logging.getLogger(__name__)
@@ -63,6 +63,8 @@ class StabilityMonitor:
         self._at_once = mode in ("mitigate", "stop") and self._run.judges
         self._on_step = on_step
         self._emitted = 0
+        self._meter = Meter()
+        self._evaluated: tuple[Tensor, Tensor] | None = None  # the last latent that was evaluated, and its norm
         self._waiting: list[Measurement] = []  # not yet judged, oldest first
         self._arrivals: list[_Arrival] = []  # of the same, where they are sent one by one
         self._latent: tuple[Tensor, NoiseLevel, int] | None = None  # the last one, and the evaluation that starts from it
@@ -141,7 +143,8 @@ class StabilityMonitor:
     def _predicted(self, x: Tensor, sigma: Tensor | float, cond: Tensor, uncond: Tensor | None) -> Tensor:
         run = self._run
         self._check_batch(len(x))
-        measurement = measure(x, sigma, cond, uncond, run.scale)
+        measurement = self._meter.measure(x, sigma, cond, uncond, run.scale)
+        self._evaluated = x, measurement.latent
         self._waiting.append(measurement)
         run.taken += 1
         if not self._at_once or run.region is None:
@@ -177,10 +180,11 @@ class StabilityMonitor:
             if before is None:
                 return
             previous, start, first = before
-            now, scale = widened(x), level.scale
+            now, known = widened(x), self._evaluated
+            norm = known[1] if known is not None and known[0] is x else sample_norm(now)
             # z' - z = (x' - x scale' / scale) / scale'
-            update = sample_norm(torch.sub(now, widened(previous), alpha=scale / start.scale)) / scale
-            step = Step(start, level, first, max(first, evaluation - 1), sample_norm(now) / scale, update)
+            update = sample_norm(torch.sub(now, widened(previous), alpha=level.scale / start.scale))
+            step = Step(start, level, first, max(first, evaluation - 1), norm, update, level.scale)
             self._run.steps.append(step)
             self._emit_arrived()
         except Exception as error:
@@ -206,7 +210,7 @@ class StabilityMonitor:
             self._check_batch(len(z_prev))
             update = sample_norm(widened(z_next) - widened(z_prev))
             first, last = run.steps[-1].last + 1 if run.steps else 0, max(run.taken - 1, 0)
-            step = Step(start, end, min(first, last), last, sample_norm(z_next), update, sample_norm(x0))
+            step = Step(start, end, min(first, last), last, sample_norm(z_next), update, 1.0, sample_norm(x0))
             run.steps.append(step)
             if self._at_once:
                 run.judge_steps()
@@ -238,7 +242,8 @@ class StabilityMonitor:
 
         Waits for the device and sends the live events that are still due, so read it once the run is over.
         """
-        self._latent = None  # a log of runs keeps their numbers, not their latents
+        self._latent = self._evaluated = None  # a log of runs keeps their numbers, not their latents
+        self._meter = Meter()
         try:
             self._judge_all()
             self._run.judge_steps()
@@ -260,11 +265,11 @@ class StabilityMonitor:
             return
         if waiting[0].patches is not None:
             self._run.grid = tuple(waiting[0].patches.shape[1:])
-        if len(arrivals) == len(waiting):
-            blocks = np.stack([arrival.numpy() for arrival in arrivals])
-        else:
+        blocks: Any = [arrival.numpy() for arrival in arrivals]
+        if len(arrivals) < len(waiting):
             blocks = torch.stack([measurement.block() for measurement in waiting]).cpu().numpy()
-        self._run.judge.take_in(waiting, blocks)
+        for measurement, block in zip(waiting, blocks, strict=True):
+            self._run.judge.take_in(measurement, block)
 
     def _emit_arrived(self) -> None:
         """Judges what has reached host memory, and sends the events that are known by then, without waiting for anything."""

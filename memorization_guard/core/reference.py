@@ -10,6 +10,7 @@ interpolated along the angle ``atan(sigma)``. ``docs/evaluation.md`` has what th
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import NamedTuple
@@ -39,6 +40,27 @@ class Statistics(NamedTuple):
 #: How many sides of a deviation count, in the order of :class:`Statistics`.
 _SIDES = np.array([2, 1, 1])
 
+#: How many runs are drawn to estimate the exponents of :class:`_Counts`, and how many of these, the rarest, are used.
+_DRAWS = 2000
+_RAREST_DRAWS = 200
+
+#: How many schedules are kept ready.
+_KEPT_REGIONS = 8
+
+
+class _Counts(NamedTuple):
+    """What turns the p-value q of a single test into that of a run; see :meth:`Region.p_value`.
+
+    Attributes:
+        exponents: ``[3]``, g: the p-value of the maximum over a run falls like ``q ** g``. NaN where a statistic is missing.
+        tests: ``[3]``, effective number of independent tests in a run, each with the p-value ``q ** g``. NaN likewise.
+        statistics: effective number of independent statistics.
+    """
+
+    exponents: np.ndarray
+    tests: np.ndarray
+    statistics: float
+
 
 @dataclass(frozen=True, eq=False)
 class Reference:
@@ -67,8 +89,9 @@ class Reference:
             raise ValueError(f"signals must be [3 or more runs, evaluations] each; they are {[s.shape for s in signals]}")
         if angles.shape != shape[1:] or patches.shape != (shape[1], 2):
             raise ValueError(f"angles and patches do not fit runs of {shape[1]} evaluations: {angles.shape}, {patches.shape}")
-        if not (np.isfinite(angles).all() and np.isfinite(signals.velocity).all() and np.isfinite(signals.denoised).all()):
-            raise ValueError("angles and norms must be finite")
+        norms = np.stack([signals.velocity, signals.denoised])
+        if not (np.isfinite(angles).all() and np.isfinite(norms).all() and (norms > 0).all()):
+            raise ValueError("angles and norms must be finite, and norms positive")
         if (np.diff(angles) >= 0).any():
             raise ValueError("the noise levels of reference runs must fall")
         for values in (*signals, angles, patches):
@@ -78,14 +101,30 @@ class Reference:
         object.__setattr__(self, "patches", patches)
 
     def region(self, angles: np.ndarray | None = None) -> Region:
-        """Where ordinary images are in a run that is evaluated at ``angles``; by default at those of the reference runs."""
+        """Where ordinary images are in a run that is evaluated at ``angles``; by default at those of the reference runs.
+
+        The last few are kept: what follows from the reference runs is computed once a schedule.
+        """
+        there = self.angles if angles is None else np.unique(np.asarray(angles, dtype=np.float64))[::-1]
+        if (region := self._regions.pop(there.tobytes(), None)) is None:
+            logs = _interpolated(there, self.angles, self._logs.transpose(0, 2, 1)).transpose(0, 2, 1)
+            region = Region(logs, there, _interpolated(there, self.angles, self.patches.T).T)
+        self._regions[there.tobytes()] = region
+        if len(self._regions) > _KEPT_REGIONS:
+            self._regions.pop(next(iter(self._regions)), None)
+        return region
+
+    @cached_property
+    def _regions(self) -> dict[bytes, Region]:
+        return {}
+
+    @cached_property
+    def _logs(self) -> np.ndarray:
+        """Logarithms of the signals, ``[runs, evaluations, 4]``."""
         with np.errstate(divide="ignore", invalid="ignore"):
             logs = np.log(np.stack(self.signals, axis=-1))
-        if angles is None:
-            return Region(logs, self.angles, self.patches)
-        angles = np.unique(np.asarray(angles, dtype=np.float64))[::-1]
-        there = _interpolated(angles, self.angles, logs.transpose(0, 2, 1)).transpose(0, 2, 1)
-        return Region(there, angles, _interpolated(angles, self.angles, self.patches.T).T)
+        logs[~np.isfinite(logs)] = np.nan
+        return logs
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,19 +146,24 @@ class Region:
         """Mean and standard deviation of the logarithms, ``[evaluations, 2, 4]``."""
         return np.stack([self.logs.mean(axis=0), np.maximum(self.logs.std(axis=0, ddof=1), 1e-6)], axis=1)
 
-    def moments(self, angles: np.ndarray) -> np.ndarray:
-        """Mean and standard deviation of the logarithms of the signals at ``angles`` ``[E]``, ``[E, 2, 4]``; held constant
-        outside."""
-        rising, moments = self.angles[::-1], self._moments[::-1]
-        after = np.clip(np.searchsorted(rising, angles), 1, len(rising) - 1) if len(rising) > 1 else np.zeros(len(angles), int)
-        before = np.maximum(after - 1, 0)
-        width = rising[after] - rising[before]
-        share = np.clip((angles - rising[before]) / np.where(width > 0, width, 1.0), 0.0, 1.0)[:, None, None]
-        return (1 - share) * moments[before] + share * moments[after]
+    @cached_property
+    def _rising(self) -> tuple[list[float], np.ndarray]:
+        return self.angles[::-1].tolist(), self._moments[::-1]
+
+    def moments(self, angle: float) -> np.ndarray:
+        """Mean and standard deviation of the logarithms of the signals at ``angle``, ``[2, 4]``; held constant outside."""
+        angles, moments = self._rising
+        after = bisect_left(angles, angle)
+        if after == len(angles) or after == 0 or angles[after] == angle:
+            here: np.ndarray = moments[min(after, len(angles) - 1)]
+        else:
+            share = (angle - angles[after - 1]) / (angles[after] - angles[after - 1])
+            here = (1 - share) * moments[after - 1] + share * moments[after]
+        return here
 
     def band(self, angle: float, signal: str) -> tuple[float, float]:
         """Mean and standard deviation of a signal at ``angle``, to be drawn."""
-        mean, std = self.moments(np.array([angle]))[0, :, Signals._fields.index(signal)]
+        mean, std = self.moments(angle)[:, Signals._fields.index(signal)]
         return math.exp(mean), math.exp(mean) * std
 
     def patch(self, angle: float) -> tuple[float, float]:
@@ -127,81 +171,125 @@ class Region:
         mean, std = _interpolated(np.array([angle]), self.angles, self.patches.T)[:, 0]
         return float(mean), float(std)
 
-    def statistics(self, angles: np.ndarray, signals: Signals) -> Statistics:
-        """The statistics ``[E, B]`` of evaluations at ``angles`` ``[E]`` with signals ``[E, B]``."""
-        moments = self.moments(angles)[:, :, :, None]
-        with np.errstate(divide="ignore", invalid="ignore"):
-            deviations = (np.log(np.stack(signals, axis=1)) - moments[:, 0]) / moments[:, 1]
-            return _statistics(deviations.swapaxes(0, 1), np.tan(angles)[:, None] > OPEN_SIGMA)
+    @np.errstate(divide="ignore", invalid="ignore")
+    def statistics(self, angle: float, signals: Signals) -> Statistics:
+        """The statistics ``[B]`` of an evaluation at ``angle``."""
+        mean, std = self.moments(angle)[:, :, None]
+        return _statistics((np.log(np.array(signals)) - mean) / std, math.tan(angle) > OPEN_SIGMA)
+
+    def p_value(self, highest: np.ndarray) -> np.ndarray:
+        """Share of ordinary images that get as far in a whole run: of the highest statistics ``[3, B]``, ``[B]``.
+
+        The highest of K independent tests exceeds a value with probability ``1 - (1 - q) ** K``, where q is the p-value of
+        a single one. The same holds for the smallest p-value of several statistics. The tests of a run are not independent,
+        so K is an effective number and q is raised to a power, both taken from the reference runs. A NaN is left out.
+        """
+        counts = self._counts
+        rates = counts.tests[:, None] * _rates(highest, len(self.logs), counts.exponents)
+        p_values: np.ndarray = -np.expm1(-counts.statistics * np.fmin.reduce(rates, axis=0))
+        return p_values
+
+    def critical(self, rate: float) -> np.ndarray:
+        """The values ``[3]`` of the statistics above which the p-value is below ``rate``; infinite where there is none."""
+        exponents, tests, statistics = self._counts
+        runs = len(self.logs)
+        single = (-np.expm1(math.log1p(-rate) / statistics / tests)) ** (1 / exponents)
+        at, log_tail = _tail_table(runs - 1)
+        angle = np.interp(-np.log(single / _SIDES), -log_tail, at)
+        return np.where(np.isfinite(tests), np.tan(angle) * math.sqrt((runs - 1) * (1 + 1 / runs)), np.inf)
 
     @cached_property
-    def _effective_tests(self) -> tuple[np.ndarray, float]:
-        """How many independent tests the maximum of each statistic over a run amounts to, ``[3]``, NaN where it has none; and
-        how many independent statistics all of them together amount to.
+    def _counts(self) -> _Counts:
+        """The effective numbers of tests and of statistics, from the reference runs, each held against all others.
 
-        The largest of K independent tests has ``-log(1 - q)`` exponentially distributed with rate K, q being the p-value of a
-        single one. So K follows from the reference runs, each held against all others.
+        ``-log(1 - q)`` of the largest of K independent tests is exponentially distributed with rate K, so K is estimated by
+        maximum likelihood. It is not limited to the number of tests there are: p-values go by its inverse, whose estimate
+        has no bias as long as nothing is cut off.
         """
+        exponents = self._exponents
+        there = np.isfinite(exponents)
+        if not there.any():
+            return _Counts(exponents, exponents, 1.0)
+        rates = _rates(self._left_out, len(self.logs) - 1, exponents)
+        tests = np.full(len(exponents), np.nan)
+        tests[there] = [_rate(row) for row in rates[there]]
+        return _Counts(exponents, tests, _rate(np.fmin.reduce(tests[:, None] * rates, axis=0)))
+
+    @cached_property
+    def _left_out(self) -> np.ndarray:
+        """The highest statistics ``[3, runs]`` of every reference run, held against all others."""
         runs = len(self.logs)
         mean, std = self._moments[:, 0], self._moments[:, 1]
         off = self.logs - mean
         spread = np.sqrt(np.maximum(((runs - 1) * std**2 - off**2 * runs / (runs - 1)) / (runs - 2), 1e-12))
         deviations = (off * (runs / (runs - 1)) / spread).transpose(2, 0, 1)
-        every = np.stack(_statistics(deviations, np.tan(self.angles) > OPEN_SIGMA))
-        highest = np.where(np.isnan(every), -np.inf, every).max(axis=2)
-        single = _single(highest, runs - 1)
-        tests = np.array(
-            [_rate(row) if there.any() else math.nan for row, there in zip(single, np.isfinite(highest), strict=True)]
-        )
-        there = np.isfinite(tests)
-        if not there.any():
-            return tests, 1.0
-        smallest = (-np.expm1(tests[there, None] * np.log1p(-single[there]))).min(axis=0)
-        return tests, float(np.clip(_rate(smallest), 1.0, there.sum()))
+        return self._highest(deviations)
 
-    def p_value(self, highest: np.ndarray) -> np.ndarray:
-        """Share of ordinary images that get as far in a whole run: of the highest statistics ``[3, B]``, ``[B]``.
+    @cached_property
+    def _exponents(self) -> np.ndarray:
+        """How fast the p-value of the maximum over a run falls with that of a single test, for each statistic ``[3]``.
 
-        As far in any of the statistics, which count as so many independent ones as the reference runs show them to be.
+        It falls like the first power if the tests are independent or all the same. It falls more slowly if they are correlated
+        normal variables, which depend on each other less the rarer the event is. The joint statistic asks for two signals at
+        once, so that its p-value can fall as fast as the second power. Of such rare events the reference runs have too few.
+        Normal runs with the same correlations are drawn instead: sums of the reference runs with random weights.
         """
-        tests, statistics = self._effective_tests
-        there = np.isfinite(tests)
-        if not there.any():
-            return np.full(highest.shape[1], np.nan)
-        each = -np.expm1(tests[there, None] * np.log1p(-_single(highest, len(self.logs))[there]))
-        return -np.expm1(statistics * np.log1p(-np.minimum(each.min(axis=0), 1 - 1e-9)))
+        runs = len(self.logs)
+        scaled = ((self.logs - self._moments[:, 0]) / self._moments[:, 1] / math.sqrt(runs - 1)).transpose(2, 1, 0)
+        velocity, denoised, guidance, local = scaled.astype(np.float32)
+        weights = _weights(runs)
+        # The squared correlation of independent signals is 1 / (runs - 1) on average, by chance. The joint statistic depends
+        # so much on the correlation of its two signals that this part is taken off: x0 gets weights that are partly its own.
+        square = float(np.mean((velocity * denoised).sum(axis=1) ** 2))
+        shared = math.sqrt(max(0.0, 1 - 1 / ((runs - 1) * max(square, 1e-9))))
+        partly_own = shared * weights + math.sqrt(1 - shared**2) * np.roll(weights, 1, axis=1)
+        drawn = np.stack([velocity @ weights, denoised @ partly_own, guidance @ weights, local @ weights]).swapaxes(1, 2)
+        return np.array([_exponent(values, sides) for values, sides in zip(self._highest(drawn), _SIDES, strict=True)])
 
-    def critical(self, rate: float) -> np.ndarray:
-        """The values ``[3]`` of the statistics above which the p-value is below ``rate``; infinite where there is none."""
-        tests, statistics = self._effective_tests
-        smallest = -np.expm1(math.log1p(-rate) / statistics)
-        at, log_tail = _tail_table(len(self.logs) - 1)
-        single = -np.expm1(np.log1p(-smallest) / tests) / _SIDES
-        angle = np.interp(-np.log(np.where(np.isfinite(single), single, 1.0)), -log_tail, at)
-        t = np.tan(angle) * math.sqrt(len(self.logs) - 1)
-        return np.where(np.isfinite(tests), t * math.sqrt(1 + 1 / len(self.logs)), np.inf)
+    def _highest(self, deviations: np.ndarray) -> np.ndarray:
+        """The highest statistics ``[3, ...]`` of runs with the deviations ``[4, ..., evaluations]``."""
+        statistics = _statistics(deviations, np.tan(self.angles) > OPEN_SIGMA)
+        return np.stack([np.fmax.reduce(values, axis=-1) for values in statistics])
 
 
-def _statistics(deviations: np.ndarray, is_open: np.ndarray | np.bool_) -> Statistics:
+def _statistics(deviations: np.ndarray, is_open: np.ndarray | bool) -> Statistics:
     """The statistics from deviations ``[4, ...]`` of the signals; ``is_open`` fits their last axis."""
     velocity, denoised, guidance, local = deviations
     joint = np.minimum(np.abs(velocity), np.abs(denoised))
     return Statistics(joint, np.where(is_open, guidance, np.nan), local)
 
 
-def _single(highest: np.ndarray, runs: int) -> np.ndarray:
-    """Share of ordinary images whose statistic ``[3, B]`` is as high in a single test, with ``runs`` references: ``[3, B]``.
+def _rates(highest: np.ndarray, runs: int, exponents: np.ndarray) -> np.ndarray:
+    """``-log(1 - q ** g)`` of the highest statistics ``[3, B]``, with ``runs`` references and exponents g: ``[3, B]``.
 
     A new image against R references follows Student's t with R - 1 degrees of freedom, times ``sqrt(1 + 1 / R)``.
     """
-    t = np.maximum(np.nan_to_num(highest, nan=0.0) / math.sqrt(1 + 1 / runs), 0.0)
     at, log_tail = _tail_table(runs - 1)
-    return np.minimum(np.exp(np.interp(np.arctan(t / math.sqrt(runs - 1)), at, log_tail)) * _SIDES[:, None], 1 - 1e-9)
+    log_single = np.interp(np.arctan(highest / math.sqrt((runs - 1) * (1 + 1 / runs))), at, log_tail)
+    log_single += np.log(_SIDES)[:, None]
+    rates: np.ndarray = -np.log1p(-np.minimum(np.exp(exponents[:, None] * log_single), 1 - 1e-12))
+    return rates
 
 
-def _rate(shares: np.ndarray) -> float:
-    """Rate of the exponential distribution of ``-log(1 - share)``, by maximum likelihood."""
-    return len(shares) / max(float(-np.log1p(-np.minimum(shares, 1 - 1e-9)).sum()), 1e-9)
+def _rate(values: np.ndarray) -> float:
+    """Rate of an exponential distribution by maximum likelihood, from the smaller half of ``values``: the rarer half."""
+    smaller = np.sort(values)[: (len(values) + 1) // 2]
+    return len(smaller) / max(float(smaller.sum() + (len(values) - len(smaller)) * smaller[-1]), 1e-12)
+
+
+def _exponent(highest: np.ndarray, sides: int) -> float:
+    """The exponent g in ``P(highest > x) ~ P(normal > x) ** g``, from 1/2 to 2, by Hill's (1975) estimator; NaN for NaN."""
+    if np.isnan(highest).any():
+        return math.nan
+    rarest = np.partition(highest, -_RAREST_DRAWS - 1)[-_RAREST_DRAWS - 1 :].tolist()
+    threshold, *logs = (math.log(max(sides * math.erfc(value / math.sqrt(2)) / 2, 1e-300)) for value in rarest)
+    return 1 / min(max(threshold - math.fsum(logs) / len(logs), 0.5), 2.0)
+
+
+@cache
+def _weights(runs: int) -> np.ndarray:
+    """Weights of the reference runs in each run that is drawn, ``[runs, draws]``; always the same."""
+    return np.random.default_rng(0).standard_normal((runs, _DRAWS), dtype=np.float32)
 
 
 def _interpolated(at: np.ndarray, known: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -214,8 +302,8 @@ def _interpolated(at: np.ndarray, known: np.ndarray, values: np.ndarray) -> np.n
 def _tail_table(degrees: int) -> tuple[np.ndarray, np.ndarray]:
     """Logarithm of ``P(T > t)`` of Student's t, by ``atan(t / sqrt(degrees))``."""
     # With t = sqrt(nu) tan(phi) the density is proportional to cos(phi) ** (nu - 1); hosts do not come with SciPy.
-    angle = np.linspace(0.0, math.pi / 2, 8193)
-    density = np.cos(angle) ** (degrees - 1)
+    angle = np.linspace(-math.pi / 2, math.pi / 2, 16385)
+    density = np.maximum(np.cos(angle), 0.0) ** (degrees - 1)
     parts = (density[1:] + density[:-1]) / 2
     tail = np.append(np.cumsum(parts[::-1])[::-1], 0.0)
-    return angle, np.log(np.maximum(tail / (2 * tail[0]), 1e-300))
+    return angle, np.log(np.maximum(tail / tail[0], 1e-300))

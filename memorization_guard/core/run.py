@@ -52,7 +52,8 @@ class StepEvent:
 class Step:
     """A solver step, with the evaluations ``first`` to ``last``.
 
-    ``latent``, ``update`` and, with the published method, ``denoised`` are its norms ``[B]``, where they were computed.
+    ``latent``, ``update`` and, with the published method, ``denoised`` are its norms ``[B]``, where they were computed, and
+    ``scale`` is what the first two are divided by to stand on the VP scale.
     """
 
     start: NoiseLevel
@@ -61,12 +62,13 @@ class Step:
     last: int
     latent: Tensor
     update: Tensor
+    scale: float
     denoised: Tensor | None = None
     judgement: published.Judgement | None = None
 
     def norms(self, judge: Judge) -> Norms:
         """The norms in host memory; x0's, if the step has none of its own, is that of its first evaluation."""
-        latent, update = (norm.double().cpu().numpy() for norm in (self.latent, self.update))
+        latent, update = (norm.double().cpu().numpy() / self.scale for norm in (self.latent, self.update))
         if self.denoised is not None:
             return Norms(latent, update, self.denoised.double().cpu().numpy())
         if self.first < len(judge.evaluations):
@@ -150,8 +152,8 @@ class Run:
 
     @property
     def _unseen(self) -> int:
-        """Number of steps without an evaluation; a step has at least one."""
-        return max(0, len(self.steps) - self.taken)
+        """Number of steps that no evaluation was seen of; a step has at least one."""
+        return max(0, len(self.steps) - self.taken) if self.detector is None else 0
 
     def judge_steps(self) -> None:
         """Judges the solver steps so far by the published method, waiting for the device."""

@@ -18,6 +18,7 @@ guidance mixes them. x0 below is the two combined at the profile's own guidance 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -69,58 +70,93 @@ class Measurement(NamedTuple):
         return block if self.patches is None else torch.cat([block, self.patches.flatten(1).T])
 
 
-def measure(x: Tensor, sigma: float | Tensor, cond: Tensor, uncond: Tensor | None, guidance_scale: float) -> Measurement:
-    """Measures one evaluation of the network, without waiting for its device.
-
-    Args:
-        x: the noisy latent ``[B, ...]``, in the host's own scale and any dtype.
-        sigma: its noise level; a tensor on the CPU, or a float, is read at once.
-        cond, uncond: clean latents predicted with and without the prompt; ``uncond`` may be ``None``.
-        guidance_scale: what they are combined at.
-    """
-    if not isinstance(sigma, Tensor):
-        sigma = float(sigma)
-    elif sigma.device.type == "cpu":
-        sigma = float(sigma.flatten()[0])
-    latent, denoised, distance = widened(x), widened(cond), None
-    if uncond is not None:
-        without = widened(uncond)
-        distance = sample_norm(denoised - without)
-        denoised = torch.lerp(without, denoised, guidance_scale)
-    product = torch.linalg.vecdot(latent.flatten(1), denoised.flatten(1))
-    return Measurement(sigma, sample_norm(latent), product, sample_norm(denoised), distance, _patches(denoised))
+#: Elements that are gone through at a time on the CPU, so that they stay in its cache.
+_CACHED = 1 << 18
 
 
-def _patches(x0: Tensor) -> Tensor | None:
-    """Mean square of x0 in every patch, at most 16 a side of at least 2 x 2; over all channels and frames. ``None`` for
-    latents without places (Flux packs its into a sequence)."""
-    if x0.ndim not in (4, 5):
+class Meter:
+    """Takes the measurements of one run, in memory that is used again for each, and without waiting for a device."""
+
+    def __init__(self) -> None:
+        self._buffers: tuple[Tensor, Tensor] | None = None
+
+    def measure(
+        self, x: Tensor, sigma: float | Tensor, cond: Tensor, uncond: Tensor | None, guidance_scale: float
+    ) -> Measurement:
+        """Measures one evaluation of the network.
+
+        Args:
+            x: the noisy latent ``[B, ...]``, in the host's own scale and any dtype.
+            sigma: its noise level; a tensor on the CPU, or a float, is read at once.
+            cond, uncond: clean latents predicted with and without the prompt; ``uncond`` may be ``None``.
+            guidance_scale: what they are combined at.
+        """
+        if not isinstance(sigma, Tensor):
+            sigma = float(sigma)
+        elif sigma.device.type == "cpu":
+            sigma = float(sigma.flatten()[0])
+        count = len(x)
+        size = count if x.device.type != "cpu" else max(1, _CACHED * count // max(x.numel(), 1))
+        if size >= count:
+            return Measurement(sigma, *self._taken(x, cond, uncond, guidance_scale))
+        parts = []
+        for i in range(0, count, size):
+            chosen = slice(i, i + size)
+            parts.append(self._taken(x[chosen], cond[chosen], None if uncond is None else uncond[chosen], guidance_scale))
+        latent, product, denoised, distance, patches = zip(*parts, strict=True)
+        return Measurement(sigma, *map(torch.cat, (latent, product, denoised)), *map(_joined, (distance, patches)))
+
+    def _taken(
+        self, x: Tensor, cond: Tensor, uncond: Tensor | None, guidance_scale: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        latent, denoised, distance = widened(x), widened(cond), None
+        buffers = self._buffers
+        if buffers is None or buffers[0].shape != denoised.shape or buffers[0].device != denoised.device:
+            buffers = self._buffers = torch.empty_like(denoised), torch.empty_like(denoised)
+        if uncond is not None:
+            without = widened(uncond)
+            distance = sample_norm(torch.sub(denoised, without, out=buffers[0]))
+            denoised = torch.lerp(without, denoised, guidance_scale, out=buffers[0])
+        product = torch.linalg.vecdot(latent.flatten(1), denoised.flatten(1))
+        patches = _patches(torch.mul(denoised, denoised, out=buffers[1]))
+        return sample_norm(latent), product, sample_norm(denoised), distance, patches
+
+
+def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+    there = [part for part in parts if part is not None]
+    return torch.cat(there) if there else None
+
+
+def _patches(squares: Tensor) -> Tensor | None:
+    """Mean of squares in every patch, at most 16 a side of at least 2 x 2; over all channels and frames. ``None`` for latents
+    without places (Flux packs its into a sequence)."""
+    if squares.ndim not in (4, 5):
         return None
-    squares = x0.square().mean(dim=tuple(range(1, x0.ndim - 2)))
-    height, width = (min(PATCHES, max(1, side // 2)) for side in squares.shape[1:])
-    return torch.nn.functional.adaptive_avg_pool2d(squares[:, None], (height, width))[:, 0].float()
+    sums = squares.sum(dim=tuple(range(1, squares.ndim - 2)))[:, None]
+    sides = sums.shape[2:]
+    height, width = (min(PATCHES, max(1, side // 2)) for side in sides)
+    if sides[0] % height == 0 and sides[1] % width == 0:
+        means = torch.nn.functional.avg_pool2d(sums, (sides[0] // height, sides[1] // width))
+    else:
+        means = torch.nn.functional.adaptive_avg_pool2d(sums, (height, width))
+    return means[:, 0].float() / math.prod(squares.shape[1:-2])
 
 
-def signals(blocks: np.ndarray, levels: Sequence[NoiseLevel]) -> Signals:
-    """The signals ``[E, B]`` of the blocks ``[E, 5 + patches, B]`` of evaluations whose noise levels are known by now."""
-    _, latent, product, denoised, distance = blocks[:, :5].astype(np.float64).swapaxes(0, 1)
-    alpha, beta, scale = np.array([(level.alpha, max(level.beta, 1e-6), level.scale) for level in levels]).T[:, :, None]
+def signals(block: np.ndarray, level: NoiseLevel) -> Signals:
+    """The signals ``[B]`` of an evaluation from its block ``[5 + patches, B]`` float64, now that its noise level is known."""
+    latent, product, denoised, distance = block[1:5]
+    alpha, beta, scale = level.alpha, max(level.beta, 1e-6), level.scale
     # v = (alpha z - x0) / beta, from the products of x and x0: no tensor had to be made for it.
-    squared = (alpha * latent / scale) ** 2 - 2 * alpha / scale * product + denoised**2
-    velocity = np.sqrt(np.maximum(squared, 0.0)) / beta
-    return Signals(velocity, denoised, distance / beta, _local(patch_logs(blocks)))
+    squared = (alpha / scale * latent) ** 2 - (2 * alpha / scale) * product + denoised * denoised
+    return Signals(np.sqrt(np.maximum(squared, 0.0)) / beta, denoised, distance / beta, _local(block[5:]))
 
 
-def patch_logs(blocks: np.ndarray) -> np.ndarray:
-    """Logarithm of the root mean square of x0 in each patch, ``[E, patches, B]``, of blocks as in :func:`signals`."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return 0.5 * np.log(blocks[:, 5:])
-
-
-def _local(logs: np.ndarray) -> np.ndarray:
-    """Geometric mean over the largest quarter of patches, ``[E, B]``, of ``[E, patches, B]``; NaN where there are too few."""
-    count = logs.shape[1]
+def _local(squares: np.ndarray) -> np.ndarray:
+    """Root mean square of x0, as the geometric mean over the largest quarter of patches, ``[B]``, from mean squares
+    ``[patches, B]``; NaN where there are too few."""
+    count = len(squares)
     if count < 1 / LOCAL_SHARE:
-        return np.full((len(logs), logs.shape[2]), np.nan)
+        return np.full(squares.shape[1], np.nan)
     first = count - round(count * LOCAL_SHARE)
-    return np.exp(np.partition(logs, first, axis=1)[:, first:].mean(axis=1))
+    largest = np.partition(squares, first, axis=0)[first:]
+    return np.exp(0.5 * np.log(largest).mean(axis=0))

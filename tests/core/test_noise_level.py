@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from memorization_guard.core.noise_level import MAX_SIGMA, NoiseLevel, sample_norm
+from memorization_guard.core.noise_level import MAX_SIGMA, NoiseLevel, Timesteps, sample_norm
 
 LEVELS = {
     "ve": NoiseLevel.from_sigma(2.5),
@@ -13,6 +13,11 @@ LEVELS = {
     "vp": NoiseLevel.from_alpha_bar(0.3),
     "flow": NoiseLevel.from_flow(0.7),
 }
+
+
+def denoised(level, x, output, prediction_type):
+    a, b = level.denoised_coefficients(prediction_type)
+    return a * x + b * output
 
 
 @pytest.fixture
@@ -32,18 +37,13 @@ def test_predictions_give_back_what_the_latent_was_made_of(level, clean_and_nois
         "sample": x0,
     }
     for prediction_type, prediction in predictions.items():
-        torch.testing.assert_close(level.denoised(x, prediction, prediction_type), x0)
-        torch.testing.assert_close(level.epsilon(x, prediction, prediction_type), eps)
+        torch.testing.assert_close(denoised(level, x, prediction, prediction_type), x0)
 
 
 @pytest.mark.parametrize("level", LEVELS.values(), ids=LEVELS)
-def test_vp_scale_has_unit_coefficients_and_comes_back(level, clean_and_noise):
-    x0, eps = clean_and_noise
-    x = level.signal * x0 + level.noise * eps
-    z = level.to_vp(x)
+def test_vp_scale_has_unit_coefficients(level):
     assert level.alpha**2 + level.beta**2 == pytest.approx(1)
-    torch.testing.assert_close(z, level.alpha * x0 + level.beta * eps)
-    torch.testing.assert_close(level.from_vp(z), x)
+    assert (level.alpha * level.scale, level.beta * level.scale) == pytest.approx((level.signal, level.noise))
 
 
 def test_conventions_of_one_point_agree():
@@ -56,13 +56,6 @@ def test_conventions_of_one_point_agree():
     assert NoiseLevel.from_flow(1.0).sigma == NoiseLevel.from_alpha_bar(0.0).sigma == MAX_SIGMA
 
 
-def test_a_latent_already_in_vp_scale_is_not_copied(clean_and_noise):
-    z = clean_and_noise[0]
-    level = NoiseLevel.from_alpha_bar(0.4)
-    assert level.to_vp(z) is z
-    assert level.from_vp(z) is z
-
-
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 def test_denoised_equals_ddim_pred_original_sample(prediction_type):
     diffusers = pytest.importorskip("diffusers")
@@ -73,7 +66,7 @@ def test_denoised_equals_ddim_pred_original_sample(prediction_type):
     for t in scheduler.timesteps:
         level = NoiseLevel.from_alpha_bar(scheduler.alphas_cumprod[t])
         expected = scheduler.step(output, t, sample).pred_original_sample
-        torch.testing.assert_close(level.denoised(sample, output, prediction_type), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(denoised(level, sample, output, prediction_type), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
@@ -87,7 +80,7 @@ def test_denoised_equals_euler_pred_original_sample(prediction_type):
         scheduler.scale_model_input(sample, t)
         expected = scheduler.step(output, t, sample).pred_original_sample
         torch.testing.assert_close(
-            NoiseLevel.from_sigma(sigma).denoised(sample, output, prediction_type), expected, rtol=1e-4, atol=1e-4
+            denoised(NoiseLevel.from_sigma(sigma), sample, output, prediction_type), expected, rtol=1e-4, atol=1e-4
         )
 
 
@@ -99,7 +92,7 @@ def test_flow_denoised_equals_the_end_of_one_euler_step_to_zero():
     sample, output = (torch.randn(2, 4, 8, 8, generator=generator) for _ in range(2))
     end = scheduler.step(output, scheduler.timesteps[0], sample).prev_sample
     level = NoiseLevel.from_flow(float(scheduler.sigmas[0]))
-    torch.testing.assert_close(level.denoised(sample, output, "flow_prediction"), end)
+    torch.testing.assert_close(denoised(level, sample, output, "flow_prediction"), end)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -131,10 +124,26 @@ def test_impossible_levels_are_refused(make, message):
 
 
 def test_unknown_prediction_type_and_missing_signal_are_refused():
-    x = torch.zeros(1, 4, 2, 2)
     with pytest.raises(ValueError, match="known: epsilon"):
-        NoiseLevel.from_sigma(1.0).denoised(x, x, "eps")
+        NoiseLevel.from_sigma(1.0).denoised_coefficients("eps")
     with pytest.raises(ValueError, match="zero signal"):
-        NoiseLevel.from_alpha_bar(0.0).denoised(x, x, "epsilon")
-    with pytest.raises(ValueError, match="noise level 0"):
-        NoiseLevel.from_sigma(0.0).epsilon(x, x, "sample")
+        NoiseLevel.from_alpha_bar(0.0).denoised_coefficients("epsilon")
+
+
+def test_timesteps_have_the_levels_of_their_table_and_are_linear_in_log_sigma_between():
+    alphas_cumprod = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, 0)
+    timesteps = Timesteps(alphas_cumprod)
+    for t in (0, 1, 500, 999):
+        level = timesteps.level(t)
+        assert level.signal**2 == pytest.approx(float(alphas_cumprod[t]), rel=1e-9)
+        assert level.scale == pytest.approx(1.0)
+    between = timesteps.level(500.25).sigma
+    assert math.log(between) == pytest.approx(
+        0.75 * math.log(timesteps.level(500).sigma) + 0.25 * math.log(timesteps.level(501).sigma)
+    )
+    assert timesteps.level(-1).sigma == timesteps.level(0).sigma
+    assert timesteps.level(2000).sigma == timesteps.level(999).sigma
+
+
+def test_a_table_that_ends_in_pure_noise_has_a_last_level():
+    assert Timesteps(torch.tensor([0.9, 0.5, 0.0])).level(2).sigma == pytest.approx(MAX_SIGMA, rel=1e-3)

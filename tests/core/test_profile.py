@@ -7,6 +7,10 @@ import pytest
 from safetensors.numpy import save_file
 
 from memorization_guard import ProfileError, RunSettings, StabilityProfile
+from memorization_guard.core.noise_level import NoiseLevel
+from memorization_guard.core.profile import Norms
+from memorization_guard.core.reference import Reference
+from memorization_guard.core.signals import Signals
 
 SETTINGS = RunSettings(
     model="tiny",
@@ -22,16 +26,27 @@ SETTINGS = RunSettings(
 
 
 def profile(settings=SETTINGS):
-    norms = np.arange(12, dtype=float).reshape(4, 3) + 10
-    return StabilityProfile(mean=norms, std=norms / 10, count=50, settings=settings, left_out={"not finite": 2})
+    norms = np.arange(12, dtype=float).reshape(3, 4) + 10
+    return StabilityProfile(
+        mean=Norms(*norms), std=Norms(*norms / 10), count=50, settings=settings, left_out={"not finite": 2}
+    )
+
+
+def fitting(settings=SETTINGS):
+    """A profile with reference runs, which hold for other samplers too."""
+    signals = Signals(*np.exp(np.random.default_rng(0).normal(2.0, 0.1, size=(4, 12, 3))))
+    reference = Reference(signals, np.array([1.5, 1.0, 0.1]), np.zeros((3, 2)))
+    return dataclasses.replace(profile(settings), reference=reference)
 
 
 def test_a_file_gives_back_what_was_saved(tmp_path):
-    saved = profile()
+    saved = fitting()
     path = saved.save(tmp_path / "tiny.safetensors")
     loaded = StabilityProfile.load(path)
     np.testing.assert_array_equal(loaded.mean, saved.mean)
     np.testing.assert_array_equal(loaded.std, saved.std)
+    np.testing.assert_allclose(loaded.reference.signals, saved.reference.signals, rtol=1e-6)
+    np.testing.assert_array_equal(loaded.reference.angles, saved.reference.angles)
     assert (loaded.count, loaded.settings, loaded.left_out) == (50, SETTINGS, {"not finite": 2})
     assert [p.name for p in tmp_path.iterdir()] == ["tiny.safetensors"]
 
@@ -60,12 +75,10 @@ def test_unreadable_files_say_what_to_do(tmp_path):
     save_file({"weight": np.zeros(3)}, path)
     with pytest.raises(ProfileError, match="not a stability profile"):
         StabilityProfile.load(path)
-    save_file({"mean": np.zeros((4, 3))}, path, metadata={"format": "memorization-guard.profile", "version": "99"})
-    with pytest.raises(ProfileError, match="update Memorization Guard"):
-        StabilityProfile.load(path)
-    save_file({"mean": np.zeros((4, 3))}, path, metadata={"format": "memorization-guard.profile", "version": "1"})
-    with pytest.raises(ProfileError, match="calibrate again"):
-        StabilityProfile.load(path)
+    for version, message in (("99", "this version reads"), ("2", "calibrate again"), ("3", "calibrate again")):
+        save_file({"mean": np.zeros((4, 3))}, path, metadata={"format": "memorization-guard.profile", "version": version})
+        with pytest.raises(ProfileError, match=message):
+            StabilityProfile.load(path)
 
 
 def fields(mismatches):
@@ -134,14 +147,18 @@ def test_skipping_every_other_step_is_not_part_of_the_schedule():
     assert "sigmas" in fields(check.invalid)
 
 
+def norms(*shape, value=1.0):
+    return Norms(*np.full((3, *shape), value))
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"mean": np.ones((4, 2)), "std": np.ones((4, 2))},
-        {"mean": np.ones((4, 3)), "std": np.ones((3, 3))},
-        {"mean": np.full((4, 3), np.nan), "std": np.ones((4, 3))},
-        {"mean": np.ones((4, 3)), "std": -np.ones((4, 3))},
-        {"mean": np.ones((4, 3)), "std": np.ones((4, 3)), "settings": RunSettings(steps=5)},
+        {"mean": norms(4, 2), "std": norms(4, 2)},
+        {"mean": norms(4), "std": norms(3)},
+        {"mean": norms(4, value=np.nan), "std": norms(4)},
+        {"mean": norms(4), "std": norms(4, value=-1.0)},
+        {"mean": norms(4), "std": norms(4), "settings": RunSettings(steps=5)},
     ],
 )
 def test_statistics_that_do_not_hold_together_are_refused(arguments):
@@ -151,7 +168,7 @@ def test_statistics_that_do_not_hold_together_are_refused(arguments):
 
 def test_the_statistics_cannot_be_changed_behind_the_profiles_back():
     with pytest.raises(ValueError, match="read-only"):
-        profile().mean[0, 0] = 1.0
+        profile().mean.latent[0] = 1.0
 
 
 @pytest.mark.parametrize(
@@ -167,5 +184,34 @@ def test_the_statistics_cannot_be_changed_behind_the_profiles_back():
 )
 def test_a_last_step_that_goes_elsewhere_is_another_schedule(sigmas, end, fits):
     settings = RunSettings(sigmas=(3.0, 2.0, 1.0), end_sigma=0.0)
-    profile = StabilityProfile(mean=np.ones((3, 3)), std=np.ones((3, 3)), count=8, settings=settings)
+    profile = StabilityProfile(mean=norms(3), std=norms(3), count=8, settings=settings)
     assert profile.check(RunSettings(sigmas=sigmas, end_sigma=end)).valid == fits
+
+
+def test_what_the_reference_runs_hold_for_is_transferred():
+    known = fitting()
+    for changes in (
+        {"sampler": "DDIM"},
+        {"guidance_scale": 20.0},
+        {"sigmas": (14.0, 6.0, 2.0, 0.5)},
+        {"sigmas": None, "steps": 20},
+    ):
+        check = known.check(dataclasses.replace(SETTINGS, **changes))
+        assert check.valid, changes
+        assert not check.exact
+        assert "transferred" in str(check)
+
+
+def test_bands_are_the_profiles_own_or_those_of_a_solver_that_adds_no_noise():
+    known = fitting(dataclasses.replace(SETTINGS, end_sigma=0.0))
+    levels = [NoiseLevel.from_sigma(sigma) for sigma in (*SETTINGS.sigmas, 0.0)]
+    own = known.bands(SETTINGS.sigmas, levels, exact=True)
+    for name in ("latent", "update", "denoised"):
+        np.testing.assert_array_equal(own[name]["mean"], getattr(known.mean, name))
+        np.testing.assert_array_equal(own[name]["std"], getattr(known.std, name))
+    other = known.bands(SETTINGS.sigmas, levels, exact=False)
+    region = known.reference.region()
+    velocity = region.band(levels[1].angle, "velocity")[0]
+    assert other["update"]["mean"][1] == pytest.approx(velocity * 2 * np.sin((levels[1].angle - levels[2].angle) / 2))
+    assert other["denoised"]["mean"][1] == pytest.approx(region.band(levels[1].angle, "denoised")[0])
+    assert other["latent"]["mean"][1] == pytest.approx(known.mean.latent[1])
