@@ -1,4 +1,4 @@
-"""An audit of the lab model for real: killed on the way, alone or on a Ray cluster of several nodes in this machine.
+"""An audit of the lab model that is killed while it works, alone or on a Ray cluster of several nodes in this machine.
 
     python benchmarks/audit.py kill --output DIR [--kills 3]
     python benchmarks/audit.py cluster --output DIR [--nodes 3]
@@ -9,8 +9,8 @@
 moments; ``cluster`` makes the same on nodes of one core each, kills a worker, takes a node away and adds one. Both print how
 long it took, how many images were kept at each kill, how many rows and different images there are at the end, and the rates
 by kind of prompt. ``throughput`` times 400 images of 10 steps on so many workers, and what one process does without Ray.
-``driver`` times what bounds any number of workers: the one process that keeps their rows, given them at once; and the reading
-of a list of ten million prompts.
+``driver`` times the one process that keeps the rows of all workers, with workers that take no time, and the reading of a list
+of ten million prompts.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ import pyarrow.parquet as pq
 
 from memorization_guard.audit import cluster
 from memorization_guard.audit.plan import Job, Plan
-from memorization_guard.audit.report import summarize
+from memorization_guard.audit.summary import summarize
 from memorization_guard.audit.run import Batch, audit
 from memorization_guard.audit.worker import Recipe, Worker
 from memorization_guard.core.profile import StabilityProfile
@@ -52,7 +52,7 @@ def lists(folder: Path) -> tuple[Path, Path]:
     rows = [
         {"prompt": text, "kind": group} for group, count in COUNTS.items() for text in prompts(group, "evaluation")[:count]
     ]
-    # As a user's list is: in no order.
+    # In no order, like a user's list.
     random.Random(0).shuffle(rows)
     audited.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     reference.write_text("\n".join(prompts("reference")[:50]) + "\n", encoding="utf-8")
@@ -66,7 +66,7 @@ def command(folder: Path, *more: str) -> list[str]:
 
 
 def kept(folder: Path) -> int:
-    """Images that no kill takes away any more."""
+    """How many images are kept whatever is killed."""
     done = sum(pq.read_metadata(part).num_rows for part in (folder / "audit" / "results").glob("part-*.parquet"))
     journals = (folder / "audit" / ".work").glob("part-*.jsonl")
     lines = [line for journal in journals for line in journal.read_bytes().split(b"\n")[1:] if line]
@@ -92,7 +92,7 @@ def kill(folder: Path, kills: int) -> None:
         start = time.time()
         process = subprocess.Popen(command(folder))
         if number < kills:
-            # The third of the time that is left to each, or thereabouts, counted from the first image.
+            # The kills are spread over the run by the number of images that are kept.
             goal = kept(folder) + moments.randint(300, 700)
             while process.poll() is None and kept(folder) < goal:
                 time.sleep(moments.uniform(0.2, 0.8))
@@ -170,7 +170,7 @@ def rate(call: list[str], place: Path) -> None:
 
 
 class Instant:
-    """Workers that take no time: the images are 64 real ones, again and again."""
+    """Workers that take no time: they return the rows of 64 real images again and again."""
 
     count = 1
 
@@ -201,7 +201,7 @@ class Instant:
 
 
 def keep(place: Path, source: Path, batch_size: int, hands: Any, where: str) -> None:
-    """Prints how fast rows are kept that come at once."""
+    """Prints how fast rows are kept when they take no time to make."""
     shutil.rmtree(place, ignore_errors=True)
     plan, recipe = Plan.of(source), Recipe(model="lab", device="cpu")
     start = time.perf_counter()
@@ -212,7 +212,7 @@ def keep(place: Path, source: Path, batch_size: int, hands: Any, where: str) -> 
 
 
 class InstantHand:
-    """The same on a Ray cluster: rows take no time to make, but have to come here."""
+    """The same on a Ray cluster: rows take no time to make, but travel here from another process."""
 
     def __init__(self, recipe: Recipe) -> None:
         self._instant = Instant(recipe)

@@ -3,8 +3,8 @@
     python benchmarks/detection.py [--model FOLDER --world FOLDER] [--split evaluation] [--json FILE]
 
 All scores are of one image, and of the same sampling run. Nothing is fitted here: our profile comes from the reference
-prompts, the others' constants are those published. Times are of one image at a time on the CPU, turn by turn against plain
-sampling; a score of the first steps would let a run be stopped there, which is not counted in its favour.
+prompts, the others' constants are those published. Times are of one image at a time on the CPU, alternating with plain
+sampling. A score of the first steps would allow stopping the run there; its time does not count that.
 """
 
 from __future__ import annotations
@@ -21,15 +21,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from memorization_guard.diffusers import guard
-from memorization_guard.evaluation.evaluate import SIGNALS
+from memorization_guard.evaluation.signals import SIGNALS
 from memorization_guard.evaluation.statistics import detection_with_intervals
 from memorization_guard.files import write_whole
 from memorization_guard.lab import Lab
 
 #: Our scores, by name: of one trace, higher on memorized images.
-OURS = {
-    name: SIGNALS[name] for name in ("S_mem", "joint score", "tail probability, -log10", "local score", "uncalibrated score")
-}
+OURS = {name: SIGNALS[name] for name in ("S_mem", "joint score", "p-value, -log10", "local score", "uncalibrated score")}
 
 
 def late_timestep(pipe: Any) -> int:

@@ -3,8 +3,8 @@
     python benchmarks/mitigation.py [--model FOLDER --world FOLDER] [--split evaluation] [--json FILE]
 
 Every method is switched on for every image, memorized or not. Nothing is fitted here: the others' constants are those
-published, the ones that a norm is held against scaled to the size of this model's latents. Times are of one image at a time on
-the CPU, turn by turn against plain sampling.
+published; constants that a norm is compared with are scaled to the size of this model's latents. Times are of one image at a
+time on the CPU, alternating with plain sampling.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from memorization_guard import Thresholds
 from memorization_guard.diffusers import guard
-from memorization_guard.evaluation.statistics import rate_with_interval
+from memorization_guard.evaluation.statistics import mean_with_interval, rate_with_interval
 from memorization_guard.files import write_whole
 from memorization_guard.lab import COPY_THRESHOLD, Lab, attributes
 from memorization_guard.lab.evaluate import similarity
@@ -45,7 +45,7 @@ def methods(pipe: Any, stability: Any, steps: int) -> dict[str, Method]:
         return peers.sample(pipe, part, steps)
 
     def ours(part: list[Shot], thresholds: Thresholds) -> np.ndarray:
-        with guard(pipe, stability, mitigate=True, thresholds=thresholds):
+        with guard(pipe, stability, "mitigate", thresholds):
             return peers.sample(pipe, part, steps)
 
     def first_step(part: list[Shot]) -> tuple[Any, ...]:
@@ -70,8 +70,8 @@ def methods(pipe: Any, stability: Any, steps: int) -> dict[str, Method]:
 
     return {
         "plain": plain,
-        "ours, steered": functools.partial(ours, thresholds=Thresholds()),
-        "ours, published rule": functools.partial(ours, thresholds=Thresholds(steering_guidance=None)),
+        "ours": functools.partial(ours, thresholds=Thresholds()),
+        "published (Huang)": functools.partial(ours, thresholds=Thresholds(method="published")),
         **{f"Wen, prompt optimised to {target:g}": functools.partial(wen, target=target) for target in WEN_TARGETS},
         "Jeon, SAIL": jeon,
         "Jain, static transition": functools.partial(jain, new_rule=peers.static_transition),
@@ -97,11 +97,11 @@ def figures(lab: Lab, images: dict[str, np.ndarray], members: list[Shot]) -> dic
             "copies": rate_with_interval(np.array(scores) > COPY_THRESHOLD, texts),
             "median_copy_score": float(np.median(scores)),
             "unchanged": rate_with_interval((made == images["plain"]).all((1, 2, 3)), texts),
-            "similarity_to_plain": rate_with_interval(similarity(images["plain"], made), texts),
+            "similarity_to_plain": mean_with_interval(similarity(images["plain"], made), texts),
         }
         share = fidelity(lab, made, texts)
         if share is not None:
-            row["fidelity"] = rate_with_interval(share, texts)
+            row["fidelity"] = mean_with_interval(share, texts)
         result[name] = row
     return result
 

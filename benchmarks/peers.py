@@ -49,7 +49,7 @@ def level_at(scheduler: Any, t: int) -> NoiseLevel:
 
 
 def as_noise(scheduler: Any, x: Tensor, t: int, output: Tensor) -> tuple[Tensor, Tensor]:
-    """``eps_u`` and ``eps_c`` out of what the network said of ``x``, twice in one batch: ``[2B, ...] -> [B, ...]`` each."""
+    """``eps_u`` and ``eps_c`` from the output for ``x``, which holds both in one batch: ``[2B, ...] -> [B, ...]`` each."""
     kind = str(scheduler.config.prediction_type)
     eps_u, eps_c = level_at(scheduler, t).epsilon(torch.cat([x, x]), output, kind).chunk(2)
     return eps_u, eps_c
@@ -74,7 +74,7 @@ def sharpness(pipe: Any, x: Tensor, t: int, uncond: Tensor, cond: Tensor, delta:
     which guidance has computed.
     """
     noise = level_at(pipe.scheduler, t).noise
-    # Of torch's attention only the plain one can be differentiated forwards.
+    # Only torch's plain attention can be differentiated in forward mode.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
         eps_u, eps_c = noise_predictions(pipe, forward_ad.make_dual(x, -delta / noise), t, uncond, cond)
         product = forward_ad.unpack_dual(eps_u - eps_c).tangent / noise
@@ -189,7 +189,8 @@ def static_transition(*, until: int = 500, before: float = 0.0, after: float = G
 def dynamic_transition(*, before: float = 1.0, after: float = GUIDANCE) -> GuidanceRule:
     """Guidance ``before`` until the guidance norm has passed a local minimum, then ``after`` (Jain et al., CVPR 2025).
 
-    A rule for one run. PNDM looks at one timestep twice; the second look counts, or the pair would make minima of its own.
+    The rule serves one run. PNDM evaluates one timestep twice; only the second evaluation counts, since the two could form a
+    minimum by themselves.
     """
     history: dict[int, Tensor] = {}
 
@@ -207,15 +208,15 @@ def local_minimum_passed(norms: Tensor) -> Tensor:
     return (falls & rises).any(0)
 
 
-# Into a pipeline and out again.
+# Changing and recording a pipeline's run.
 
 
 @contextmanager
 def guided_by(pipe: Any, rule: GuidanceRule) -> Iterator[None]:
-    """Every guided prediction in the block is made with the scales that ``rule`` gives, in place of the pipeline's own.
+    """Every guided prediction in the block is made with the scales that ``rule`` gives, instead of the pipeline's own.
 
-    The prediction with the prompt is moved to where the pipeline's scale gives what the rule's would; unmoved, bit by bit,
-    where both scales are the same.
+    The conditional prediction is moved so that the pipeline's own scale gives what the rule's scale would give. Where both
+    scales are the same, nothing changes, not even by rounding.
     """
 
     def hook(_module: Any, arguments: Any, output: Any) -> Any:
@@ -234,7 +235,7 @@ def guided_by(pipe: Any, rule: GuidanceRule) -> Iterator[None]:
 
 @dataclass
 class Watched:
-    """What the network was asked and said in one run of a pipeline.
+    """Inputs and outputs of the network in one run of a pipeline.
 
     Attributes:
         norms: guidance norm ``[B]`` by timestep, in the order of the run.
@@ -256,7 +257,7 @@ class Watched:
 
 @contextmanager
 def watched(pipe: Any) -> Iterator[Watched]:
-    """Keeps what the scores need of the one run in the block; no call of the network is added."""
+    """Records what the scores need from the one run in the block, without further calls of the network."""
     run = Watched()
 
     def hook(_module: Any, arguments: Any, keywords: Any, output: Any) -> None:
@@ -289,7 +290,7 @@ class Shot:
 
 
 def shots(lab: Lab, split: str, groups: Sequence[str], per_group: int | None = None) -> list[Shot]:
-    """The images of ``lab.evaluate``, with its seeds; of fewer a group, as many prompts as possible and then their seeds."""
+    """The images of ``lab.evaluate``, with its seeds. With a limit a group, as many prompts as possible come first."""
     result = []
     for group in groups:
         count = SEEDS[split][group]
@@ -366,7 +367,7 @@ def counted(pipe: Any) -> Iterator[Calls]:
 
 
 def peak_memory(call: Callable[[], object]) -> int:
-    """Most bytes that tensors on the CPU took up at one time during ``call``, beyond those that were there before."""
+    """The peak size of all CPU tensors during ``call``, in bytes, beyond those that existed before."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         call()
     events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -377,7 +378,7 @@ def peak_memory(call: Callable[[], object]) -> int:
 def costs(pipe: Any, ways: dict[str, Callable[[list[Shot]], object]], images: Sequence[Shot]) -> dict[str, dict[str, Any]]:
     """What each way of sampling costs beyond the way named ``"plain"``, one image at a time.
 
-    All ways take their turn at each image, in another order each time, so that a machine that gets busier weighs on all alike.
+    All ways take their turn at each image, in another order each time, so that other load on the machine affects all alike.
 
     Returns:
         By way ``time_ratio``, the median ratio to plain, and ``time_ratio_95``, its bootstrap interval over the images;
@@ -426,7 +427,7 @@ def describe(cost: dict[str, Any]) -> list[str]:
 
 
 def arguments_of(description: str | None) -> argparse.ArgumentParser:
-    """The options that both benchmarks have."""
+    """The options that ``detection.py`` and ``mitigation.py`` share."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=MODEL, help="a lab model's folder")
     parser.add_argument("--world", type=Path, default=DATA, help="the world it was trained on")
@@ -463,6 +464,6 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def interval(values: dict[str, Any], name: str, digits: int = 3) -> str:
-    """A figure of ``memorization_guard.evaluation.statistics`` with its interval, for people."""
+    """A figure of ``memorization_guard.evaluation.statistics`` with its interval, as text."""
     low, high = values[f"{name}_95"]
     return f"{values[name]:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"

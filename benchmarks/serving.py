@@ -43,8 +43,8 @@ def sampler(at_once: int, steps: int) -> Callable[[bool, int], tuple[float, floa
 
     def paint(number: int, guarded: bool) -> None:
         pipe = pipes.get()
-        # As the service does by default: with mitigation, which judges every step at once.
-        with guard(pipe, profile, mitigate=True) if guarded else contextlib.nullcontext() as run:
+        # With mitigation, as the service does by default.
+        with guard(pipe, profile, "mitigate") if guarded else contextlib.nullcontext() as run:
             pipe(texts[number], num_inference_steps=steps, generator=torch.Generator().manual_seed(number))
         assert run is None or len(run.traces) == 1
         pipes.put(pipe)

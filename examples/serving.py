@@ -33,45 +33,48 @@ from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from memorization_guard import ProfileError, StabilityProfile, Thresholds, Trace
-from memorization_guard.core.trace import STATEMENT, VERDICTS
+from memorization_guard import GuardError, Mode, StabilityProfile, Thresholds, Trace
+from memorization_guard.core.settings import TRIGGERED, VERDICTS
+from memorization_guard.core.trace import STATEMENT
 from memorization_guard.diffusers import copy_sharing_weights, guard
 from memorization_guard.lab import PROFILE as LAB_PROFILE
-from memorization_guard.pipelines import ModelError, load_pipeline, quiet_libraries
+from memorization_guard.pipelines import load_pipeline, quiet_libraries
 
 log = logging.getLogger("serving")
 
 Action = Literal["allow", "mitigate", "refuse"]
 Outcome = Literal["served", "mitigated", "refused", "failed", "turned_away", "abandoned"]
 
-#: How often a request that waits looks whether its client is still there, in seconds.
+#: How the guard of a run works for each action. An image that would be refused need not be sampled to its end.
+MODES: dict[Action, Mode] = {"allow": "trace", "mitigate": "mitigate", "refuse": "stop"}
+
+#: Seconds between two checks whether the client of a waiting request is still there.
 LOOK = 0.5
 
 
-class SettingsError(Exception):
-    """Settings that the service cannot run with; the message says what to change."""
+class SettingsError(GuardError):
+    """Settings that the service cannot run with."""
 
 
 class Policy(BaseModel):
-    """What is done with an image of each verdict; a stable one is always served.
+    """What is done with an image that triggered, and with one that could not be scored. A stable image is always served.
 
-    ``mitigate`` serves the image that came of steering away from the copy; one in which nothing was steered, or that was not
-    watched to its end, is refused.
+    ``mitigate`` steers the run away from the copy and serves what comes out. An image of which no step was steered, or that was
+    not watched to its end, is refused.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    mild: Action = "mitigate"
-    strong: Action = "refuse"
+    triggered: Action = "mitigate"
     unscored: Literal["allow", "refuse"] = "allow"
 
     def decide(self, trace: Trace) -> Outcome:
         """What becomes of the image of a run."""
         if trace.verdict == "stable":
             return "served"
-        action: Action = getattr(self, trace.verdict)
+        action = self.triggered if trace.verdict in TRIGGERED else self.unscored
         if action == "mitigate":
-            return "mitigated" if trace.mitigated.any() and trace.steps == trace.settings.steps else "refused"
+            return "mitigated" if trace.mitigated.any() and len(trace.steps) == trace.settings.steps else "refused"
         return "served" if action == "allow" else "refused"
 
 
@@ -92,24 +95,18 @@ class Settings(BaseModel):
     max_guidance_scale: float = Field(default=12.0, ge=0, allow_inf_nan=False)
     max_prompt: int = Field(default=1000, ge=1)  #: characters
     policy: Policy = Policy()
-    thresholds: dict[str, Any] = {}  #: those of memorization_guard.Thresholds that are not to be the defaults
+    thresholds: dict[str, Any] = {}  #: fields of memorization_guard.Thresholds whose value is not the default
 
     @property
     def profile_path(self) -> str | Path | None:
         return LAB_PROFILE if self.profile is None and self.model == "lab" else self.profile
 
     def problem(self) -> str | None:
-        """Why the settings do not hold together, and what to do; ``None`` if they do."""
-        policy = self.policy
-        if {policy.mild, policy.strong} == {"allow", "mitigate"}:
-            return (
-                "policy: one run cannot leave one verdict alone and mitigate the other, for it is steered from its first "
-                "sign on; mitigate or refuse both, or allow both"
-            )
-        if self.profile_path is None and (policy.mild, policy.strong, policy.unscored) != ("allow", "allow", "allow"):
+        """Why the settings contradict each other, and what to do; ``None`` if they do not."""
+        if self.profile_path is None and self.policy != Policy(triggered="allow", unscored="allow"):
             return (
                 "profile: without one every image is unscored, and this policy never takes effect or refuses everything; make "
-                "one with 'memorization-guard calibrate', or set mild, strong and unscored to allow"
+                "one with 'memorization-guard calibrate', or set triggered and unscored to allow"
             )
         if self.steps > self.max_steps or self.guidance_scale > self.max_guidance_scale:
             return "steps or guidance_scale is above its own maximum: lower it, or raise max_steps or max_guidance_scale"
@@ -138,7 +135,7 @@ def _problems(errors: Any) -> str:
 
 
 class ImageRequest(BaseModel):
-    """What a client may ask for; the settings' own limits come on top. The size is the model's, as the profile's is."""
+    """What a client may ask for, within the limits of the settings. The size is the model's, for which the profile was made."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -148,7 +145,7 @@ class ImageRequest(BaseModel):
     guidance_scale: float | None = Field(default=None, ge=0, allow_inf_nan=False)
 
     def beyond(self, settings: Settings) -> str | None:
-        """Which limit of the settings the request exceeds."""
+        """The limit of the settings that the request exceeds, as a sentence."""
         if len(self.prompt) > settings.max_prompt:
             return f"prompt: at most {settings.max_prompt} characters"
         if self.steps is not None and self.steps > settings.max_steps:
@@ -160,7 +157,7 @@ class ImageRequest(BaseModel):
 
 @dataclass(frozen=True)
 class Painted:
-    """What a request came to. ``png`` is empty where the image is not to leave the server."""
+    """The result of a request. ``png`` is empty where the image must not leave the server."""
 
     outcome: Outcome
     trace: Trace
@@ -168,11 +165,11 @@ class Painted:
     png: bytes = b""
 
     def headers(self) -> dict[str, str]:
-        """The verdict as response headers: words and numbers, and no header for what there is not."""
+        """The verdict as response headers. A number that there is not has no header."""
         trace = self.trace
         numbers = {
             "Score": trace.score,
-            "Tail-Probability": trace.tail_probability,
+            "P-Value": trace.p_value,
             "Trigger-Step": trace.trigger_step,
             "Corrected-Steps": int(trace.mitigated.sum()),
         }
@@ -182,7 +179,7 @@ class Painted:
 
 
 class Metrics:
-    """What Prometheus is told. Labels are words from short lists: nothing that a client sends becomes one."""
+    """The metrics for Prometheus. Labels are words from short lists; nothing that a client sends becomes a label."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -191,7 +188,7 @@ class Metrics:
         self.verdicts = Counter(f"{name}_verdicts", "Sampled images by verdict.", ["verdict"], registry=registry)
         self.corrected_images = Counter(f"{name}_corrected_images", "Sampled images that were steered.", registry=registry)
         self.corrected_steps = Counter(f"{name}_corrected_steps", "Sampler steps that were steered.", registry=registry)
-        self.admitted = Gauge(f"{name}_admitted", "Requests that are sampled or wait for it.", registry=registry)
+        self.admitted = Gauge(f"{name}_admitted", "Requests that are being sampled or wait.", registry=registry)
         self.sampling = Histogram(
             f"{name}_sampling_seconds",
             "From prompt to image, waiting not counted.",
@@ -200,11 +197,11 @@ class Metrics:
         )
         self.overhead = Histogram(
             f"{name}_overhead_seconds",
-            "Part of sampling_seconds in which the guard's own code ran, and the making of the trace after it.",
+            "Part of sampling_seconds in which the guard's own code ran, and the time to make the trace.",
             buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1, 10),
             registry=registry,
         )
-        # So that a rate over something that never happened is 0, and not absent.
+        # A rate of something that never happened is then 0 instead of absent.
         for outcome in get_args(Outcome):
             self.requests.labels(outcome)
         for verdict in VERDICTS:
@@ -237,20 +234,20 @@ class Painter:
             quiet_libraries()  # diffusers prints the words of a prompt that it cuts off
             pipe = load_pipeline(settings.model, device=settings.device, dtype=settings.dtype)
             pipes = [copy_sharing_weights(pipe) for _ in range(settings.concurrency)]
-        except (FileNotFoundError, ProfileError, ModelError, TypeError) as error:
+        except (GuardError, OSError, TypeError) as error:
             raise SettingsError(str(error)) from error
         upcasts = hasattr(pipe, "upcast_vae") and pipe.vae.dtype == torch.float16 and pipe.vae.config.force_upcast
         if upcasts and settings.concurrency > 1:
             raise SettingsError(
-                "this pipeline casts its shared autoencoder to float32 and back whenever it decodes, which another image "
-                "would notice: set concurrency to 1, or dtype to bfloat16 or float32"
+                "this pipeline casts its shared autoencoder to float32 and back whenever it decodes, which changes other images "
+                "that are sampled at the same time: set concurrency to 1, or dtype to bfloat16 or float32"
             )
         self._pipes: queue.SimpleQueue[Any] = queue.SimpleQueue()
         for pipe in pipes:
             self._pipes.put(pipe)
         self._pool = ThreadPoolExecutor(settings.concurrency, "sampling")
         self._places = threading.BoundedSemaphore(settings.concurrency + settings.queue)
-        #: What an image took last, in seconds.
+        #: How long the last image took.
         self.seconds = self._try()
 
     def _try(self) -> float:
@@ -263,10 +260,10 @@ class Painter:
         return seconds
 
     def submit(self, request: ImageRequest) -> "Future[Painted | None]":
-        """Puts a request in line. The result is ``None`` where sampling failed, of which the log knows.
+        """Puts a request into the queue. The result is ``None`` where sampling failed; the log says why.
 
         Raises:
-            BusyError: if the line is full.
+            BusyError: if the queue is full.
         """
         if not self._places.acquire(blocking=False):
             raise BusyError
@@ -284,7 +281,7 @@ class Painter:
         self._places.release()
 
     def close(self) -> None:
-        """Ends with the images under way; those that wait are given up."""
+        """Waits for the images that are being sampled, and drops the requests that wait."""
         self._pool.shutdown(cancel_futures=True)
 
     def _paint(self, request: ImageRequest) -> Painted | None:
@@ -305,25 +302,18 @@ class Painter:
             image.save(file, "PNG")
             return Painted(outcome, trace, seed, file.getvalue())
         except Exception as error:
-            # Where, but not the message: a library may quote the prompt in it.
+            # The log has the place but not the message, in which a library may quote the prompt.
             where = "".join(traceback.format_tb(error.__traceback__))
             log.error("sampling failed with %s at\n%s", type(error).__name__, where)
             return None
 
     def _sample(self, request: ImageRequest, seed: int) -> tuple[Trace, Any, float, float]:
-        """Trace, image, and the seconds that sampling and, within and after it, the guard took."""
-        settings, policy = self.settings, self.settings.policy
+        """Trace, image, the seconds that sampling took, and those of the guard, during sampling and after it."""
+        settings = self.settings
         pipe = self._pipes.get()
         try:
             begun = time.perf_counter()
-            with guard(
-                pipe,
-                self._profile,
-                mitigate="mitigate" in (policy.mild, policy.strong),
-                thresholds=self._thresholds,
-                # What would be refused either way need not be painted to its end.
-                stop=policy.mild == policy.strong == "refuse",
-            ) as run:
+            with guard(pipe, self._profile, MODES[settings.policy.triggered], self._thresholds) as run:
                 image = pipe(
                     request.prompt,
                     num_inference_steps=settings.steps if request.steps is None else request.steps,
@@ -333,7 +323,7 @@ class Painter:
             sampled = time.perf_counter()
         finally:
             self._pipes.put(pipe)
-        # A guard that failed has logged why, and what nobody watched is unscored.
+        # If the guard failed, the log says why, and the image is unscored.
         trace = next(iter(run.traces), Trace(note="The run could not be watched."))
         return trace, image, sampled - begun, run.overhead_seconds + time.perf_counter() - sampled
 
@@ -352,7 +342,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         yield
         painter.close()
 
-    # The pages that FastAPI makes of an API load scripts from elsewhere.
+    # FastAPI's own documentation pages load scripts from elsewhere.
     app = FastAPI(title="Memorization Guard", docs_url=None, redoc_url=None, lifespan=lifespan)
 
     def answer(outcome: Outcome, response: Response) -> Response:
@@ -377,7 +367,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         while not result.done():
             await asyncio.wait({result}, timeout=LOOK)
             if not result.done() and await request.is_disconnected():
-                future.cancel()  # what is sampled already is sampled to its end, for nobody
+                future.cancel()  # does not end an image that is already being sampled
                 return answer("abandoned", Response(status_code=499))
         painted = result.result()
         if painted is None:

@@ -1,15 +1,15 @@
 // The stability graph on the page of the WebUI, Forge and reForge: below a tab's gallery, while its task runs and after it.
 //
-// The host keeps the id of a tab's task in localStorage, which all pages of a browser share, and shows a progress bar while a page
-// waits for its task. So a new bar says that a task of this page has begun; and where the page itself is new, one may be under way
-// from before a reload. Only then is the server asked for events, and only until the task is done.
+// The host keeps the id of a tab's task in localStorage, which all pages of a browser share. It shows a progress bar while a page
+// waits for its task. So a new bar means that a task of this page has begun. On a new page, a task from before a reload may still
+// be running. Only in these two cases the server is asked for events, and only until the task is done.
 
-// By the version that the host puts into this file's address: a browser may have kept an older graph.js.
+// With the version that the host puts into the address of this file: the browser may have cached an older graph.js.
 const { StabilityGraph, addStep, finishRun, startRun } = await import(`../js/graph.js${new URL(import.meta.url).search}`);
 
 const PERIOD = 300; // milliseconds between an answer and the next question
-const PATIENCE = 6; // failures in a row, after each of which it waits twice as long
-const MOST_RUNS = 8; // as many as the server keeps
+const PATIENCE = 6; // failures in a row before it gives up; after each one it waits twice as long
+const MOST_RUNS = 8; // the server keeps as many
 const STYLE = `
 :host{display:block}
 section{box-sizing:border-box;display:flex;flex-direction:column;gap:4px;height:300px;min-height:200px;overflow:hidden;resize:vertical}
@@ -23,7 +23,7 @@ header button:only-of-type{display:none}
 main{flex:1 1 0;min-height:0}
 `;
 
-/** The graph of a tab's task, and a button for each run where there are several (batches, the second pass, a comparison). */
+/** The graph of a tab's task, and a button for each run if there are several (batches, the second pass, a comparison). */
 class Panel {
   #runs = new Map(); // name -> {run, button}
   #shown = null; // name of the run on show
@@ -37,13 +37,13 @@ class Panel {
     section.setAttribute("aria-label", "Memorization Guard");
     section.append(this.#header, main);
     this.#header.append(make("span", "Memorization Guard"));
-    // The host calls every extension back whenever its page changes, which what happens in here is not.
+    // The host calls every extension when its page changes. Changes inside a shadow root do not count.
     this.#element.attachShadow({ mode: "open" }).append(make("style", STYLE), section);
     this.#graph = new StabilityGraph(main);
     new MutationObserver(() => this.#draw()).observe(document.body, { attributes: true, attributeFilter: ["class"] });
   }
 
-  /** Takes in an event; the panel stands after `place` from the first one on. */
+  /** Takes in an event. The first one puts the panel after the element `place`. */
   take({ kind, run: name, title, ...data }, place) {
     if (!this.#element.isConnected) place.after(this.#element);
     if (kind === "begin" || !this.#runs.has(name)) {
@@ -56,7 +56,7 @@ class Panel {
       this.#header.append(button);
       this.#runs.set(name, { run: startRun(data), button });
       if (this.#runs.size > MOST_RUNS) this.#drop(this.#runs.keys().next().value);
-      // Who looks at an earlier run is left with it.
+      // A user who looks at an earlier run keeps seeing it.
       if (this.#shown === newest || !this.#runs.has(this.#shown)) this.#show(name);
     }
     const { run } = this.#runs.get(name);
@@ -65,7 +65,7 @@ class Panel {
     this.#draw();
   }
 
-  /** No more will come, also of a run that was broken off. */
+  /** No more events will come. Ends runs that were interrupted, too. */
   end() {
     for (const { run } of this.#runs.values()) if (!run.finished) finishRun(run, []);
     this.#draw();
@@ -89,25 +89,25 @@ class Panel {
   }
 
   #draw() {
-    // Gradio says when it is dark, and nothing when it is light.
+    // Gradio sets a class when it is dark, and nothing when it is light.
     this.#element.dataset.theme = document.body.classList.contains("dark") ? "dark" : "light";
     this.#graph.show(this.#runs.get(this.#shown)?.run);
   }
 }
 
-/** A tab that generates images, and its task that was begun last. */
+/** A tab that generates images, and its latest task. */
 class Tab {
   #name;
   #panel = new Panel();
   #gallery = null;
-  #bar = null; // the host's progress bar, as long as it waits for a task
-  #watch = null; // another one for each task
+  #bar = null; // the host's progress bar, while the page waits for a task
+  #watch = null; // a new object for each task
 
   constructor(name) {
     this.#name = name;
   }
 
-  /** Called after every change of the page, which is often. */
+  /** Called after every change of the page. */
   look() {
     const gallery = gradioApp().querySelector(`#${this.#name}_gallery_container`);
     if (!gallery) return;
@@ -118,7 +118,7 @@ class Tab {
     if (begun) this.#follow(localStorage.getItem(`${this.#name}_task_id`)).catch(complain);
   }
 
-  /** Draws what the server tells of a task, until there is no more or another one has begun. */
+  /** Draws what the server tells of a task, until the task is done or another one has begun. */
   async #follow(task) {
     const watch = (this.#watch = {});
     this.#panel.clear();
@@ -131,7 +131,7 @@ class Tab {
       if (answer) {
         cursor = answer.cursor;
         for (const event of answer.events) this.#panel.take(event, this.#gallery);
-        // The server hears of a task later than the page, which waits as long as there is a bar.
+        // The server learns of a task later than the page does: while there is a bar, the page keeps asking.
         if (!answer.running && !answer.events.length && !this.#bar?.isConnected) break;
       }
       await new Promise((done) => setTimeout(done, PERIOD * 2 ** failures));
@@ -141,14 +141,14 @@ class Tab {
   }
 }
 
-/** The server's answer, or null where there is none. Relative, as the host's own: the page may stand below a path. */
+/** The server's answer, or null if there is none. The address is relative, since the page may stand below a path. */
 async function ask(task, cursor) {
   try {
     const question = new URLSearchParams({ task, cursor });
     const response = await fetch(`./memorization-guard/live?${question}`, { signal: AbortSignal.timeout(10000) });
     return response.ok ? await response.json() : null;
   } catch {
-    return null; // The server is gone or slow: it is asked again.
+    return null; // the server is gone or slow: it is asked again
   }
 }
 

@@ -1,34 +1,31 @@
-// The stability graph on ComfyUI's nodes: listens to the server, and hands each run to the node that it belongs to.
+// The stability graph on ComfyUI's nodes: listens to the server and gives each run to the node it belongs to.
 //
-// A guard's node gets its runs as events while the sampler works, a report's node gets them in its output. Both keep what they
-// last showed in the node's properties, so that it is there again after a reload, and where ComfyUI had nothing to run again.
+// The guard's node gets its runs as events while the sampler works, the report's node gets them in its output. Both keep their last
+// runs in the node's properties, so that the graph is there again after a reload, and when ComfyUI takes the result from its cache.
 
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import { QUANTITIES, StabilityGraph, addStep, finishRun, runOf, startRun } from "./graph.js";
 
-const EVENT = "memorization_guard"; // also the key of a report's output
+const EVENT = "memorization_guard"; // also the key in the output of a report
 const EMPTY = {
-  MemorizationGuard: "The graph draws itself while the sampler runs.",
-  MemorizationGuardReport: "The graph stands here after the run.",
+  MemorizationGuard: "The graph is drawn while the sampler runs.",
+  MemorizationGuardReport: "The graph is shown after the run.",
 };
 const SPEAKERS = ["MemorizationGuardSaveProfile", "MemorizationGuardCalibrate", "MemorizationGuardGate"]; // their output is text
 const CACHED = "The result came from the cache. Change the seed to sample again.";
 const WIDGET = "stability_graph";
 const WIDTH = 340;
 const HEIGHT = 200; // of the graph, at least
-const ROOM = 30; // that a new node gives it beyond
-const MOST_RUNS = 8; // a tiled upscaler makes dozens: the last ones are kept
-const KEPT_IMAGES = 4; // of a batch, in a saved workflow
-const KEPT_STEPS = [
-  "sigma", "latent_norm", "update_norm", "denoised_norm", "update_score", "denoised_score", "corrected_latent_norm",
-  "corrected_update_norm", "mitigated",
-];
+const ROOM = 30; // additional height in a new node
+const MOST_RUNS = 8; // a tiled upscaler makes dozens of runs: the last ones are kept
+const KEPT_IMAGES = 4; // images of a batch that are saved with the workflow
+const KEPT_STEPS = ["sigma", "latent_norm", "update_norm", "denoised_norm", "update_score", "denoised_score", "mitigated"];
 
-// A run is {name, prompt, node, run, traces, at}: `name` is prompt:sampler node:place in its list:number, `node` the id of the node
-// that shows it, `run` what graph.js draws, `at` when it ended.
+// A run is {name, node, run, traces, at}: `name` is prompt:sampler node:place in its list:number, `node` the id of the node that
+// shows it, `run` what graph.js draws, `at` when it ended.
 
-/** A node's runs with one more: another sampler of the same prompt stands beside it, what an earlier prompt left is replaced. */
+/** A node's runs with one more. Runs of the same prompt are kept, those of an earlier prompt are replaced. */
 function joined(runs, one) {
   return [...runs.filter((each) => promptOf(each) === promptOf(one) && each.name !== one.name), one].slice(-MOST_RUNS);
 }
@@ -37,12 +34,12 @@ const promptOf = ({ name }) => String(name).split(":")[0];
 
 // ---------------------------------------------------------------------------------------------------------------- on a node
 
-/** The graph of one node, and a button for each run where there are several. */
+/** The graph of one node, and a button for each run if there are several. */
 class Panel {
   #node;
-  #graph = null; // while the node is part of a workflow
-  #theme = null; // its observer
-  #place = null;
+  #graph = null; // exists while the node is part of a workflow
+  #theme = null; // observes changes of the theme
+  #place = null; // key in `places`
   #bar;
   #view;
   #runs = [];
@@ -77,10 +74,7 @@ class Panel {
     this.#graph = null;
   }
 
-  /**
-   * Undo makes every node anew. Nodes 2.0 take the new one for the old, and leave in place the element that they have: so the
-   * new node goes on with it.
-   */
+  /** Undo creates every node again. Nodes 2.0 then keep the element of the old node on the page, so the new node takes it over. */
   #takePlace() {
     this.#place = `${this.#node.graph?.id} ${this.#node.id}`;
     const element = places.get(this.#place);
@@ -91,7 +85,7 @@ class Panel {
     for (const widget of this.#node.widgets) if (widget.name === WIDGET) widget.element = element;
   }
 
-  /** Older frontends say when they are dark, and nothing when they are light; newer ones say it by a property of style. */
+  /** Older frontends set a class when they are dark, and nothing when they are light. Newer ones set a style property. */
   #followTheme() {
     const dark = document.body.classList.contains("dark-theme") || document.documentElement.style.colorScheme === "dark";
     const theme = dark ? "dark" : "light";
@@ -109,7 +103,7 @@ class Panel {
     this.#show(this.#runs.at(-1) ?? null);
   }
 
-  /** Takes in a run, or what is new in it. */
+  /** Shows a new run, or what is new in a run. */
   take(one) {
     if (!this.#runs.includes(one)) {
       this.#runs = joined(this.#runs, one);
@@ -117,7 +111,7 @@ class Panel {
     } else if (one === this.#shown) this.#graph?.show(one.run);
   }
 
-  /** Says why there is no graph, where there is none. */
+  /** Shows a message if there is no graph. */
   say(message) {
     if (!this.#shown) this.#graph?.clear(message);
   }
@@ -157,17 +151,17 @@ function styled(tag, style) {
   return element;
 }
 
-/** Frontends before Nodes 2.0 know of advanced widgets, with an entry in the node's menu, but do not fold them by themselves. */
+/** Frontends before Nodes 2.0 have a menu entry for advanced widgets, but show them until a node hides them. */
 function fold(node) {
   for (const widget of node.widgets) {
     if (!widget.options?.advanced || widget.advanced !== undefined) continue;
     widget.advanced = true;
-    // Their layout adds 4 to a height, also to that of a widget that is not drawn.
+    // The layout adds 4 pixels to the height of every widget, hidden ones included.
     widget.computeSize = (width) => (node.isWidgetVisible(widget) ? [width, LiteGraph.NODE_WIDGET_HEIGHT] : [width, -4]);
   }
 }
 
-/** A place for what a node says after it ran; readable, and to be copied from. */
+/** Adds a field for the text that a node puts out when it ran. The text can be copied. */
 function speaker(node) {
   const element = styled("div", {
     padding: "4px 8px", borderRadius: "6px", overflow: "auto", whiteSpace: "pre-wrap", overflowWrap: "anywhere", userSelect: "text",
@@ -179,19 +173,19 @@ function speaker(node) {
   speakers.set(node, element);
 }
 
-const speakers = new WeakMap(); // node -> where its text stands
+const speakers = new WeakMap(); // node -> element of its text
 const panels = new WeakMap(); // node -> Panel
-const places = new Map(); // graph and node -> element of a node that was taken away
+const places = new Map(); // ids of graph and node -> element of a node that was removed
 
 // ------------------------------------------------------------------------------------------------------- whose run it is
 
 const MOST_PROMPTS = 50;
-const PROMPTS = "memorization_guard.prompts"; // in the session's storage: a page that is reloaded while it waits still knows them
+const PROMPTS = "memorization_guard.prompts"; // in the session storage, for a page that is reloaded while a prompt waits
 
 const active = () => app.extensionManager?.workflow?.activeWorkflow ?? null;
 
 const owners = new Map(Object.entries(readPrompts()).map(([prompt, path]) => [prompt, { workflow: null, path }]));
-let asking = null; // owner of a prompt that is being queued: its events may come before its id
+let asking = null; // owner of the prompt that is being queued: its events may come before its id
 let loading = null; // state of the workflow that was active when ComfyUI began to load a graph
 
 function readPrompts() {
@@ -208,11 +202,11 @@ function own(prompt, owner) {
   try {
     sessionStorage.setItem(PROMPTS, JSON.stringify(Object.fromEntries([...owners].map(([id, { path }]) => [id, path]))));
   } catch {
-    // Storage is full or forbidden: only a reload would have needed it.
+    // The storage is full or forbidden. It is needed only after a reload.
   }
 }
 
-/** The workflow that a prompt was queued from; of one that was queued by other means, the one on show when it was first heard of. */
+/** The workflow that a prompt was queued from. For a prompt queued elsewhere: the workflow shown when its first event came. */
 function ownerOf(prompt) {
   if (!owners.has(prompt) && !asking && !active()) return null; // the page is still loading
   if (!owners.has(prompt)) own(prompt, asking ?? { workflow: active(), path: active()?.path });
@@ -221,13 +215,13 @@ function ownerOf(prompt) {
   return owner.workflow;
 }
 
-/** Whether the nodes on show are those of `workflow`. While ComfyUI loads a graph they are not yet those of the active one. */
+/** Whether the nodes on the page are those of `workflow`. While ComfyUI loads a graph, they are not yet those of the active one. */
 function isOnShow(workflow) {
   if (loading !== null && loading !== active()?.changeTracker?.activeState) loading = null;
   return loading === null && workflow === active();
 }
 
-/** The node on show that has an id like "7", or "12:7" for one inside a subgraph. */
+/** The node on the page with an id like "7", or "12:7" for a node inside a subgraph. */
 function nodeOf(id) {
   const path = String(id).split(":");
   let graph = app.rootGraph ?? app.graph;
@@ -238,7 +232,7 @@ function nodeOf(id) {
 // Ids are numbers in older frontends, strings in newer ones.
 const nodeIn = (graph, id) => graph?.getNodeById?.(id) ?? graph?.getNodeById?.(Number(id)) ?? null;
 
-/** The same in a workflow as it is saved. */
+/** The same node in the saved form of a workflow. */
 function recordOf(state, id) {
   const path = String(id).split(":");
   const find = (nodes, part) => nodes?.find((node) => String(node.id) === part);
@@ -252,7 +246,7 @@ function recordOf(state, id) {
 
 // ------------------------------------------------------------------------------------------------------------- the events
 
-let runs = new Map(); // name -> run, of the prompt under way
+let runs = new Map(); // name -> run, of the prompt that is running
 
 function listen({ detail: { kind, run: name, node, ...data } }) {
   const prompt = promptOf({ name });
@@ -264,7 +258,10 @@ function listen({ detail: { kind, run: name, node, ...data } }) {
   draw(one);
 }
 
-/** A node's output: a report's runs, or what a node says, from a run or from ComfyUI's cache. `onExecuted` would come to any node that has this id in the workflow on show. */
+/**
+ * The output of a node, from a run or from ComfyUI's cache: the runs of a report, or a text. A node's `onExecuted` is not used, since
+ * ComfyUI calls it for any node with this id in the workflow on the page.
+ */
 function executed({ detail: { prompt_id: prompt, node, display_node: shown, output } }) {
   const text = output?.text;
   if (Array.isArray(text) && isOnShow(ownerOf(prompt))) {
@@ -296,8 +293,8 @@ function end(one, traces) {
 }
 
 /**
- * Puts a run into the properties of its node, and into those of every state that the workflow remembers: a run is no edit, which
- * would mark the workflow as changed and be taken back by undo. A workflow that is not on show finds it when it is opened again.
+ * Puts a run into the properties of its node, in every state that the workflow remembers. So a run does not count as an edit: it
+ * does not mark the workflow as changed, and undo does not remove it. A workflow that is not on the page shows it when it is opened.
  */
 function keep(one) {
   const kept = JSON.parse(JSON.stringify({ name: one.name, at: one.at, traces: one.traces.slice(0, KEPT_IMAGES).map(short) }));
@@ -313,28 +310,26 @@ function keep(one) {
   for (const state of new Set([initialState, activeState, ...undoQueue, ...redoQueue])) into(recordOf(state, one.node));
   if (!isOnShow(owner)) return;
   into(nodeOf(one.node));
-  // ComfyUI now keeps the workflow for a reload. In "run on change" it would also run it again.
+  // This makes ComfyUI store the workflow for a reload. In the mode "run on change" it would also run it again.
   if (app.extensionManager?.queueSettings?.mode !== "change") tracker?.updateModified?.();
 }
 
-/** As much of a trace as the graph shows, with four digits: it is saved with the workflow. */
+/** The part of a trace that the graph shows, with four digits: it is saved with the workflow. */
 function short(trace) {
   const digits = (values) => values?.map((value) => (typeof value === "number" ? Number(value.toPrecision(4)) : value));
-  const { verdict, score, tail_probability, trigger_step, nonfinite_step, note, mitigation, reference_count } = trace;
+  const { verdict, score, p_value, trigger_step, nonfinite_step, note, reference_count } = trace;
   const bands = {};
   for (const [name, band] of Object.entries(trace.bands ?? {})) bands[name] = { mean: digits(band.mean), std: digits(band.std) };
   const steps = {};
   for (const name of KEPT_STEPS) steps[name] = digits(trace.steps?.[name]);
   for (const name of KEPT_STEPS) if (!steps[name]?.some(Boolean)) delete steps[name];
   const thresholds = { gamma: trace.thresholds?.gamma };
-  return {
-    verdict, score, tail_probability, trigger_step, nonfinite_step, note, mitigation, reference_count, thresholds, bands, steps,
-  };
+  return { verdict, score, p_value, trigger_step, nonfinite_step, note, reference_count, thresholds, bands, steps };
 }
 
 /**
- * Nothing in ComfyUI tells which workflow a prompt came from, and another one may be on show when it runs: so it is noted here.
- * The workflow that goes along, into the images' metadata, leaves out the runs on show, which are not those of these images.
+ * Notes which workflow a prompt is queued from: ComfyUI does not tell, and another workflow may be on the page when it runs. Also
+ * removes earlier runs from the workflow that goes into the metadata of the images, since they are not the runs of these images.
  */
 function noteQueued() {
   const queuePrompt = api.queuePrompt;
@@ -378,7 +373,7 @@ app.registerExtension({
     const [width, height] = node.computeSize();
     node.setSize([Math.max(width, WIDTH), height + ROOM]);
 
-    // A node that is never added, as for a preview or in the middle of a copy, starts nothing that would have to be ended.
+    // Some nodes are never added to a graph, as for a preview or during a copy. They must not start anything.
     const { onAdded, onConfigure, onRemoved } = node;
     node.onAdded = function (...args) {
       onAdded?.apply(this, args);
@@ -395,7 +390,7 @@ app.registerExtension({
   },
 });
 
-// At once, since after a reload a run may be under way: the frontend complains of events that nobody listens to.
+// At import: a run may go on during a reload, and the frontend warns of events that nobody listens to.
 api.addEventListener(EVENT, listen);
 api.addEventListener("executed", executed);
 api.addEventListener("execution_cached", cached);

@@ -1,22 +1,24 @@
-// The stability graph: a run against the region that ordinary prompts stay in, drawn as SVG while it is sampled or afterwards.
+// The stability graph: a run and the band of ordinary prompts, drawn as SVG while the run is sampled or afterwards.
 //
-// One plain module for the ComfyUI node, the WebUI panel and the HTML report: no dependency, nothing happens at import. It looks
-// like memorization_guard/graph.py, which draws the same for files. Traces are described in docs/trace.md. Whatever comes from a
-// run is put into the page as text, never as HTML.
+// One file for the ComfyUI node, the WebUI panel and the HTML reports: a report contains its source, and the WebUI can ask the
+// browser for the current version of one file only. It has no dependencies, and importing it changes nothing.
+// memorization_guard/reports/graph.py draws the same graph as a picture. Traces are described in docs/trace.md. Everything that
+// comes from a run is put into the page as text, never as HTML.
 
 export const QUANTITIES = ["update", "denoised", "latent"];
 
-const VERDICTS = ["stable", "mild", "strong", "unscored"];
 const AXIS_TITLES = {
   update: "size of the latent update",
   denoised: "size of the predicted image",
   latent: "size of the latent",
 };
 const BUTTONS = { update: "update", denoised: "image", latent: "latent" };
+// The badge of each verdict, the worst verdict first.
+const BADGES = { strong: "solid", "likely copy": "solid", mild: "outlined", stable: "plain", unscored: "muted" };
+const TRIGGERED = ["likely copy", "mild", "strong"];
 const NO_PROFILE = "no profile: not scored";
-const MOST_STEPS = 10000; // a step number beyond it is an error of the sender, not a reason to draw ten million pixels
+const MOST_STEPS = 10000; // a larger step number is an error of the sender
 const REDRAW_MS = 50;
-const OVERLAP = 200; // what a label over another one costs, in covered columns
 
 // Colours after Okabe & Ito (2008). Whatever a colour says is also said by dash, shape or text.
 const LIGHT = {
@@ -31,7 +33,7 @@ const DASHES = ["", "7 3", "2 3", "9 3 2 3"];
 
 // ---------------------------------------------------------------------------------------------------------------- the run
 
-/** A live run, from what is known before its first step. */
+/** A live run, from what is known before its first step (`StabilityMonitor.outline`). */
 export function startRun(outline) {
   const plan = outline ?? {};
   return {
@@ -40,22 +42,36 @@ export function startRun(outline) {
     gamma: positive(plan.thresholds?.gamma) ?? 3,
     note: plan.note ? String(plan.note) : null,
     referenceCount: positive(plan.reference_count),
-    events: new Map(),
-    items: [],
+    items: [], // one an image of the batch
     finished: false,
   };
 }
 
-/** Takes in one step. A step that comes again discards every step after it; one that comes late is put in its place. */
+/** Adds one step (a `StepEvent`) to a live run. */
 export function addStep(run, event) {
   if (!event || !isStep(event.step) || run.finished) return run;
-  if (run.events.has(event.step)) for (const step of run.events.keys()) if (step > event.step) run.events.delete(step);
-  run.events.set(event.step, event);
-  run.items = collect([...run.events.values()].sort((a, b) => a.step - b.step));
+  const step = event.step;
+  const list = (name) => (Array.isArray(event[name]) ? event[name] : []);
+  const batch = largest([0, ...["latent_norm", "update_norm", "denoised_norm", "state"].map((name) => list(name).length)]);
+  for (let b = 0; b < batch; b++) {
+    const item = (run.items[b] ??= newItem());
+    item.sigma[step] = number(event.sigma);
+    for (const name of QUANTITIES) {
+      const norms = list(`${name}_norm`);
+      item[name][step] = number(norms[b]);
+      if (b < norms.length && !Number.isFinite(item[name][step])) item.nonfinite ??= step;
+    }
+    for (const name of ["update", "denoised"]) item.scores[name][step] = number(list(`${name}_score`)[b]);
+    item.mitigated[step] = list("mitigated")[b] === true;
+    item.score = extremeOf(item.score, item.scores.update[step], Math.max);
+    item.pValue = extremeOf(item.pValue, number(list("p_value")[b]), Math.min);
+    if (isVerdict(list("state")[b])) item.verdict = event.state[b];
+    if (TRIGGERED.includes(item.verdict)) item.trigger ??= step;
+  }
   return run;
 }
 
-/** Ends a run; the traces, one a batch item, replace what was collected live. */
+/** Ends a run. The traces, one an image of the batch, replace what the steps told. */
 export function finishRun(run, traces) {
   const found = (Array.isArray(traces) ? traces : []).filter((trace) => trace && typeof trace === "object");
   run.finished = true;
@@ -85,9 +101,9 @@ export function summarize(run) {
   for (const [index, item] of run.items.entries()) {
     const parts = [item.verdict];
     if (item.verdict === "stable" && !run.finished) parts[0] += " so far";
-    if (item.trigger !== null) parts.push(`left the region at step ${item.trigger}`);
+    if (item.trigger !== null) parts.push(`triggered at step ${item.trigger}`);
     if (item.score !== null) parts.push(`S_mem ${scoreText(item.score)}`);
-    if (item.tail !== null) parts.push(`as far as ${rarity(item.tail)} ordinary images`);
+    if (item.pValue !== null) parts.push(`as far as ${rarity(item.pValue)} ordinary images`);
     const corrected = item.mitigated.filter(Boolean).length;
     if (corrected) parts.push(`${corrected} ${corrected === 1 ? "step" : "steps"} corrected`);
     if (item.nonfinite !== null) parts.push(`not a number from step ${item.nonfinite}`);
@@ -98,7 +114,7 @@ export function summarize(run) {
   return lines.map((line) => line.replace(/\.$/, "")).join(".\n") + ".";
 }
 
-/** The values at a step: of every image, and of the reference runs. */
+/** The values at a step: those of every image, and those of the reference runs. */
 export function valuesAt(run, step, quantity) {
   const band = run.bands[quantity];
   return {
@@ -106,67 +122,36 @@ export function valuesAt(run, step, quantity) {
     sigma: run.items.map((item) => number(item.sigma[step])).find(Number.isFinite) ?? NaN,
     mean: number(band?.mean[step]),
     half: run.gamma * number(band?.std[step]),
-    items: run.items.map((item) => {
-      const after = number(item.after[quantity]?.[step]);
-      const proposed = number(item[quantity][step]);
-      return {
-        value: Number.isFinite(after) ? after : proposed,
-        proposed,
-        corrected: Boolean(item.mitigated[step]),
-        score: number(item.scores[quantity]?.[step]),
-      };
-    }),
+    items: run.items.map((item) => ({
+      value: number(item[quantity][step]),
+      corrected: item.mitigated[step] === true,
+      score: number(item.scores[quantity]?.[step]),
+    })),
   };
 }
 
 function newItem() {
   return {
-    verdict: "unscored", score: null, tail: null, trigger: null, nonfinite: null, mitigated: [], sigma: [], latent: [], update: [],
-    denoised: [], after: { latent: [], update: [] }, scores: { update: [], denoised: [] },
+    verdict: "unscored", score: null, pValue: null, trigger: null, nonfinite: null, sigma: [], latent: [], update: [], denoised: [],
+    scores: { update: [], denoised: [] }, mitigated: [],
   };
-}
-
-function collect(events) {
-  const lists = ["latent_norm", "update_norm", "denoised_norm", "state"];
-  const batch = Math.max(0, ...events.flatMap((event) => lists.map((name) => event[name]?.length ?? 0)));
-  return Array.from({ length: batch }, (_, b) => {
-    const item = newItem();
-    for (const event of events) {
-      const i = event.step;
-      item.sigma[i] = number(event.sigma);
-      for (const name of QUANTITIES) {
-        item[name][i] = number(event[`${name}_norm`]?.[b]);
-        const told = Array.isArray(event[`${name}_norm`]) && b < event[`${name}_norm`].length;
-        if (told && !Number.isFinite(item[name][i])) item.nonfinite ??= i;
-      }
-      for (const name of ["latent", "update"]) item.after[name][i] = number(event[`corrected_${name}_norm`]?.[b]);
-      for (const name of ["update", "denoised"]) item.scores[name][i] = number(event[`${name}_score`]?.[b]);
-      if (Number.isFinite(event.tail?.[b])) item.tail = Math.min(item.tail ?? 1, event.tail[b]);
-      item.mitigated[i] = event.mitigated?.[b] === true;
-      if (VERDICTS.includes(event.state?.[b])) item.verdict = event.state[b];
-      if (isAlarm(item.verdict)) item.trigger ??= i;
-    }
-    item.score = highest(item.scores.update);
-    return item;
-  });
 }
 
 function readTrace(trace) {
   const steps = trace.steps ?? {};
   const list = (name) => (Array.isArray(steps[name]) ? steps[name].slice(0, MOST_STEPS).map(number) : []);
   return {
-    verdict: VERDICTS.includes(trace.verdict) ? trace.verdict : "unscored",
+    verdict: isVerdict(trace.verdict) ? trace.verdict : "unscored",
     score: Number.isFinite(trace.score) ? trace.score : null,
-    tail: Number.isFinite(trace.tail_probability) ? trace.tail_probability : null,
+    pValue: Number.isFinite(trace.p_value) ? trace.p_value : null,
     trigger: isStep(trace.trigger_step) ? trace.trigger_step : null,
     nonfinite: isStep(trace.nonfinite_step) ? trace.nonfinite_step : null,
-    mitigated: Array.isArray(steps.mitigated) ? steps.mitigated : [],
     sigma: list("sigma"),
     latent: list("latent_norm"),
     update: list("update_norm"),
     denoised: list("denoised_norm"),
-    after: { latent: list("corrected_latent_norm"), update: list("corrected_update_norm") },
     scores: { update: list("update_score"), denoised: list("denoised_score") },
+    mitigated: Array.isArray(steps.mitigated) ? steps.mitigated : [],
   };
 }
 
@@ -186,15 +171,18 @@ function noteOf(run) {
   return Object.keys(run.bands).length || run.items.some((item) => item.verdict !== "unscored") ? null : NO_PROFILE;
 }
 
+const isVerdict = (value) => Object.hasOwn(BADGES, value);
 const isStep = (value) => Number.isInteger(value) && value >= 0 && value < MOST_STEPS;
-const isAlarm = (verdict) => verdict === "mild" || verdict === "strong";
 // Nothing that is drawn can be negative.
 const number = (value) => (typeof value === "number" && Number.isFinite(value) && value >= 0 ? value : NaN);
 const positive = (value) => (number(value) > 0 ? value : null);
-const stepsTaken = (run) => Math.max(0, ...run.items.map((item) => Math.max(item.sigma.length, item.update.length)));
+const stepsTaken = (run) => largest([0, ...run.items.map((item) => Math.max(item.sigma.length, item.update.length))]);
 const finite = (values) => values.filter(Number.isFinite);
 const largest = (values) => values.reduce((a, b) => Math.max(a, b), -Infinity);
 const smallest = (values) => values.reduce((a, b) => Math.min(a, b), Infinity);
+
+/** The more extreme of a value so far, null at first, and a new one that may be NaN. */
+const extremeOf = (before, value, choose) => (Number.isFinite(value) ? choose(before ?? value, value) : before);
 
 /** A share of ordinary images in words: 0.00005 is "1 in 20,000". */
 export function rarity(share) {
@@ -205,46 +193,35 @@ export function rarity(share) {
   return `1 in ${String(Math.round(count / digits) * digits).replace(/\B(?=(\d{3})+$)/g, ",")}`;
 }
 
-function highest(values) {
-  const there = finite(values);
-  return there.length ? largest(there) : null;
-}
-
 // ------------------------------------------------------------------------------------------------------------- the layout
 
 /**
  * Everything the plot shows, in pixels and in the order it is painted: `shapes` of `[tag, attributes, text]`, the number of
- * `steps` on the axis and where they and their values lie. `labels`, those of the drawing before, keep their place where they can.
+ * `steps` on the axis, how many of them were `taken`, and where they and their values lie.
  */
-export function layout(run, { width, height, quantity, compact = false, labels = {} }) {
+export function layout(run, { width, height, quantity, compact = false }) {
   const live = !run.finished;
   const taken = stepsTaken(run);
   const count = live ? Math.max(run.planned ?? nice(Math.max(taken, 10), Math.ceil), taken) : taken;
   const steps = [...Array(count).keys()];
   const many = run.items.length > 1;
-  const curves = run.items.map((item) => {
-    const proposed = steps.map((i) => number(item[quantity][i]));
-    const after = steps.map((i) => number(item.after[quantity]?.[i]));
-    return { proposed, after, taken: steps.map((i) => (Number.isFinite(after[i]) ? after[i] : proposed[i])) };
-  });
+  const curves = run.items.map((item) => steps.map((i) => number(item[quantity][i])));
   const mean = steps.map((i) => number(run.bands[quantity]?.mean[i]));
   const half = steps.map((i) => run.gamma * number(run.bands[quantity]?.std[i]));
   const low = mean.map((value, i) => Math.max(value - half[i], 0));
   const high = mean.map((value, i) => value + half[i]);
 
-  const range = rangeOf(curves.map((curve) => [...curve.proposed, ...curve.taken]), low, high, live);
+  const range = rangeOf(curves.flat(), low, high);
   if (range === null) {
     const nothing = live ? "waiting for the first step" : "no step was recorded";
     return { shapes: [], steps: 0, empty: taken ? "no norm of this run is a number" : nothing };
   }
-  const ticks = ticksOf(range, height < 150 ? 2 : 3);
-  const left = Math.round(10 + 6.3 * Math.max(1, ...ticks.map((tick) => short(tick).length)));
+  const ticks = ticksOf(range, height < 90 ? 1 : height < 150 ? 2 : 3);
+  const left = Math.round(10 + 6.3 * largest(ticks.map((tick) => short(tick).length)));
   const right = width - (many ? 22 : 12);
+  const [top, bottom] = [18, height - 21];
+  const base = Math.round(bottom) + 0.5;
   const x = (i) => left + ((right - left) * i) / Math.max(count - 1, 1);
-  const title = AXIS_TITLES[quantity] + (range.log ? ", log scale" : "");
-  const marks = markLabels(run, x, right, compact ? "" : title);
-  const top = 4 + 14 * marks.rows;
-  const bottom = height - 21;
   const y = (value) => yOf(range, value, top, bottom);
 
   const shapes = [];
@@ -253,7 +230,7 @@ export function layout(run, { width, height, quantity, compact = false, labels =
     shapes.push(["text", { class: `mg-text mg-${role}`, x: round(at[0]), y: round(at[1]), "text-anchor": anchor }, words]);
   const dot = (role, at, r, extra) =>
     shapes.push(["circle", { class: `mg-${role}`, cx: round(at[0]), cy: round(at[1]), r: round(r), ...extra }]);
-  const drawn = (role, values, extra) => {
+  const curve = (role, values, extra) => {
     for (const part of stretches(values)) {
       const points = part.map((i) => [x(i), y(values[i])]);
       if (points.length > 1) line(role, points, extra);
@@ -271,167 +248,85 @@ export function layout(run, { width, height, quantity, compact = false, labels =
     line("grid", [[left, at], [right, at]]);
     text("tick", [left - 6, at + 3.5], short(value), "end");
   }
-  const base = Math.round(bottom) + 0.5;
   line("axis", [[left, base], [right, base]]);
   const every = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000].find((n) => count / n <= (right - left) / 45) ?? 5000;
   for (let i = 0; i < count; i += every) {
     const at = Math.round(x(i)) + 0.5;
     line("axis", [[at, base], [at, base + 3]]);
-    if (i === 0 || at < right - 34) text("tick", [at, base + 15], String(i), "middle"); // the axis' own name stands there
+    if (i === 0 || at < right - 34) text("tick", [at, base + 15], String(i), "middle"); // "step" stands at the right end
   }
   text("tick", [right, base + 15], "step", "end");
-  drawn("mean", mean);
+  curve("mean", mean);
 
-  for (const mark of marks.lines) line(mark.role, [[mark.x, mark.y], [mark.x, base]]);
-  for (const mark of marks.texts) text(mark.role, [mark.x, mark.y], mark.text, mark.anchor);
-
-  const dotSize = Math.min(many ? 1.8 : 2.6, Math.max(1.2, (0.3 * (right - left)) / Math.max(count, 1)));
-  for (const curve of curves) {
-    for (const i of steps) {
-      if (!Number.isFinite(curve.after[i]) || !Number.isFinite(curve.proposed[i])) continue;
-      const [from, to] = [y(curve.proposed[i]), y(curve.after[i])];
-      if (Math.abs(from - to) < 1) continue;
-      line("pull", [[x(i), from], [x(i), to]], { "stroke-opacity": many ? 0.35 : 0.8 });
-      dot("proposed", [x(i), from], dotSize * 0.85);
-    }
+  const title = compact ? "" : AXIS_TITLES[quantity] + (range.log ? ", log scale" : "");
+  const marks = marksOf(run, x, right);
+  for (const { role, at, words, from } of marks) {
+    line(role, [[at, top - 3], [at, base]]);
+    if (words) text(`label-${role}`, [from, 12], words);
   }
-  curves.forEach((curve, index) => drawn("run", curve.taken, styleOf(index)));
-  for (const curve of curves) {
-    for (const i of steps) if (Number.isFinite(curve.after[i])) dot("corrected", [x(i), y(curve.after[i])], dotSize);
-  }
-  const ends = curves.map((curve, index) => {
-    const last = curve.taken.findLastIndex(Number.isFinite);
-    return last < 0 ? null : { index, x: x(last), y: y(curve.taken[last]) };
-  }).filter(Boolean);
+  if (marks.every((mark) => !mark.words || mark.to + 8 < right - widthOf(title))) text("tick", [right, 12], title, "end");
+  curves.forEach((values, index) => curve("run", values, styleOf(index)));
+  const size = Math.min(many ? 1.8 : 2.6, Math.max(1.2, (0.3 * (right - left)) / Math.max(count, 1)));
+  curves.forEach((values, index) => {
+    const corrected = steps.filter((i) => run.items[index].mitigated[i] === true && Number.isFinite(values[i]));
+    for (const i of corrected) dot("corrected", [x(i), y(values[i])], size);
+  });
+  const ends = curves.flatMap((values, index) => {
+    const last = values.findLastIndex(Number.isFinite);
+    return last < 0 ? [] : [{ index, x: x(last), y: y(values[last]) }];
+  });
   if (live) for (const end of ends) dot("end", [end.x, end.y], 3, { style: styleOf(end.index).style });
-  const numbers = many ? spread(ends, top + 4, base - 4) : [];
-  for (const end of numbers) {
+  for (const end of many ? spread(ends, top + 4, base - 4) : []) {
     const at = { x: round(end.x + 6), y: round(end.y + 4), style: styleOf(end.index).style };
     shapes.push(["text", { class: "mg-text mg-item", ...at }, String(end.index + 1)]);
   }
 
-  const frame = { left, right, top, bottom: base, compact, marks: marks.lines.map((mark) => mark.x),
-    boxes: numbers.map((end) => ({ x: end.x - 4, y: end.y + 4, wide: 22 })) };
-  const named = namesOf(run, curves, low, high, compact);
-  const before = (curve) => curve.after.map((value, i) => (Number.isFinite(value) ? curve.proposed[i] : NaN));
-  const edges = curves.flatMap((curve) => [[curve.taken, curve.taken], [before(curve), curve.after]]);
-  edges.push([high, high], [low, low]);
-  const walls = edges.map((pair) => pair.map((edge) => edge.map(y)));
-  const inPixels = named.map((name) => ({ ...name, upper: name.upper.map(y), lower: name.lower.map(y) }));
-  const placed = place(inPixels, walls, count, frame, labels);
-  for (const { role, words, x: at, y: baseline } of placed) text(role, [at, baseline], words);
-  return { shapes, steps: count, taken, x, y, left, right, top, bottom: base,
-    labels: Object.fromEntries(placed.map((label) => [label.role, label])) };
+  return { shapes, steps: count, taken, x, y, left, right, top, bottom: base };
 }
 
-/** What is written beside the curves: role, words, and the upper and lower edge of what is named. */
-function namesOf(run, curves, low, high, compact) {
-  const names = [];
-  const first = curves.find((curve) => curve.after.some(Number.isFinite));
-  if (curves.length === 1 && !compact) {
-    const free = curves[0].taken.map((value, i) => (Number.isFinite(curves[0].after[i]) ? NaN : value));
-    names.push({ role: "label-run", words: "this run", upper: free, lower: free });
-  }
-  if (first) {
-    const before = first.proposed.map((value, i) => (Math.abs(first.after[i] - value) > 0 ? value : NaN));
-    names.push({ role: "label-corrected", words: "corrected", upper: first.after, lower: first.after });
-    names.push({ role: "label-proposed", words: "before correction", upper: before, lower: before });
-  }
-  const runs = run.referenceCount ? ` of ${run.referenceCount} runs` : "";
-  names.push({ role: "label-reference", words: `mean ± ${run.gamma} sd${compact ? "" : runs}`, upper: high, lower: low });
-  return names.filter((name) => name.upper.some(Number.isFinite));
-}
-
-/** Vertical marks, one a step, and above the plot their labels and the axis' title, in at most two rows without overlaps. */
-function markLabels(run, x, right, title) {
+/** What the plot shows: pairs of a role and the words for it. */
+export function legendOf(run, quantity, compact) {
+  const legend = [];
   const many = run.items.length > 1;
-  const lines = [];
-  const texts = [];
-  const taken = [[], []];
-  const found = new Map();
-  run.items.forEach((item, index) => {
-    for (const [kind, step] of [["trigger", item.trigger], ["broken", item.nonfinite]]) {
-      if (step === null) continue;
-      const key = `${kind} ${step}`;
-      if (!found.has(key)) found.set(key, { kind, step, who: [] });
-      found.get(key).who.push(index + 1);
-    }
-  });
-  const fits = (row, from, to) => from >= 0 && to <= right + 8 && taken[row].every(([a, b]) => to + 8 < a || from > b + 8);
-  for (const { kind, step, who } of [...found.values()].sort((a, b) => a.step - b.step)) {
-    const at = Math.round(x(step)) + 0.5;
-    const whose = many ? `${who.join(", ")}: ` : "";
-    const words = whose + (kind === "trigger" ? `trigger at step ${step}` : `not a number from step ${step}`);
-    const wide = widthOf(words);
-    const spots = [0, 1].flatMap((row) => [[row, at - 1, "start"], [row, at - wide, "end"]]);
-    const spot = spots.find(([row, from]) => fits(row, from, from + wide));
-    lines.push({ role: kind, x: at, row: spot ? spot[0] : null });
-    if (!spot) continue;
-    const [row, from, anchor] = spot;
-    taken[row].push([from, from + wide]);
-    if (row === 0) taken[1].push([at, at]); // its line passes there
-    const role = kind === "trigger" ? "label-proposed" : "tick";
-    texts.push({ role, x: anchor === "start" ? at - 1 : at, y: 12 + 14 * row, text: words, anchor });
-  }
-  const wide = widthOf(title);
-  if (title && fits(0, right - wide, right)) texts.push({ role: "tick", x: right, y: 12, text: title, anchor: "end" });
-  const rows = texts.some((label) => label.y > 12) ? 2 : 1;
-  return { rows, texts, lines: lines.map(({ row, ...mark }) => ({ ...mark, y: row === null ? 14 * rows : 15 + 14 * row })) };
+  if (run.items.length === 1 && !compact) legend.push(["run", "this run"]);
+  if (many && run.items.some((item) => item.trigger !== null)) legend.push(["trigger", "trigger"]);
+  if (many && run.items.some((item) => item.nonfinite !== null)) legend.push(["broken", "not a number"]);
+  if (run.items.some((item) => item.mitigated.includes(true))) legend.push(["corrected", "corrected"]);
+  const runs = run.referenceCount && !compact ? ` of ${run.referenceCount} reference runs` : "";
+  if (run.bands[quantity]) legend.push(["band", `mean ± ${run.gamma} sd${runs}`]);
+  return legend;
 }
 
 /**
- * Sets each label directly above or below what it names, where it covers least; one that would lie over another, or in a small
- * graph over much, is left out. A label that stood somewhere stays there unless another place is much better, so that nothing
- * dances while a run is drawn.
+ * The vertical marks, one for each step at which something happened: role, where the line is (`at`), and, if there is room above
+ * the plot, its `words` and where they are (`from`, `to`).
  */
-function place(names, walls, count, { left, right, top, bottom, compact, marks, boxes }, before) {
-  const gap = 3;
-  const columns = [];
-  for (let at = left; at < right; at += gap) columns.push(((at - left) / (right - left)) * Math.max(count - 1, 1));
-  const along = (edge) =>
-    columns.map((at) => {
-      const i = Math.min(Math.floor(at), count - 1);
-      const next = Math.min(i + 1, count - 1);
-      const value = edge[i] + (edge[next] - edge[i]) * (at - i);
-      return Number.isFinite(value) ? value : edge[Math.min(Math.round(at), count - 1)];
-    });
-  const fences = walls.map(([a, b]) => [along(a), along(b)]);
-  const placed = [];
-  for (const { role, words, upper, lower } of names) {
-    const wide = widthOf(words);
-    const tall = 13;
-    const [above, below] = [along(upper), along(lower)];
-    let best = null;
-    for (let x = left + 4; x < right - wide; x += 2 * gap) {
-      const from = Math.ceil((x - left) / gap);
-      const to = Math.min(Math.floor((x + wide - left) / gap), columns.length - 1);
-      const [up, down] = [finite(above.slice(from, to + 1)), finite(below.slice(from, to + 1))];
-      if (!up.length) continue;
-      for (const y of [smallest(up) - tall - 2, largest(down) + 3]) {
-        if (y < top || y + tall > bottom - 1) continue;
-        let covered = 0;
-        for (const [a, b] of fences) {
-          for (let c = from; c <= to; c++) {
-            if (Math.min(a[c], b[c]) < y + tall + 1 && Math.max(a[c], b[c]) > y - 1) covered += 1;
-          }
-        }
-        covered += 30 * marks.filter((at) => x - 4 < at && at < x + wide + 4).length;
-        const meets = (p) => p.x < x + wide + 6 && x < p.x + p.wide + 6 && p.y < y + tall + 9 && y - 1 < p.y;
-        covered += OVERLAP * [...boxes, ...placed].filter(meets).length;
-        const rise = largest(up) - smallest(up) + 20 * (1 - up.length / (to - from + 1));
-        const stood = before[role] && Math.abs(before[role].x - x) < 4 * gap && Math.abs(before[role].y - 10 - y) < 12;
-        const cost = 10 * covered + rise - (stood ? 60 : 0);
-        if (best === null || cost < best.cost) best = { role, words, x, y: y + 10, wide, cost, covered };
-      }
+function marksOf(run, x, right) {
+  const found = new Map();
+  run.items.forEach((item, index) => {
+    for (const [role, step] of [["trigger", item.trigger], ["broken", item.nonfinite]]) {
+      if (step === null) continue;
+      const { who } = found.get(`${role} ${step}`) ?? { who: [] };
+      found.set(`${role} ${step}`, { role, step, who: [...who, index + 1] });
     }
-    if (best && best.covered < (compact ? (0.3 * wide) / gap : OVERLAP)) placed.push(best);
-  }
-  return placed;
+  });
+  const placed = [];
+  return [...found.values()].sort((a, b) => a.step - b.step).map(({ role, step, who }) => {
+    const at = Math.round(x(step)) + 0.5;
+    const what = role === "trigger" ? `trigger at step ${step}` : `not a number from step ${step}`;
+    const words = run.items.length > 1 ? who.join(", ") : what;
+    const wide = widthOf(words);
+    const fits = (from) => from >= 0 && from + wide <= right + 8 && placed.every((p) => from + wide + 4 < p.from || from > p.to + 4);
+    const from = [at - 1, at - wide].find(fits);
+    if (from === undefined) return { role, at };
+    placed.push({ from, to: from + wide });
+    return { role, at, words, from, to: from + wide };
+  });
 }
 
 /** The numbers at the curves' ends, moved apart where they would overlap. */
 function spread(ends, top, bottom) {
-  const sorted = ends.map((end) => ({ ...end })).sort((a, b) => a.y - b.y);
+  const sorted = ends.map((end) => ({ ...end, y: Math.max(end.y, top) })).sort((a, b) => a.y - b.y);
   for (let i = 1; i < sorted.length; i++) sorted[i].y = Math.max(sorted[i].y, sorted[i - 1].y + 12);
   for (let i = sorted.length - 1; i >= 0; i--) {
     sorted[i].y = Math.min(sorted[i].y, i === sorted.length - 1 ? bottom : sorted[i + 1].y - 12);
@@ -440,41 +335,39 @@ function spread(ends, top, bottom) {
 }
 
 /**
- * The vertical axis for the values of each image. Of a finished run it is that of graph.py. Of a live one the band, known
- * beforehand, decides, and a run that goes beyond it widens the axis to the next round number, so that the axis mostly keeps still.
+ * The vertical axis. The band, known beforehand, decides it. A run that goes beyond the band widens the axis to the next round
+ * number, so that the axis rarely moves while the run is drawn.
  */
-export function rangeOf(images, bandLow, bandHigh, live) {
-  const [values, band] = [finite(images.flat()), finite([...bandLow, ...bandHigh])];
-  if (!values.length && !band.length) return null;
-  const cap = band.length ? 20 * largest(finite(bandHigh)) || 1 : Infinity; // a latent that exploded must not hide the band
-  const most = Math.min(largest(values), cap);
-  if (live && !band.length) return { low: 0, high: nice(most || 1, Math.ceil), log: false };
-  const judged = live || !values.length ? [band] : images.map((image) => [...finite(image), ...band]);
-  const all = live ? band : [...values, ...band];
-  const range = baseRange(all, cap, judged.every((part) => isWide(part, cap)));
-  if (!live || !values.length) return range;
-  if (most > range.high) range.high = nice(most, Math.ceil);
-  const least = range.log ? Math.max(smallest(values), range.high / 1000) : smallest(values);
-  if (least < range.low) range.low = nice(least, Math.floor);
+export function rangeOf(values, bandLow, bandHigh) {
+  const band = finite([...bandLow, ...bandHigh]);
+  const known = band.length ? band : finite(values);
+  if (!known.length) return null;
+  const cap = band.length ? 20 * largest(band) || 1 : Infinity; // a latent that exploded must not hide the band
+  const most = largest(known);
+  const log = isWide(known);
+  const range = { low: log ? Infinity : 0, high: 0, log };
+  if (band.length && log) {
+    Object.assign(range, { low: Math.max(smallest(band.filter((value) => value > 0)), most / 1000) / 1.15, high: most * 1.15 });
+  } else if (band.length) {
+    const least = smallest(band);
+    if (least >= most / 2) range.low = least - 0.08 * (most - least) - 1e-3 * most;
+    range.high = most + 0.08 * (most - range.low);
+  }
+  const drawn = finite(values).map((value) => Math.min(value, cap));
+  if (largest(drawn) > range.high) range.high = nice(1.02 * largest(drawn), Math.ceil);
+  range.high ||= 1;
+  const least = log ? Math.max(smallest(drawn), range.high / 1000) : smallest(drawn);
+  if (least < range.low) range.low = nice(0.98 * least, Math.floor);
   return range;
 }
 
-function baseRange(values, cap, log) {
-  const high = Math.min(largest(values), cap) || 1;
-  if (log) return { low: Math.max(smallest(values.filter((value) => value > 0)), high / 1000) / 1.15, high: high * 1.15, log };
-  const least = smallest(values);
-  const low = least < high / 2 ? 0 : least - 0.08 * (high - least) - 1e-3 * high;
-  return { low, high: high + 0.08 * (high - low), log };
-}
-
 /**
- * Norms stretch over a decade and more in some schedules; there a linear axis would press the end of the run flat. What is near
- * zero in a few steps (a band that reaches down to it, a last step that hardly moves) does not count.
+ * Whether values stretch over more than a decade, where a linear axis would press the smaller ones flat. Values near zero in a few
+ * steps do not count.
  */
-function isWide(values, cap) {
-  const high = Math.min(largest(values), cap);
-  const bulk = quantile(values.map((value) => Math.min(value, high)), 0.1);
-  return bulk > 0 && bulk < high / 12;
+function isWide(values) {
+  const bulk = quantile(values, 0.1);
+  return bulk > 0 && bulk < largest(values) / 12;
 }
 
 function yOf(range, value, top, bottom) {
@@ -558,13 +451,12 @@ const STYLE = `
  overflow:hidden;border-radius:8px;background:var(--mg-ground);color:var(--mg-ink);text-align:left;
  font:400 12px/16px system-ui,-apple-system,'Segoe UI',Roboto,sans-serif;font-variant-numeric:tabular-nums;letter-spacing:normal}
 .mg-head{display:flex;flex:none;flex-wrap:wrap;align-items:center;gap:4px 10px;min-height:24px}
-.mg-title{font-weight:600;max-width:100%;overflow:hidden;text-overflow:ellipsis;white-space:nowrap}
 .mg-verdicts{display:flex;align-items:center;gap:4px 12px;min-width:0}
 .mg-verdict{display:inline-flex;align-items:center;gap:6px;white-space:nowrap}
 .mg-badge{border:1px solid var(--mg-muted);border-radius:99px;padding:1px 9px;color:var(--mg-ink);line-height:16px}
-.mg-badge-unscored{color:var(--mg-muted)}
-.mg-badge-mild{border-color:var(--mg-alarm);color:var(--mg-alarm)}
-.mg-badge-strong{border-color:var(--mg-alarm);background:var(--mg-alarm);color:var(--mg-ground);font-weight:600}
+.mg-badge-muted{color:var(--mg-muted)}
+.mg-badge-outlined{border-color:var(--mg-alarm);color:var(--mg-alarm)}
+.mg-badge-solid{border-color:var(--mg-alarm);background:var(--mg-alarm);color:var(--mg-ground);font-weight:600}
 .mg-status{color:var(--mg-muted);white-space:nowrap}
 .mg-choices{display:flex;margin-left:auto;border:1px solid var(--mg-grid);border-radius:6px;overflow:hidden}
 .mg-view button.mg-choice{all:unset;box-sizing:border-box;flex:none;height:22px;padding:0 9px;color:var(--mg-muted);cursor:pointer;
@@ -587,44 +479,45 @@ const STYLE = `
 .mg-readout-value{text-align:right}
 .mg-readout-note{color:var(--mg-muted)}
 .mg-reference-text{color:var(--mg-reference)}
+.mg-legend{display:flex;flex:none;flex-wrap:wrap;gap:0 14px;color:var(--mg-muted);font-size:11px;line-height:14px}
+.mg-legend>span{display:flex;align-items:center;gap:5px;white-space:nowrap}
 .mg-note{flex:none;display:-webkit-box;overflow:hidden;color:var(--mg-muted);font-size:11px;line-height:14px;-webkit-box-orient:vertical;
  -webkit-line-clamp:4}
-.mg-readout[hidden],.mg-note[hidden],.mg-empty[hidden]{display:none}
+.mg-readout[hidden],.mg-legend[hidden],.mg-note[hidden],.mg-empty[hidden]{display:none}
 .mg-live{position:absolute;width:1px;height:1px;margin:-1px;overflow:hidden;clip-path:inset(50%);white-space:pre-line}
 .mg-swatch{flex:none;display:block}
 .mg-narrow{padding:6px 6px 2px}
 .mg-narrow .mg-head{gap:4px 6px}
-.mg-narrow .mg-verdicts{gap:4px 6px}
-.mg-narrow .mg-badge{padding:1px 7px}
-.mg-view.mg-narrow button.mg-choice{padding:0 5px;font-size:11px}
+.mg-narrow .mg-verdicts{gap:4px 6px;font-size:11px}
+.mg-narrow .mg-badge{padding:1px 6px}
+.mg-narrow .mg-legend{gap:0 8px;line-height:12px}
+.mg-narrow .mg-legend>span{gap:3px}
+.mg-view.mg-narrow button.mg-choice{padding:0 4px;font-size:11px}
 .mg-text{font-size:11px;stroke:none;fill:var(--mg-muted)}
-.mg-label-run{fill:var(--mg-ink)}.mg-label-reference{fill:var(--mg-reference)}
-.mg-label-proposed{fill:var(--mg-alarm)}.mg-label-corrected{fill:var(--mg-corrected)}
+.mg-label-trigger{fill:var(--mg-alarm)}
 .mg-item{fill:var(--mg-own);font-weight:600}
-.mg-band{fill:var(--mg-band)}.mg-band-line{stroke:var(--mg-band);stroke-width:3;fill:none}
-.mg-grid,.mg-axis,.mg-mean,.mg-trigger,.mg-broken,.mg-pull,.mg-run{fill:none}
+.mg-band,.mg-key-band{fill:var(--mg-band)}.mg-band-line{stroke:var(--mg-band);stroke-width:3;fill:none}
+.mg-grid,.mg-axis,.mg-mean,.mg-trigger,.mg-broken,.mg-run{fill:none}
 .mg-grid{stroke:var(--mg-grid);shape-rendering:crispEdges}.mg-axis{stroke:var(--mg-muted);shape-rendering:crispEdges}
 .mg-mean{stroke:var(--mg-mean);stroke-width:1.2}.mg-mean-point{fill:var(--mg-mean)}
 .mg-trigger{stroke:var(--mg-alarm);shape-rendering:crispEdges}.mg-broken{stroke:var(--mg-muted);stroke-dasharray:2 3}
-.mg-pull{stroke:var(--mg-alarm);stroke-width:1}
 .mg-run{stroke:var(--mg-own);stroke-width:1.8}.mg-run-point,.mg-end{fill:var(--mg-own);stroke:none}
-.mg-proposed{fill:var(--mg-ground);stroke:var(--mg-alarm);stroke-width:1.2}.mg-corrected{fill:var(--mg-corrected)}
+.mg-corrected,.mg-key-corrected{fill:var(--mg-corrected)}
 .mg-rule{stroke:var(--mg-muted);shape-rendering:crispEdges}
 .mg-value{fill:var(--mg-own);stroke:var(--mg-ground);stroke-width:1.5}
 `;
 
 /**
- * The graph in a page. It fills `container`, from 260 x 160 pixels on; `quantity` is what is drawn first, `onQuantity` hears when
- * the user chooses another, `title` stands over the graph, `compact` leaves out what a node has no room for.
+ * The graph in a page. It fills `container`, which should have at least 260 x 160 pixels. `onQuantity` is called when the user
+ * chooses another quantity. `compact` leaves out what a node has no room for.
  */
 export class StabilityGraph {
   #container;
   #compact;
-  #title;
-  #quantity;
+  #quantity = QUANTITIES[0];
   #run = null;
   #message = "no run yet";
-  #told = null;
+  #told = null; // what screen readers were told last
   #timer = null;
   #drawnAt = -Infinity;
   #plot = null; // the layout on show
@@ -632,11 +525,9 @@ export class StabilityGraph {
   #parts = {};
   #watchers = [];
 
-  constructor(container, { quantity = "update", onQuantity = null, title = null, compact = false } = {}) {
+  constructor(container, { onQuantity = null, compact = false } = {}) {
     this.#container = container;
     this.#compact = compact;
-    this.#title = title ? String(title) : null;
-    this.#quantity = known(quantity);
     this.#build(onQuantity);
     const sizes = new ResizeObserver(() => this.#schedule());
     sizes.observe(this.#parts.view);
@@ -653,21 +544,21 @@ export class StabilityGraph {
   }
 
   set quantity(quantity) {
-    this.#quantity = known(quantity);
+    if (!QUANTITIES.includes(quantity)) throw new RangeError(`no quantity ${quantity}; there are ${QUANTITIES.join(", ")}`);
+    this.#quantity = quantity;
     this.#press();
-    this.#plot = null; // another axis: no label has a place to keep
     this.#schedule();
   }
 
-  /** Draws `run` soon, and again whenever the size changes; call it after every step. */
+  /** Draws `run` soon, and again whenever the size changes. To be called after every step. */
   show(run) {
     if (!run) return this.clear();
-    if (run !== this.#run) this.#plot = this.#step = null;
+    if (run !== this.#run) this.#step = null;
     this.#run = run;
     this.#schedule();
   }
 
-  /** Takes the run away; `message` says why there is none. */
+  /** Removes the run. `message` says why there is none. */
   clear(message = "no run yet") {
     this.#run = this.#plot = this.#step = null;
     this.#message = message ?? "";
@@ -704,7 +595,7 @@ export class StabilityGraph {
         this.quantity = quantity;
         onQuantity?.(quantity);
       });
-      // A host drags its node by the pointer, and has its own ideas of Space and Enter.
+      // ComfyUI drags a node by the pointer and has shortcuts on Space and Enter.
       button.addEventListener("pointerdown", (event) => event.stopPropagation());
       for (const kind of ["keydown", "keyup"]) {
         button.addEventListener(kind, (event) => {
@@ -712,11 +603,6 @@ export class StabilityGraph {
         });
       }
       choices.append(button);
-    }
-    if (this.#title) {
-      const title = make("span", "mg-title", { title: this.#title });
-      title.textContent = this.#title;
-      head.append(title);
     }
     head.append(verdicts, status, choices);
 
@@ -731,11 +617,12 @@ export class StabilityGraph {
     readout.hidden = true;
     plot.append(svg, cursor, readout, empty);
 
+    const legend = make("div", "mg-legend", { "aria-hidden": "true" });
     const note = make("div", "mg-note");
     const live = make("div", "mg-live", { "aria-live": "polite" });
-    view.append(head, plot, note, live);
+    view.append(head, plot, legend, note, live);
     this.#container.append(view);
-    this.#parts = { view, verdicts, status, choices, plot, svg, scene, values, cursor, readout, empty, note, live };
+    this.#parts = { view, verdicts, status, choices, plot, svg, scene, values, cursor, readout, empty, legend, note, live };
     this.#press();
 
     const follow = (event) => this.#point(this.#stepAt(event));
@@ -759,7 +646,7 @@ export class StabilityGraph {
     event.stopPropagation();
   }
 
-  /** The step under the pointer, also where the host has scaled the page. */
+  /** The step under the pointer, in a page that the host may have scaled. */
   #stepAt(event) {
     const plot = this.#plot;
     if (!plot?.steps) return null;
@@ -788,7 +675,7 @@ export class StabilityGraph {
   }
 
   #draw() {
-    const { view, plot, svg, scene, empty, note, status } = this.#parts;
+    const { view, plot, svg, scene, empty, legend, note, status } = this.#parts;
     addStyle(view.getRootNode());
     this.#followTheme();
     const narrow = this.#compact || view.clientWidth < 400;
@@ -798,29 +685,33 @@ export class StabilityGraph {
     const taken = run ? stepsTaken(run) : 0;
     const progress = taken ? `step ${taken}${run.planned ? ` of ${run.planned}` : ""}` : "starting";
     status.textContent = !run || run.finished || (narrow && taken) ? "" : progress;
+    legend.replaceChildren(...(run ? legendOf(run, this.#quantity, narrow) : []).map(([role, words]) => {
+      const entry = make("span");
+      entry.append(makeSwatch(SWATCHES[role]), words);
+      return entry;
+    }));
+    legend.hidden = !legend.childElementCount;
     const words = run ? noteOf(run) : null;
     note.hidden = !words;
     note.textContent = note.title = words ?? "";
 
     const { clientWidth: width, clientHeight: height } = plot;
-    if (!width || !height) return; // not on show; the observer of its size will say when it is
-    const before = this.#plot?.labels;
-    this.#plot = run ? layout(run, { width, height, quantity: this.#quantity, compact: narrow, labels: before }) : null;
+    if (!width || !height) return; // hidden: the ResizeObserver calls again when it is shown
+    this.#plot = run ? layout(run, { width, height, quantity: this.#quantity, compact: narrow }) : null;
     svg.setAttribute("width", width);
     svg.setAttribute("height", height);
     scene.replaceChildren(...(this.#plot?.shapes ?? []).map(([tag, attributes, text]) => makeSvg(tag, attributes, text)));
     empty.textContent = run ? (this.#plot.empty ?? "") : this.#message;
     empty.hidden = !empty.textContent;
-    const name = this.#title ? `Stability graph of ${this.#title}` : "Stability graph";
-    svg.setAttribute("aria-label", `${name}: ${AXIS_TITLES[this.#quantity]}. ${run ? summarize(run) : this.#message}`);
+    svg.setAttribute("aria-label", `Stability graph: ${AXIS_TITLES[this.#quantity]}. ${run ? summarize(run) : this.#message}`);
     this.#tell(run);
     this.#drawCursor();
   }
 
-  /** Screen readers hear of a start, an end and a verdict that changes, not of every step. */
+  /** Screen readers are told of the start, the end and every image that triggers, not of every step. */
   #tell(run) {
-    const alarms = run?.items.map((item) => isAlarm(item.verdict) && item.verdict).join();
-    const news = run ? `${run.finished} ${alarms?.replace(/false|,/g, "") && alarms}` : null;
+    const triggered = run?.items.flatMap((item, i) => (TRIGGERED.includes(item.verdict) ? [`${i} ${item.verdict}`] : []));
+    const news = run ? `${run.finished} ${triggered.join()}` : null;
     if (this.#told?.run === run && this.#told.news === news) return;
     this.#told = { run, news };
     this.#parts.live.textContent = run ? summarize(run) : "";
@@ -828,30 +719,28 @@ export class StabilityGraph {
 
   #drawVerdicts(run, width, narrow) {
     const items = run?.items ?? [];
-    const entry = (verdict, words, score, tooltip, swatch) => {
-      const element = make("span", "mg-verdict", { title: tooltip });
-      const badge = make("span", `mg-badge mg-badge-${verdict}`);
+    const lines = items.length ? summarize(run) : "";
+    const entry = (verdict, words, score, index) => {
+      const element = make("span", "mg-verdict", { title: lines });
+      const badge = make("span", `mg-badge mg-badge-${BADGES[verdict]}`);
       badge.textContent = words;
-      if (swatch !== undefined) element.append(makeSwatch(swatch));
+      if (index !== undefined) element.append(makeSwatch(runSwatch(index)));
       element.append(badge, score);
       return element;
     };
-    const lines = items.length ? summarize(run) : "";
-    const scoreOf = (item) => {
-      if (item.tail !== null) return rarity(item.tail);
-      return item.score === null ? "" : scoreText(item.score);
+    const scoreOf = ({ pValue, score }, name) => {
+      if (pValue !== null) return rarity(pValue);
+      return score === null ? "" : `${name}${scoreText(score)}`;
     };
     let entries;
     if (items.length === 1) {
-      const score = scoreOf(items[0]);
-      const named = score && !narrow && items[0].tail === null;
-      entries = [entry(items[0].verdict, items[0].verdict, named ? `S_mem ${score}` : score, lines)];
-    } else if (items.length * 125 + 190 <= width) {
-      entries = items.map((item, i) => entry(item.verdict, `${i + 1} ${item.verdict}`, scoreOf(item), lines, i));
+      entries = [entry(items[0].verdict, items[0].verdict, scoreOf(items[0], narrow ? "" : "S_mem "))];
+    } else if (items.length * 150 + 190 <= width) {
+      entries = items.map((item, i) => entry(item.verdict, `${i + 1} ${item.verdict}`, scoreOf(item, ""), i));
     } else {
-      entries = ["strong", "mild", "stable", "unscored"].flatMap((verdict) => {
+      entries = Object.keys(BADGES).flatMap((verdict) => {
         const count = items.filter((item) => item.verdict === verdict).length;
-        return count ? [entry(verdict, `${count}× ${verdict}`, "", lines)] : [];
+        return count ? [entry(verdict, `${count}× ${verdict}`, "")] : [];
       });
     }
     this.#parts.verdicts.replaceChildren(...entries);
@@ -894,17 +783,15 @@ export class StabilityGraph {
       element.append(text);
       return element;
     };
-    // A batch that is higher than the graph goes on in a second column, in fewer words.
+    // A batch with more rows than fit gets further columns, and fewer words.
     const groups = Math.ceil((at.items.length + Number.isFinite(at.mean)) / room);
     const rows = at.items.map((item, i) => {
       const name = cell("mg-readout-name", at.items.length > 1 ? String(i + 1) : "this run");
-      name.prepend(makeSwatch(i));
-      const changed = groups === 1 && item.corrected && Number.isFinite(item.proposed) && item.proposed !== item.value;
-      const value = changed ? `${short(item.proposed)} → ${short(item.value)}` : short(item.value);
+      name.prepend(makeSwatch(runSwatch(i)));
       const notes = [];
       if (Number.isFinite(item.score)) notes.push(`${scoreText(item.score)} sd`);
       if (item.corrected && groups === 1) notes.push("corrected");
-      return [name, cell("mg-readout-value", value), cell("mg-readout-note", notes.join(", "))];
+      return [name, cell("mg-readout-value", short(item.value)), cell("mg-readout-note", notes.join(", "))];
     });
     if (Number.isFinite(at.mean)) {
       const range = cell("mg-readout-value mg-reference-text", `${short(at.mean)} ± ${short(at.half)}`);
@@ -929,14 +816,9 @@ function wordsOf(at) {
   return [`step ${at.step}`, ...items].join("; ");
 }
 
-function known(quantity) {
-  if (!QUANTITIES.includes(quantity)) throw new RangeError(`no quantity ${quantity}; there are ${QUANTITIES.join(", ")}`);
-  return quantity;
-}
-
 const hasModifier = (event) => event.ctrlKey || event.metaKey || event.altKey;
 
-/** "dark" or "light" if an element around says so, in the ways that hosts do; otherwise the reader's preference holds. */
+/** "dark" or "light" where an element around the graph says so, as hosts do; null where the reader's preference decides. */
 function themeHint(element) {
   for (let at = element; at; at = at.parentElement ?? at.getRootNode().host) {
     const said = at.dataset?.theme ?? "";
@@ -969,8 +851,17 @@ function makeSvg(tag, attributes, text) {
   return element;
 }
 
-function makeSwatch(index) {
+const runSwatch = (index) => ["polyline", { class: "mg-run", points: "1,4 17,4", ...styleOf(index) }];
+const SWATCHES = {
+  run: runSwatch(0),
+  trigger: ["polyline", { class: "mg-trigger", points: "9,0 9,8" }],
+  broken: ["polyline", { class: "mg-broken", points: "9,0 9,8" }],
+  corrected: ["circle", { class: "mg-key-corrected", cx: 9, cy: 4, r: 2.6 }],
+  band: ["rect", { class: "mg-key-band", width: 18, height: 8 }],
+};
+
+function makeSwatch([tag, attributes]) {
   const svg = makeSvg("svg", { class: "mg-swatch", width: 18, height: 8, "aria-hidden": "true" });
-  svg.append(makeSvg("polyline", { class: "mg-run", points: "1,4 17,4", ...styleOf(index) }));
+  svg.append(makeSvg(tag, attributes));
   return svg;
 }

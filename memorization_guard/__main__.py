@@ -1,5 +1,5 @@
 """``python -m memorization_guard`` is the console command ``memorization-guard``."""
 
-from .cli.main import main
+from .cli import main
 
 main()

@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from .core.errors import GuardError
 from .core.trace import STATEMENT, Trace
 from .fingerprint import content_hash
 
@@ -34,6 +35,11 @@ SIDECAR = ".stability.json"
 NO_SIGNATURE = "These checks find changes; they are no signature: whoever can change the file can write a trace that fits."
 
 Check = Literal["match", "differ", "unknown"]
+
+
+class EvidenceError(GuardError, ValueError):
+    """An image whose record cannot be checked; the message is one line, and may quote the file."""
+
 
 # What the hosts write. Pillow opens more, and some of it by calling other programs.
 _FORMATS = ("PNG", "JPEG", "WEBP", "AVIF")
@@ -154,8 +160,8 @@ def verify(path: str | Path) -> Verification:
     Raises:
         FileNotFoundError: if there is no such file.
         OSError: if it cannot be read.
-        ValueError: if it is no image, holds more pixels than Pillow decodes, or has no record, or one that is damaged or of a
-            newer version. The message is one line, and may quote the file.
+        EvidenceError: if it is no image, holds more pixels than Pillow decodes, or has no record, or one that is damaged or
+            of a newer version.
     """
     path = Path(path)
     if not path.is_file():
@@ -165,7 +171,7 @@ def verify(path: str | Path) -> Verification:
     if not source:
         found_in = path.with_suffix(SIDECAR)
         if not found_in.is_file():
-            raise ValueError(f"{path.name} carries no trace, and there is no {found_in.name} beside it")
+            raise EvidenceError(f"{path.name} carries no trace, and there is no {found_in.name} beside it")
         source = found_in.read_text(encoding="utf-8", errors="replace")
     checked = [_check(data, kind, pixels, text) for data in _records(source, found_in.name)]
     # The best answer of all records about the pixels, as the others may be of other images of the same workflow.
@@ -196,7 +202,7 @@ def _read_image(path: Path) -> tuple[str, str, Mapping[str, str]]:
             return str(image.format), pixel_hash(image), dict(getattr(image, "text", {}))
     except Exception as error:  # a decoder may fail in any way at a file that somebody made up
         why = str(error) if isinstance(error, Image.DecompressionBombError) else type(error).__name__
-        raise ValueError(f"{path.name} cannot be read as an image ({', '.join(_FORMATS)}): {why}") from None
+        raise EvidenceError(f"{path.name} cannot be read as an image ({', '.join(_FORMATS)}): {why}") from None
 
 
 def _records(source: str, name: str) -> list[Mapping[str, Any]]:
@@ -204,16 +210,16 @@ def _records(source: str, name: str) -> list[Mapping[str, Any]]:
     try:
         data = json.loads(source)
     except (ValueError, RecursionError):
-        raise ValueError(f"the trace in {name} is damaged: it is no JSON") from None
+        raise EvidenceError(f"the trace in {name} is damaged: it is no JSON") from None
     records = list(data.values()) if isinstance(data, dict) and "format" not in data else [data]
     if not records:
-        raise ValueError(f"{name} carries no trace")
+        raise EvidenceError(f"{name} carries no trace")
     for each in records:
         if not isinstance(each, dict) or each.get("format") != FORMAT:
-            raise ValueError(f"what {name} holds as its trace is no evidence record: its 'format' is not {FORMAT!r}")
+            raise EvidenceError(f"what {name} holds as its trace is no evidence record: its 'format' is not {FORMAT!r}")
         if each.get("version") != FORMAT_VERSION:
             version = repr(each.get("version"))[:20]
-            raise ValueError(
+            raise EvidenceError(
                 f"the evidence record in {name} has version {version}, this version of Memorization Guard reads "
                 f"{FORMAT_VERSION}: update it"
             )
@@ -247,7 +253,7 @@ def _check(data: Mapping[str, Any], kind: str, pixels: str, text: Mapping[str, s
         state, image = "differ" if kind == "PNG" else "unknown", 0 if batch == 1 else None
     rows = [row for row in rows if image is None or row[1] in (None, image)]
     if not rows:
-        raise ValueError("the evidence record holds no trace of this image")
+        raise EvidenceError("the evidence record holds no trace of this image")
     return _Checked(
         traces=[trace for trace, _, _ in rows],
         images=[number for _, number, _ in rows],
@@ -292,11 +298,11 @@ def _rows(data: Mapping[str, Any]) -> list[tuple[Trace, int | None, str]]:
     except (KeyError, TypeError, ValueError):
         whole = False
     if not whole:
-        raise ValueError("the evidence record is incomplete or damaged")
+        raise EvidenceError("the evidence record is incomplete or damaged")
     try:
         traces = [Trace.from_dict(trace) for trace, _, _ in rows]
         for trace in traces:
             trace.to_dict()  # computes what follows from its numbers, some of which no run can have
-    except ArithmeticError as error:
-        raise ValueError(f"a trace of the evidence record holds impossible numbers: {error}") from None
+    except (ArithmeticError, ValueError) as error:
+        raise EvidenceError(f"a trace of the evidence record cannot be read: {error}") from None
     return [(trace, number, run) for trace, (_, number, run) in zip(traces, rows, strict=True)]

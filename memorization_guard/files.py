@@ -1,10 +1,34 @@
-"""Files are written whole or not at all: a reader never sees half of one, and a full disk leaves the old one standing."""
+"""Files that are written whole or not at all, and names out of data, which are checked before they become paths."""
 
 from __future__ import annotations
 
 import os
 import tempfile
+import unicodedata
 from pathlib import Path
+
+
+def path_inside(folder: Path, name: str) -> Path:
+    """The file that ``name`` means in ``folder``. Every name that comes out of data becomes a path here.
+
+    Args:
+        folder: the only folder whose files may be meant.
+        name: relative to it, such as a row's ``file``.
+
+    Raises:
+        ValueError: if no file can have this name (it is empty, or holds a control character or half a surrogate pair), or if
+            it leads out of the folder, also by a link.
+    """
+    if not name or any(unicodedata.category(character) in ("Cc", "Cs") for character in name):
+        raise ValueError(f"{name!r} cannot be the name of a file")
+    try:
+        path = (folder / name).resolve()
+        inside = path.is_relative_to(folder.resolve())
+    except (OSError, RuntimeError):  # a link that leads to itself
+        raise ValueError(f"{name!r} cannot be the name of a file") from None
+    if not inside:
+        raise ValueError(f"{name!r} lies outside {folder}")
+    return path
 
 
 def write_whole(path: str | os.PathLike[str], data: bytes | str) -> Path:

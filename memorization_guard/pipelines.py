@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .core.errors import GuardError
 
-class ModelError(Exception):
-    """A model that cannot be loaded; the message says why and what to do."""
+
+class ModelError(GuardError):
+    """A model that cannot be loaded."""
 
 
 @dataclass(frozen=True)

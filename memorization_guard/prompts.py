@@ -12,9 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from .core.calibration import MIN_RUNS, CalibrationError
+from .core.errors import GuardError
+
+#: The seeds of a list's images begin this far above those of the reference prompts, and a second list's this far above the
+#: first's, so that no noise is used twice.
+SEED_STRIDE = 1_000_000
 
 #: Keys and columns that hold a prompt, in the order in which they are looked for.
 COLUMNS = ("caption", "prompt", "text")
+
+
+class PromptListError(GuardError, ValueError):
+    """A prompt list that cannot be used."""
 
 
 def reference_prompts() -> list[str]:
@@ -65,11 +74,11 @@ def read_prompts(path: str | os.PathLike[str]) -> list[str]:
     """The prompts of a list, all at once; formats and errors are those of :func:`stream_prompts`.
 
     Raises:
-        ValueError: also if it holds no prompt.
+        PromptListError: also if it holds no prompt.
     """
     prompts = [listed.text for listed in stream_prompts(path)]
     if not prompts:
-        raise ValueError(f"{path} holds no prompt")
+        raise PromptListError(f"{path} holds no prompt")
     return prompts
 
 
@@ -85,13 +94,13 @@ def stream_prompts(path: str | os.PathLike[str], column: str | None = None) -> I
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it cannot be read, naming the line.
+        PromptListError: if it cannot be read, naming the line.
     """
     path = Path(path)
     readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
     reader = readers.get(path.suffix.lower())
     if reader is None:
-        raise ValueError(
+        raise PromptListError(
             f"{path}: prompt lists are .txt (a prompt a line), .jsonl (objects with a caption or prompt), .csv or .parquet"
         )
     if not path.is_file():
@@ -110,11 +119,11 @@ def _read_jsonl(path: Path, column: str | None) -> Iterator[ListedPrompt]:
         try:
             row = json.loads(text)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: not JSON ({error.msg})") from None
+            raise PromptListError(f"{where}: not JSON ({error.msg})") from None
         keys = _Keys(row, column) if isinstance(row, dict) else None
         found = keys.listed(row, line, where) if keys is not None else None
         if found is None:
-            raise ValueError(
+            raise PromptListError(
                 f"{where}: no text under the key {repr(column) if column else f'{COLUMNS[0]!r} or {COLUMNS[1]!r}'}"
             )
         yield found
@@ -127,7 +136,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
             try:
                 text = raw.decode("utf-8-sig" if line == 1 else "utf-8").strip()
             except UnicodeDecodeError:
-                raise ValueError(f"{path}, line {line}, is not UTF-8 text: save it as UTF-8") from None
+                raise PromptListError(f"{path}, line {line}, is not UTF-8 text: save it as UTF-8") from None
             if text:
                 yield line, text
 
@@ -141,14 +150,14 @@ def _read_csv(path: Path, column: str | None) -> Iterator[ListedPrompt]:
             rows = csv.DictReader(stream, delimiter=max(",;\t", key=header.count))
             keys = _Keys(rows.fieldnames or (), column)
             if keys.text is None:
-                raise ValueError(_no_column(path, rows.fieldnames or (), column))
+                raise PromptListError(_no_column(path, rows.fieldnames or (), column))
             for row in rows:
                 if listed := keys.listed(row, rows.line_num, f"{path}, line {rows.line_num}"):
                     yield listed
         except UnicodeDecodeError:
-            raise ValueError(f"{path} is not UTF-8 text: save it as UTF-8") from None
+            raise PromptListError(f"{path} is not UTF-8 text: save it as UTF-8") from None
         except csv.Error as error:
-            raise ValueError(f"{path}, line {rows.line_num}: {error}") from None
+            raise PromptListError(f"{path}, line {rows.line_num}: {error}") from None
 
 
 def _read_parquet(path: Path, column: str | None) -> Iterator[ListedPrompt]:
@@ -156,13 +165,13 @@ def _read_parquet(path: Path, column: str | None) -> Iterator[ListedPrompt]:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError:
-        raise ValueError(f'{path}: .parquet needs pyarrow: pip install "memorization-guard[audit]"') from None
+        raise PromptListError(f'{path}: .parquet needs pyarrow: pip install "memorization-guard[audit]"') from None
     try:
         with pq.ParquetFile(path) as file:
             names = file.schema_arrow.names
             keys = _Keys(names, column)
             if keys.text is None:
-                raise ValueError(_no_column(path, names, column))
+                raise PromptListError(_no_column(path, names, column))
             line = 0
             for batch in file.iter_batches(batch_size=8192, columns=[name for name in keys if name is not None]):
                 for row in batch.to_pylist():
@@ -170,7 +179,7 @@ def _read_parquet(path: Path, column: str | None) -> Iterator[ListedPrompt]:
                     if listed := keys.listed(row, line, f"{path}, row {line}"):
                         yield listed
     except pa.ArrowException as error:
-        raise ValueError(f"{path} cannot be read as Parquet: {error}") from None
+        raise PromptListError(f"{path} cannot be read as Parquet: {error}") from None
 
 
 def _no_column(path: Path, names: Iterable[str], column: str | None) -> str:
@@ -204,14 +213,14 @@ class _Keys:
         try:
             text.encode()
         except UnicodeEncodeError:
-            raise ValueError(f"{where}: the prompt holds half a character (a lone surrogate)") from None
+            raise PromptListError(f"{where}: the prompt holds half a character (a lone surrogate)") from None
         if seed is not None and seed != "":
             try:
                 seed = int(seed)
             except (ValueError, TypeError, OverflowError):
                 seed = -1
             if not 0 <= seed < 2**63:
-                raise ValueError(f"{where}: the seed is {row.get(self.seed or '')!r}; give a whole number from 0")
+                raise PromptListError(f"{where}: the seed is {row.get(self.seed or '')!r}; give a whole number from 0")
         else:
             seed = None
         images = (

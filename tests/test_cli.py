@@ -38,12 +38,12 @@ def test_calibrate_then_trace(call, model, prompts, tmp_path):
 
     files = {"--json": tmp_path / "t.json", "--plot": tmp_path / "t.svg", "--image": tmp_path / "t.png"}
     options = [part for pair in files.items() for part in pair]
-    result = call("trace", model, "a <b>cat</b>", "--profile", profile, "--mitigate", *QUICK, *options)
+    result = call("trace", model, "a <b>cat</b>", "--profile", profile, "--mode", "mitigate", *QUICK, *options)
     assert result.exit_code == 0, result.output
     data = json.loads(files["--json"].read_text())
     jsonschema.Draft202012Validator(trace_schema()).validate(data)
     assert f"verdict: {data['verdict']}" in result.output
-    assert data["verdict"] in ("stable", "mild", "strong")
+    assert data["verdict"] in ("stable", "likely copy")
     ET.parse(files["--plot"])
     assert Image.open(files["--image"]).size == (16, 16)
     assert STATEMENT in result.output
@@ -60,7 +60,7 @@ def test_calibrate_then_trace(call, model, prompts, tmp_path):
     assert shown["steps"] == data["steps"]
     ET.parse(tmp_path / "v.svg")
     settings = json.loads(Image.open(files["--image"]).text[SETTINGS_KEY])
-    assert (settings["prompt"], settings["seed"], settings["mitigate"]) == ("a <b>cat</b>", 0, True)
+    assert (settings["prompt"], settings["seed"], settings["mode"]) == ("a <b>cat</b>", 0, "mitigate")
 
 
 def test_without_a_profile_it_says_that_nothing_is_scored(call, model, tmp_path):
@@ -105,7 +105,7 @@ def test_what_a_user_can_get_wrong_ends_in_one_line_and_exit_code_2(call, model,
     one_line_error(call("trace", model, "a cat", "--json", tmp_path / "no" / "t.json"), "does not exist")
     one_line_error(call("trace", model, "a cat", "--json", tmp_path), "is a folder")
     one_line_error(call("trace", model, "a cat", "--json", "/dev/null"), "no ordinary file")
-    one_line_error(call("trace", model, "a cat", "--mitigate"), "needs a --profile")
+    one_line_error(call("trace", model, "a cat", "--mode", "mitigate"), "needs a --profile")
     one_line_error(call("trace", model, "a cat", "--config", tmp_path / "empty"), "no model_index.json")
     one_line_error(call("calibrate", model, "--prompts", missing.with_suffix(".txt"), "-o", out), "no prompt list")
     (tmp_path / "bad.txt").write_bytes(b"\xff\xff")

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.metrics import auc
 
 from memorization_guard.core.calibration import Calibrator
 from memorization_guard.evaluation import statistics as metrics
@@ -22,22 +23,23 @@ from diffusers import StableDiffusionPipeline
 from typer.testing import CliRunner
 
 from memorization_guard import lab
-from memorization_guard.cli.main import app
+from memorization_guard.audit import AuditError
+from memorization_guard.audit.worker import Recipe
+from memorization_guard.cli.app import app
 from memorization_guard.core.trace import STATEMENT
 from memorization_guard.diffusers import guard
+from memorization_guard.evaluation import EvaluationError
 from memorization_guard.evaluation import evaluate as evaluation
-from memorization_guard.evaluation.evaluate import (
-    CopyScorer,
-    EvaluationError,
-    Prompt,
-    Sample,
-    read_list,
-    summarize,
-    write_report,
-)
-from memorization_guard.reports.evaluation import html_report
+from memorization_guard.evaluation.copies import CopyScorer
+from memorization_guard.evaluation.lists import Prompt, read_list
+from memorization_guard.evaluation.signals import SIGNALS
+from memorization_guard.evaluation.summary import Sample, summarize
+from memorization_guard.prompts import SEED_STRIDE
+from memorization_guard.reports import evaluation as page_module
+from memorization_guard.reports.evaluation import html_report, write_report
 
-DATA = Path(os.environ.get("MEMORIZATION_GUARD_DATA", Path(__file__).parents[2] / "shared" / "data"))
+#: Folder of the literature's prompt lists, which are not part of the repository.
+DATA = Path(os.environ.get("MEMORIZATION_GUARD_DATA", ""))
 
 
 def call(*arguments):
@@ -114,7 +116,7 @@ def test_the_lab_model_from_end_to_end_with_an_interruption(lists, batches, tmp_
     batches.interrupt = (2 + 2,)  # after both batches of the calibration and two of three of the evaluation
     result = call("lab", *options, "--save-profile", tmp_path / "p.safetensors", "-o", tmp_path / "report")
     assert result.exit_code == 130, result.output
-    assert "report.partial.jsonl" in result.stderr
+    assert "report.partial" in result.stderr
     assert not (tmp_path / "report.html").exists()
     result = call("lab", *options, "--save-profile", tmp_path / "p.safetensors", "-o", tmp_path / "report.html")
     assert result.exit_code == 0, result.output
@@ -129,7 +131,7 @@ def test_the_lab_model_from_end_to_end_with_an_interruption(lists, batches, tmp_
     assert [group["name"] for group in data["groups"]] == ["memorized", "verbatim", "template"]
     assert [group["images"] for group in data["groups"]] == [4, 2, 2]
     assert data["ordinary"]["images"] == 6
-    assert set(data["groups"][0]["signals"]) == set(evaluation.SIGNALS)
+    assert set(data["groups"][0]["signals"]) == set(SIGNALS)
     signal = data["groups"][0]["signals"]["guidance norm, mean"]
     assert signal["auc"] > 0.9
     assert signal["roc"]["fpr"][-1] == signal["roc"]["tpr"][-1] == 1
@@ -139,7 +141,7 @@ def test_the_lab_model_from_end_to_end_with_an_interruption(lists, batches, tmp_
     assert data["settings"]["sampler"] == "PNDM"
     page = whole_page((tmp_path / "report.html").read_text())
     assert memorized[0] in page.text
-    assert page.seen.count("figure") == 3 * 3 + len(evaluation.SIGNALS)
+    assert page.seen.count("figure") == 3 * 3 + len(SIGNALS)
 
     # The same without an interruption, with the profile kept, in other batches.
     result = call(
@@ -152,7 +154,7 @@ def test_the_lab_model_from_end_to_end_with_an_interruption(lists, batches, tmp_
         assert {**one, "signals": 0} == {**other, "signals": 0}
 
 
-@pytest.mark.skipif(not DATA.is_dir(), reason=f"the literature's prompt lists are not at {DATA}")
+@pytest.mark.skipif("MEMORIZATION_GUARD_DATA" not in os.environ, reason="MEMORIZATION_GUARD_DATA names no folder of lists")
 def test_the_lists_of_the_literature_are_taken_as_they_are(tiny_pipe, tmp_path):
     bad, good = DATA / "sd14_memorized_prompts.jsonl", DATA / "sd14_ordinary_prompts.txt"
     prompts = [prompt.text for prompt in read_list(bad)]
@@ -169,9 +171,10 @@ def test_the_lists_of_the_literature_are_taken_as_they_are(tiny_pipe, tmp_path):
     assert [s["prompt"] for s in json.loads((tmp_path / "r.json").read_text())["samples"][:3]] == prompts[:3]
 
 
-# Resuming.
+# Sampling both lists.
 
 KEYWORDS = {"num_inference_steps": 3, "guidance_scale": 4.0, "height": 16, "width": 16}
+RECIPE = {"steps": 3, "guidance": 4.0, "height": 16, "width": 16, "device": "cpu"}
 
 
 @pytest.fixture
@@ -185,61 +188,57 @@ def profile(tiny_pipe):
 
 
 @pytest.fixture
-def evaluate(tiny_pipe, profile, tmp_path):
-    def run(count=2, **keywords):
-        bad = keywords.pop("memorized", [Prompt(text=f"a red cat {i}") for i in range(count)])
+def evaluate(model, profile, tmp_path):
+    profile.save(tmp_path / "p.safetensors")
+
+    def run(count=2, *, images=(), **changes):
+        bad = [Prompt(text=f"a red cat {i}", kind="cat", images=images) for i in range(count)]
         good = [Prompt(text=f"a blue dog {i}") for i in range(2)]
-        options = KEYWORDS | {"batch_size": 1, "state": tmp_path / "state.jsonl", "progress": False} | keywords
-        return evaluation.evaluate(tiny_pipe, bad, good, profile, **options)
+        names = set(changes) & set(RECIPE)
+        recipe = Recipe(model=str(model), **RECIPE | {name: changes.pop(name) for name in names})
+        options = {"profile": tmp_path / "p.safetensors", "batch_size": 1, "progress": False} | changes
+        return evaluation.evaluate(recipe, bad, good, tmp_path / "folder", **options)
 
     return run
 
 
-def test_a_state_whose_last_line_was_cut_off_loses_that_line_alone(evaluate, batches, tmp_path):
-    state = tmp_path / "state.jsonl"
-    complete = evaluate(seeds_per_prompt=2)
-    assert len(complete) == len(batches) == 8
-    content = state.read_bytes()
-    for cut, again in ((1, 1), (30, 1)):
-        batches.clear()
-        state.write_bytes(content[:-cut])
-        assert evaluate(seeds_per_prompt=2) == complete
-        assert len(batches) == again
-        assert state.read_bytes() == content
-    # As a power cut may leave it: the length is there, the content is not.
-    state.write_bytes(content[: content[:-1].rindex(b"\n") + 1] + b"\0" * 20 + b"\n")
-    assert evaluate(seeds_per_prompt=2) == complete
-    assert state.read_bytes() == content
+def test_both_lists_are_sampled_with_seeds_of_their_own(evaluate, batches):
+    found = evaluate(seeds_per_prompt=2, seed=5)
+    assert [(sample.memorized, sample.kind) for sample in found] == [(True, "cat")] * 4 + [(False, None)] * 4
+    assert [sample.seed for sample in found] == [5 + SEED_STRIDE + i for i in range(4)] + [
+        5 + 2 * SEED_STRIDE + i for i in range(4)
+    ]
+    assert [sample.prompt for sample in found[::2]] == ["a red cat 0", "a red cat 1", "a blue dog 0", "a blue dog 1"]
+    assert all(sample.verdict != "unscored" for sample in found)
+    assert set(found[0].signals) == set(SIGNALS)
+    # Nothing is sampled twice; the first batch tells whether the profile fits.
+    assert len(batches) == 1 + 8
+    assert evaluate(seeds_per_prompt=2, seed=5) == found
+    assert len(batches) == 1 + 8
 
 
-def test_a_state_of_something_else_is_refused(evaluate, tmp_path):
-    state = tmp_path / "state.jsonl"
+def test_an_interrupted_evaluation_goes_on_where_it_stopped(evaluate, batches):
+    batches.interrupt = (3,)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate()
+    found = evaluate(batch_size=2)
+    assert [len(batch) for batch in batches] == [1, 1, 1, 2]
+    assert [sample.prompt for sample in found] == ["a red cat 0", "a red cat 1", "a blue dog 0", "a blue dog 1"]
+
+
+def test_the_folder_of_another_evaluation_is_refused(evaluate, profile, tmp_path):
     evaluate()
-    lines = state.read_bytes().splitlines(keepends=True)
-    for other in ({"guidance_scale": 5.0}, {"count": 3}, {"seed": 1}, {"seeds_per_prompt": 2}):
-        with pytest.raises(EvaluationError, match="other prompts, settings, model or profile: delete it"):
+    for other in ({"guidance": 5.0}, {"count": 3}, {"seed": 1}, {"seeds_per_prompt": 2}):
+        with pytest.raises(AuditError, match="folder/audit holds an audit with other"):
             evaluate(**other)
-    header = json.loads(lines[0])
-    for other in (np.array(header["profile"]) * 1.01, np.array(header["profile"])[:, :2]):
-        state.write_bytes(json.dumps(header | {"profile": other.tolist()}).encode() + b"\n")
-        with pytest.raises(EvaluationError, match="model or profile: delete it"):
-            evaluate()
-    state.write_bytes(b"".join([*lines[:2], b"{}\n", *lines[3:]]))
-    with pytest.raises(EvaluationError, match="line 3, is damaged"):
+    dataclasses.replace(profile, count=profile.count + 1).save(tmp_path / "p.safetensors")
+    with pytest.raises(AuditError, match="other profile"):
         evaluate()
-    state.write_bytes(b"".join([lines[0], *lines[2:]]))
-    with pytest.raises(EvaluationError, match="holds other images"):
-        evaluate()
-    for content in (b"a letter\n", b"a letter"):
-        state.write_bytes(content)
-        with pytest.raises(EvaluationError, match="is no state of an evaluation"):
-            evaluate()
-        assert state.read_bytes() == content
 
 
 def test_a_profile_that_does_not_fit_ends_it_after_one_batch(evaluate, batches):
-    with pytest.raises(EvaluationError, match="guidance scale: profile 4"):
-        evaluate(guidance_scale=9.0)
+    with pytest.raises(AuditError, match="latent shape: profile"):
+        evaluate(height=32)
     assert len(batches) == 1
 
 
@@ -318,25 +317,25 @@ def test_copy_scores_through_the_command(tiny_pipe, batches, tmp_path):
     assert "median similarity" in whole_page((tmp_path / "r.html").read_text()).text
 
     scorer = CopyScorer(sscd)
-    assert scorer(Image.open(folder / "01.png"), [folder / "2.jpg", folder / "01.png"]) == pytest.approx(1, abs=1e-5)
+    assert scorer(folder / "01.png", [folder / "2.jpg", folder / "01.png"]) == pytest.approx(1, abs=1e-5)
     kept = tiny_pipe(
-        "a dog", generator=torch.Generator().manual_seed(evaluation.SEED_STRIDE + 2), **KEYWORDS | {"guidance_scale": 7.5}
+        "a dog", generator=torch.Generator().manual_seed(SEED_STRIDE + 2), **KEYWORDS | {"guidance_scale": 7.5}
     ).images[0]
-    assert scores[2] == pytest.approx(scorer(kept, [folder / "2.jpg"]), abs=0.02)
+    kept.save(tmp_path / "kept.png")
+    assert scores[2] == pytest.approx(scorer(tmp_path / "kept.png", [folder / "2.jpg"]), abs=0.02)
 
 
-def test_the_safety_checker_is_left_out_for_copy_scores_and_put_back(evaluate, tiny_pipe, tmp_path):
-    file = tmp_path / "1.png"
-    Image.new("RGB", (16, 16)).save(file)
-
+def test_the_safety_checker_is_left_out_since_it_would_hand_out_black_images(evaluate, tiny_pipe, tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("the safety checker was asked")
 
     tiny_pipe.safety_checker = refuse
+    monkeypatch.setattr("memorization_guard.audit.worker.load_pipeline", lambda *_, **__: tiny_pipe)
+    file = tmp_path / "1.png"
+    Image.new("RGB", (16, 16)).save(file)
     scorer = CopyScorer(saved(Grid(), tmp_path / "grid.pt"))
-    samples = evaluate(memorized=[Prompt(text="a cat", images=(file,))], copies=scorer)
-    assert samples[0].copy_score is not None
-    assert tiny_pipe.safety_checker is refuse
+    samples = evaluate(copies=scorer, images=(file,))
+    assert [sample.copy_score is None for sample in samples] == [False, False, True, True]
 
 
 def test_what_a_user_can_get_wrong_is_said_before_the_model_is_loaded(lists, tmp_path):
@@ -385,10 +384,10 @@ def samples(memorized=("m0", "m1"), ordinary=("o0", "o1", "o2"), **changes):
             prompt=text,
             kind=None,
             seed=seed,
-            verdict="mild" if bad else "stable",
+            verdict="likely copy" if bad else "stable",
             trigger_step=2 if bad else None,
             note=None,
-            signals={name: number + 3.0 * bad + 0.3 * (seed % 7) for number, name in enumerate(evaluation.SIGNALS)},
+            signals={name: number + 3.0 * bad + 0.3 * (seed % 7) for number, name in enumerate(SIGNALS)},
         )
         for bad, texts in ((True, memorized), (False, ordinary))
         for seed, text in enumerate(texts)
@@ -402,12 +401,12 @@ def summary(rows, **keywords):
 def test_a_signal_without_values_is_left_out_and_said():
     rows = samples()
     for row in rows:
-        row.signals["alignment"] = None
+        row.signals["local score"] = None
     rows[0].signals["S_mem"] = None
     result = summary(rows)
-    assert "alignment" not in result["groups"][0]["signals"]
+    assert "local score" not in result["groups"][0]["signals"]
     assert result["groups"][0]["signals"]["S_mem"]["images"] == 1
-    assert any("alignment: no memorized image has a value" in warning for warning in result["warnings"])
+    assert any("local score: no memorized image has a value" in warning for warning in result["warnings"])
     assert any("S_mem: 1 of 2 memorized images" in warning for warning in result["warnings"])
     whole_page(html_report(result))
 
@@ -419,11 +418,12 @@ def test_without_any_signal_the_page_still_stands():
     whole_page(html_report(summary(rows)))
 
 
-def test_guidance_1_leaves_the_guidance_signals_out(evaluate, profile):
-    object.__setattr__(profile, "settings", dataclasses.replace(profile.settings, guidance_scale=1.0))
-    signals = summary(evaluate(guidance_scale=1.0))["groups"][0]["signals"]
+def test_guidance_1_leaves_the_guidance_signals_out(evaluate, profile, tmp_path):
+    unguided = dataclasses.replace(profile.settings, guidance_scale=1.0)
+    dataclasses.replace(profile, settings=unguided).save(tmp_path / "p.safetensors")
+    signals = summary(evaluate(guidance=1.0))["groups"][0]["signals"]
     assert {"S_mem", "joint score"} <= set(signals)
-    assert not {"guidance norm, mean", "guidance norm, first step", "alignment", "uncalibrated score"} & set(signals)
+    assert not {"guidance norm, mean", "guidance norm, first evaluation", "uncalibrated score"} & set(signals)
 
 
 def test_kinds_and_copies_are_groups_of_their_own():
@@ -465,7 +465,7 @@ def test_hostile_and_odd_numbers_and_texts_are_drawn():
     for row in rows:
         row.signals["S_mem"] = 5.0
         row.signals["joint score"] = 10.0 ** (row.seed * 40)
-        row.signals["alignment"] = -1e-9 * row.seed
+        row.signals["local score"] = -1e-9 * row.seed
     page = whole_page(html_report(summary(rows, settings={"model": "<b>"})))
     assert "<script>alert(1)</script>" in page.text
     assert "\x00" not in page.text
@@ -475,7 +475,7 @@ def test_both_files_are_written_or_neither(tmp_path, monkeypatch):
     result = summary(samples())
     page, data = tmp_path / "r.html", tmp_path / "r.json"
     page.write_text("before")
-    original, calls = evaluation.write_whole, []
+    original, calls = page_module.write_whole, []
 
     def full(path, content):
         calls.append(path)
@@ -483,7 +483,7 @@ def test_both_files_are_written_or_neither(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         return original(path, content)
 
-    monkeypatch.setattr(evaluation, "write_whole", full)
+    monkeypatch.setattr(page_module, "write_whole", full)
     with pytest.raises(OSError, match="No space left"):
         write_report(result, page, data)
     assert page.read_text() == "before"
@@ -498,21 +498,35 @@ def test_both_files_are_written_or_neither(tmp_path, monkeypatch):
 # Metrics.
 
 
-def test_detection_is_that_of_scikit_learn():
-    sklearn = pytest.importorskip("sklearn.metrics")
+def pairwise_auc(positive, negative):
+    """The share of pairs in which the positive is the higher one, ties counting half (Mann & Whitney 1947)."""
+    difference = positive[:, None] - negative[None]
+    return ((difference > 0) + 0.5 * (difference == 0)).mean()
+
+
+def test_detection_is_that_of_counted_pairs():
     rng = np.random.default_rng(0)
     for _ in range(60):
         digits = rng.integers(0, 4)  # few digits make many ties
         positive, negative = (rng.normal(mean, 1, rng.integers(1, size)).round(digits) for mean, size in ((1, 90), (0, 700)))
-        labels = np.concatenate([np.ones(len(positive)), np.zeros(len(negative))])
-        scores = np.concatenate([positive, negative])
-        fpr, tpr, _ = sklearn.roc_curve(labels, scores, drop_intermediate=False)
         found = metrics.detection(positive, negative)
-        assert found["auc"] == pytest.approx(sklearn.roc_auc_score(labels, scores))
-        assert found["tpr_at_1_fpr"] == tpr[fpr <= 0.01].max()
-        corners = metrics.roc_points(positive, negative)
-        assert sklearn.auc(corners["fpr"], corners["tpr"]) == pytest.approx(found["auc"])
-        assert set(zip(*corners.values(), strict=True)) <= set(zip(fpr, tpr, strict=True))
+        assert found["auc"] == pytest.approx(pairwise_auc(positive, negative))
+        # One in a hundred negatives may pass the threshold; it stands at the first that may not.
+        limit = np.sort(negative)[len(negative) - 1 - len(negative) // 100]
+        assert found["tpr_at_1_fpr"] == (positive > limit).mean()
+        fpr, tpr = (np.array(axis) for axis in metrics.roc_points(positive, negative).values())
+        assert (fpr[0], tpr[0], fpr[-1], tpr[-1]) == (0, 0, 1, 1)
+        assert auc(fpr, tpr) == pytest.approx(found["auc"])
+
+
+def test_detection_takes_the_last_threshold_below_one_percent():
+    negative = np.arange(200.0)
+    # Two of 200 negatives may lie above the threshold, not three: it lies above 197.
+    assert metrics.detection(np.array([197.5, 198.5, 1.0, 1.0]), negative)["tpr_at_1_fpr"] == 0.5
+    assert metrics.detection(np.array([196.5, 196.5]), negative)["tpr_at_1_fpr"] == 0.0
+    assert metrics.detection(negative + 1000, negative) == {"auc": 1.0, "tpr_at_1_fpr": 1.0}
+    intervals = metrics.detection_with_intervals(np.array([150.0, 250.0]), negative, ["a", "b"], draws=50)
+    assert intervals["tpr_at_1_fpr_95"] == [0.0, 1.0]
 
 
 def test_intervals_widen_where_there_are_few_prompts():
@@ -522,5 +536,30 @@ def test_intervals_widen_where_there_are_few_prompts():
     few = metrics.rate_with_interval(values, [str(i // 40) for i in range(120)])
     assert each["mean"] == few["mean"] == values.mean()
     assert each["mean_95"][0] < each["mean"] < each["mean_95"][1]
+    assert few == metrics.mean_with_interval(values, [str(i // 40) for i in range(120)])
     found = metrics.detection_with_intervals(values + 0.1, values, ["a"] * 120, ["b"] * 120)
     assert found["auc_95"] == [found["auc"]] * 2  # one prompt a side: nothing to draw from
+
+
+@pytest.mark.parametrize(("rate", "bounds"), [(0, (0.0, 1 - 0.025 ** (1 / 30))), (1, (0.025 ** (1 / 30), 1.0))])
+def test_rates_of_0_and_1_have_exact_intervals_over_prompts(rate, bounds):
+    prompts = [str(i // 4) for i in range(120)]
+    found = metrics.rate_with_interval(np.full(120, rate, dtype=bool), prompts)
+    assert found["mean"] == rate
+    assert found["mean_95"] == pytest.approx(bounds)
+    # 120 memorized images of 30 prompts against 50 ordinary ones: none, or each, is higher than all of those.
+    positive, negative = np.full(120, 2.0 * rate - 1), np.zeros(50)
+    found = metrics.detection_with_intervals(positive, negative, prompts, draws=20)
+    assert (found["auc"], found["tpr_at_1_fpr"]) == (rate, rate)
+    assert found["auc_95"] == found["tpr_at_1_fpr_95"] == pytest.approx(bounds)
+    # With fewer ordinary prompts than memorized ones, fewer pairs are independent.
+    few = metrics.detection_with_intervals(positive, negative, prompts, ["a"] * 50, draws=20)
+    assert few["auc_95"] == pytest.approx([0, 0.975] if rate == 0 else [0.025, 1])
+    assert few["tpr_at_1_fpr_95"] == pytest.approx(bounds)
+
+
+def test_exact_intervals_hold_the_truth_as_often_as_they_say():
+    rng, truth, trials = np.random.default_rng(0), 0.995, 40
+    counts = rng.binomial(trials, truth, 2000)
+    inside = [low <= truth <= high for low, high in (metrics.exact_interval(int(count), trials) for count in counts)]
+    assert np.mean(inside) >= 0.95

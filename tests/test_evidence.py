@@ -104,7 +104,7 @@ def test_the_same_pixels_in_another_shape_are_another_image():
 
 
 @given(st.integers(1, 20), st.integers(1, 20), st.sampled_from(["RGB", "RGBA", "P", "L"]), st.integers(0, 1000))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_a_hash_outlives_a_png_in_every_mode(width, height, mode, seed):
     image = picture(seed, (width, height)).convert(mode)
     buffer = io.BytesIO()
@@ -248,7 +248,7 @@ def nested(depth):
         (json.dumps(recorded() | {"pixels": [1]}), "incomplete or damaged"),
         (json.dumps(recorded() | {"images": [1]}), "no trace of this image"),
         (json.dumps(recorded() | {"traces": [{}]}), "not a trace"),
-        (json.dumps(recorded() | {"traces": [IMPOSSIBLE]}), "impossible"),
+        (json.dumps(recorded() | {"traces": [IMPOSSIBLE]}), "cannot be read"),
     ],
 )
 def test_a_damaged_record_is_refused_in_one_line(file, text, message):
@@ -288,7 +288,7 @@ json_values = st.recursive(
 
 
 @given(st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_whatever_stands_in_a_record_is_shown_or_refused(tmp_path_factory, data):
     """Somebody puts anything in place of any part, and makes the hash fit."""
     record = recorded()

@@ -19,12 +19,11 @@ import * as graph from "/js/graph.js";
 const fill = (value) => Array(20).fill(value);
 const band = (mean, std) => ({mean: fill(mean), std: fill(std)});
 const bands = {latent: band(30, 1), update: band(2, 0.1), denoised: band(20, 1)};
-window.outline = {steps: 20, bands, thresholds: {gamma: 3}, mitigation: true, note: null, reference_count: 50};
+window.outline = {steps: 20, bands, thresholds: {gamma: 3}, mode: "mitigate", note: null, reference_count: 50};
 window.step = (step, changes) => ({step, sigma: 20 - step,
   latent_norm: [31, 30], update_norm: [2.1, 4], denoised_norm: [20, 20], guidance_norm: [1, 1],
-  update_score: [1, 20], denoised_score: [0, 5], state: ["stable", step > 2 ? "mild" : "stable"],
-  mitigated: [false, step > 2], corrected_latent_norm: [null, step > 2 ? 30 : null],
-  corrected_update_norm: [null, step > 2 ? 2.2 : null], ...changes});
+  update_score: [1, 20], denoised_score: [0, 5], p_value: null,
+  state: ["stable", step > 2 ? "likely copy" : "stable"], mitigated: [false, step > 2], ...changes});
 window.graph = graph;
 window.box = document.getElementById("box");
 window.chosen = [];
@@ -112,23 +111,24 @@ def test_the_curves_grow_under_a_band_that_was_there_before(page):
     assert lengths(page) == [5, 5]
     add(page, 5, 12)
     assert lengths(page) == [12, 12]
-    assert page.locator(".mg-corrected").count() == page.locator(".mg-proposed").count() == 9
-    assert "trigger at step 3" in page.locator(".mg-svg").text_content()
+    assert page.locator(".mg-corrected").count() == 9
+    assert page.locator(".mg-legend > span").all_inner_texts() == ["trigger", "corrected", "mean ± 3 sd of 50 reference runs"]
+    assert page.locator(".mg-label-trigger").text_content() == "2"
     assert page.locator(".mg-status").inner_text() == "step 12 of 20"
-    assert page.locator(".mg-badge").all_inner_texts() == ["1 stable", "2 mild"]
+    assert page.locator(".mg-badge").all_inner_texts() == ["1 stable", "2 likely copy"]
 
 
 def test_how_rare_a_run_is_stands_beside_its_verdict(page):
-    page.evaluate("for (const i of [0, 1]) graph.addStep(run, step(i, {tail: [0.7, 0.00005 * (2 - i)]})); view.show(run)")
+    page.evaluate("for (const i of [0, 1]) graph.addStep(run, step(i, {p_value: [0.7, 0.00005 * (2 - i)]})); view.show(run)")
     page.wait_for_timeout(150)
     assert page.locator(".mg-verdict").all_inner_texts() == ["1 stable\nmost", "2 stable\n1 in 20,000"]
     page.evaluate(
-        """() => { const rare = {verdict: "strong", score: 12, tail_probability: 0.0004, trigger_step: 0, bands: outline.bands,
+        """() => { const rare = {verdict: "likely copy", score: 12, p_value: 0.0004, trigger_step: 0, bands: outline.bands,
             steps: {sigma: [2, 1], update_norm: [4, 4]}};
           view.show(graph.runOf([rare])) }"""
     )
     page.wait_for_timeout(150)
-    assert page.locator(".mg-verdict").all_inner_texts() == ["strong\n1 in 2,500"]
+    assert page.locator(".mg-verdict").all_inner_texts() == ["likely copy\n1 in 2,500"]
     assert "S_mem 12.0, as far as 1 in 2,500 ordinary images" in page.locator(".mg-verdict").get_attribute("title")
 
 
@@ -141,7 +141,7 @@ def test_what_is_heard_of_it(page):
     assert live.text_content() == "Sampling, 20 steps planned."
     add(page, 2, 6)
     told = live.text_content()
-    assert "Image 2: mild, left the region at step 3" in told
+    assert "Image 2: likely copy, triggered at step 3" in told
     add(page, 6, 9)
     assert live.text_content() == told
     page.evaluate("graph.finishRun(run, []); view.show(run)")
@@ -181,10 +181,11 @@ def test_the_keyboard_reaches_the_quantity_and_every_step(page):
 def test_the_pointer_reads_every_image_and_drags_no_node_by_a_button(page):
     add(page, 0, 12)
     box = page.locator(".mg-cursor").bounding_box()
-    page.mouse.move(box["x"] + box["width"] * 0.3, box["y"] + 60)
+    page.mouse.move(box["x"] + box["width"] * 0.29, box["y"] + 60)
     text = page.locator(".mg-readout").inner_text()
     assert text.startswith("step 5, sigma 15")
-    assert "4 → 2.2" in text
+    assert "2.1\n" in text
+    assert "4\n" in text
     assert "20.0 sd, corrected" in text
     assert "2 ± 0.3" in text
     inside = page.locator(".mg-readout").bounding_box()
@@ -238,10 +239,9 @@ def test_text_from_a_run_stays_text(page):
     assert page.locator(".mg-note").inner_text() == HOSTILE
     assert HOSTILE in page.locator(".mg-live").text_content()
     assert page.locator("img").count() == 0
-    page.evaluate("text => { view.clear(text); new graph.StabilityGraph(box, {title: text}) }", HOSTILE)
+    page.evaluate("text => view.clear(text)", HOSTILE)
     page.wait_for_timeout(150)
-    assert page.locator(".mg-empty").first.inner_text() == HOSTILE
-    assert page.locator(".mg-title").inner_text() == HOSTILE
+    assert page.locator(".mg-empty").inner_text() == HOSTILE
     assert page.locator("img").count() == 0
 
 
@@ -264,7 +264,7 @@ def test_it_fits_its_container_whatever_its_size(page, width, height):
     page.wait_for_timeout(200)
     assert page.evaluate("[box.scrollWidth, box.scrollHeight]") == [width, height]
     outer = page.locator(".mg-view").bounding_box()
-    for selector in (".mg-svg", ".mg-choices", ".mg-verdicts"):
+    for selector in (".mg-svg", ".mg-choices", ".mg-verdicts", ".mg-legend"):
         inner = page.locator(selector).bounding_box()
         assert inner["x"] >= outer["x"], selector
         assert inner["x"] + inner["width"] <= outer["x"] + outer["width"], selector
@@ -320,25 +320,22 @@ def report(tmp_path):
     Image = pytest.importorskip("PIL.Image")  # noqa: N806
     np = pytest.importorskip("numpy")
     from memorization_guard import Trace
+    from memorization_guard.core.trace import Steps
     from memorization_guard.reports.html import Comparison, html_report
 
     def trace(note, corrected):
-        steps = 20
-        band = {"mean": np.full(steps, 2.0), "std": np.full(steps, 0.1)}
-        after = np.where(np.arange(steps) > 5, 2.2, np.nan) if corrected else np.full(steps, np.nan)
-        ones = {name: np.ones(steps) for name in ("sigma", "denoised_norm", "denoised_score", "guidance_norm", "alignment")}
-        return Trace(
-            verdict="strong",
-            trigger_step=3,
-            note=note,
-            latent_norm=np.full(steps, 3.0),
-            update_norm=np.linspace(2, 4, steps),
-            update_score=np.linspace(0, 20, steps),
-            corrected_latent_norm=after,
-            corrected_update_norm=after,
-            bands={"latent": band, "update": band, "denoised": band},
-            **ones,
+        count = 20
+        band = {"mean": np.full(count, 2.0), "std": np.full(count, 0.1)}
+        steps = Steps(
+            latent_norm=np.full(count, 3.0),
+            update_norm=np.linspace(2, 4, count),
+            update_score=np.linspace(0, 20, count),
+            p_value=np.full(count, np.nan),
+            mitigated=corrected & (np.arange(count) > 5),
+            **{name: np.ones(count) for name in ("sigma", "denoised_norm", "denoised_score")},
         )
+        bands = {"latent": band, "update": band, "denoised": band}
+        return Trace(verdict="likely copy", trigger_step=3, note=note, steps=steps, bands=bands)
 
     comparisons = [
         Comparison(
@@ -368,8 +365,8 @@ def test_the_report_draws_its_graphs_and_is_readable_at_any_width(browser, repor
     page.on("pageerror", lambda error: complaints.append(str(error)))
     page.on("request", lambda r: complaints.append(r.url) if not r.url.startswith(("data:", report)) else None)
     page.goto(report)
-    page.wait_for_selector("text=before correction")
-    assert page.locator(".mg-svg").count() == page.locator(".mg-svg .mg-band").count() == 4
+    page.wait_for_selector(".mg-corrected")
+    assert page.locator(".mg-svg").count() == page.locator(".mg-band").count() == 4
     assert page.evaluate("document.documentElement.scrollWidth") == width
     assert page.locator("h2").first.inner_text().endswith(HOSTILE)
     assert page.locator(".mg-note").first.inner_text() == HOSTILE
@@ -385,7 +382,7 @@ def test_the_report_says_in_words_what_it_draws(browser, report):
     plain = browser.new_context(java_script_enabled=False).new_page()
     plain.goto(report)
     said = plain.locator("[data-trace]").all_text_contents()
-    assert said[1].startswith("Image 1: strong, left the region at step 3, S_mem 20.0, 14 steps corrected.")
+    assert said[1].startswith("Image 1: likely copy, triggered at step 3, S_mem 20.0, 14 steps corrected.")
     assert drawn.locator(".mg-live").all_text_contents() == said
     plain.context.close()
     drawn.close()

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import re
+import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 
 import numpy as np
@@ -11,29 +12,25 @@ import pytest
 from PIL import Image
 
 from memorization_guard import Trace
-from memorization_guard.core.trace import STATEMENT
-from memorization_guard.reports.html import Comparison, contact_sheet, graph_script, html_report, summary
+from memorization_guard.core.trace import STATEMENT, Steps
+from memorization_guard.reports import charts
+from memorization_guard.reports.html import Comparison, contact_sheet, graph_script, html_report, page
+from memorization_guard.reports.words import summary
 
 
 def trace(verdict="stable", corrected=False):
-    steps = 10
-    band = {"mean": np.full(steps, 2.0), "std": np.full(steps, 0.1)}
-    after = np.full(steps, 2.0 if corrected else np.nan)
-    return Trace(
-        verdict=verdict,
-        trigger_step=None if verdict == "stable" else 2,
-        sigma=np.linspace(10, 1, steps),
-        latent_norm=np.ones(steps),
-        update_norm=np.full(steps, 2.1),
-        denoised_norm=np.ones(steps),
-        update_score=np.ones(steps),
-        denoised_score=np.ones(steps),
-        guidance_norm=np.ones(steps),
-        alignment=np.ones(steps),
-        corrected_latent_norm=after,
-        corrected_update_norm=after,
-        bands={"latent": band, "update": band, "denoised": band},
+    count = 10
+    band = {"mean": np.full(count, 2.0), "std": np.full(count, 0.1)}
+    names = ("latent_norm", "denoised_norm", "update_score", "denoised_score")
+    steps = Steps(
+        sigma=np.linspace(10, 1, count),
+        update_norm=np.full(count, 2.1),
+        p_value=np.full(count, np.nan),
+        mitigated=np.full(count, corrected),
+        **{name: np.ones(count) for name in names},
     )
+    bands = {"latent": band, "update": band, "denoised": band}
+    return Trace(verdict=verdict, trigger_step=None if verdict == "stable" else 2, steps=steps, bands=bands)
 
 
 def picture(color):
@@ -48,9 +45,9 @@ def comparisons():
             group="exact",
             training_image=picture("red"),
             plain_image=picture("red"),
-            plain_trace=trace("strong"),
+            plain_trace=trace("likely copy"),
             mitigated_image=picture("blue"),
-            mitigated_trace=trace("strong", corrected=True),
+            mitigated_trace=trace("likely copy", corrected=True),
             plain_copy=0.99,
             mitigated_copy=0.12,
         ),
@@ -119,7 +116,7 @@ def test_no_text_of_a_trace_ends_the_script_it_stands_in(comparisons):
     assert len(scripts) == 2
     assert "<" not in scripts[0]
     traces = json.loads(scripts[0])
-    assert [trace["verdict"] for trace in traces] == ["strong", "strong", "stable", "stable"]
+    assert [trace["verdict"] for trace in traces] == ["likely copy", "likely copy", "stable", "stable"]
     assert traces[0]["note"] == note
     assert scripts[1].startswith(graph_script())
     assert "alert" not in scripts[1]
@@ -129,9 +126,11 @@ def test_no_text_of_a_trace_ends_the_script_it_stands_in(comparisons):
 
 
 def test_a_trace_in_words(comparisons):
-    strong, stable = comparisons[0].mitigated_trace, comparisons[1].plain_trace
-    assert summary(strong) == "Image 1: strong, left the region at step 2, S_mem 1.0, 10 steps corrected."
+    corrected, stable = comparisons[0].mitigated_trace, comparisons[1].plain_trace
+    assert summary(corrected) == "Image 1: likely copy, triggered at step 2, S_mem 1.0, 10 steps corrected."
     assert summary(stable) == "Image 1: stable, S_mem 1.0."
+    stable.evaluations.p_value = np.array([0.3, 0.00005, np.nan])
+    assert summary(stable) == "Image 1: stable, S_mem 1.0, as far as 1 in 20,000 ordinary images."
     assert summary(Trace()) == "Image 1: unscored.\nno profile: not scored."
     assert summary(Trace(note="Ended early.", nonfinite_step=3)) == (
         "Image 1: unscored, not a number from step 3.\nEnded early."
@@ -155,3 +154,25 @@ def test_the_picture_holds_every_image_in_its_row(comparisons):
     assert rows_of([255, 0, 0]).max() < half
     assert rows_of([0, 0, 255]).max() < half
     assert rows_of([0, 128, 0]).min() > half
+
+
+def test_a_chart_escapes_its_texts_and_not_its_body():
+    x = charts.Axis(0.0, 1.0, charts.LEFT, charts.RIGHT)
+    y = charts.Axis(0.0, 1.0, charts.BOTTOM, charts.TOP)
+    body = charts.line(0, charts.points(x(np.array([0, 1])), y(np.array([0, 1]))))
+    drawn = charts.chart("<t>", "<d> \x00", body, x, y, "<x>", "<y>", y_label="<{:g}>".format)
+    root = ET.fromstring(drawn)
+    assert root.find("title").text == "<t>"
+    assert root.find("desc").text == "<d> \ufffd"
+    assert {"<x>", "<y>", "0.2", "<0.2>"} <= {element.text for element in root.iter("text")}
+    assert body in drawn
+
+
+def test_a_page_without_a_script_runs_none():
+    text = page("t", "<p>body</p>", style=charts.STYLE)
+    assert "<script" not in text
+    assert "script-src" not in text
+    assert "<p>body</p>" in text
+    css = re.search("<style>(.*)</style>", text, re.DOTALL)[1]
+    assert css.count("{") == css.count("}")
+    assert "--c5:#1c2430;}" in css

@@ -13,13 +13,15 @@ DIR/
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from ..core.trace import Trace
 from ..files import write_whole
 from . import AuditError
 
@@ -31,9 +33,6 @@ PROFILE = "profile.safetensors"
 RESULTS = "results"
 IMAGES = "images"
 REPORT = "report.html"
-
-#: Verdicts of images that triggered.
-TRIGGERED = ("mild", "strong")
 
 _SETTINGS = pa.struct(
     [
@@ -62,7 +61,7 @@ SCHEMA = pa.schema(
         pa.field("verdict", pa.string(), nullable=False),
         pa.field("score", pa.float64()),
         pa.field("joint_score", pa.float64()),
-        pa.field("tail_probability", pa.float64()),
+        pa.field("p_value", pa.float64()),
         pa.field("local_score", pa.float64()),
         pa.field("uncalibrated_score", pa.float64()),
         pa.field("trigger_step", pa.int32()),
@@ -103,6 +102,11 @@ def mapping(value: object) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def counted(number: int, noun: str) -> str:
+    """``"1 image"``, ``"2,000 images"``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def planned_images(manifest: Mapping[str, Any]) -> int | None:
     """How many images the audit is to have; ``None`` where the manifest does not tell."""
     planned = manifest.get("images")
@@ -137,3 +141,48 @@ def scan(folder: Path, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
             yield from pq.ParquetFile(path).iter_batches(columns=list(columns))
         except (pa.ArrowInvalid, pa.ArrowException, OSError) as error:
             raise AuditError(f"{path} cannot be read: {error}; delete it and call the audit again to make it anew") from None
+
+
+def read_traces(folder: Path, images: Iterable[int]) -> dict[int, Trace]:
+    """The traces of some images of an audit; those that cannot be read are left out. Reads the row groups they are in."""
+    wanted, found = set(images), {}
+    for path in parts(folder):
+        with pq.ParquetFile(path) as file:
+            column = file.schema_arrow.get_field_index("image")
+            for group in range(file.num_row_groups):
+                known = file.metadata.row_group(group).column(column).statistics
+                if known is not None and known.has_min_max and not any(known.min <= n <= known.max for n in wanted):
+                    continue
+                for batch in file.iter_batches(64, row_groups=[group], columns=["image", "trace"]):
+                    inside = pc.is_in(batch["image"], pa.array(sorted(wanted), pa.int64()))
+                    if not inside.true_count:
+                        continue
+                    for row in batch.filter(inside).to_pylist():
+                        try:
+                            found[row["image"]] = Trace.from_dict(json.loads(row["trace"]))
+                        except ValueError:
+                            continue
+    return found
+
+
+def facts(manifest: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """What was audited, as text: sections of names and values. Fields of a manifest that we do not know are in ``other``."""
+    known = ("model", "prompts", "settings", "thresholds", "profile", "devices", "versions")
+    hidden = ("format", "version", "statement", "images")
+    sections: dict[str, dict[str, str]] = {}
+    for name in (*known, *(name for name in manifest if name not in (*known, *hidden))):
+        if name in manifest:
+            section = name if name in known else "other"
+            sections.setdefault(section, {}).update(_flat("" if section == name else name, manifest[name]))
+    return {name: section for name, section in sections.items() if section}
+
+
+def _flat(name: str, value: object) -> dict[str, str]:
+    if isinstance(value, dict):
+        parts = {str(key): part for key, part in value.items()}
+    elif isinstance(value, list) and any(isinstance(part, (dict, list)) for part in value):
+        parts = {str(number + 1): part for number, part in enumerate(value)}
+    else:
+        shown = ", ".join(map(str, value)) if isinstance(value, list) else {True: "yes", False: "no"}.get(value, value)  # type: ignore[call-overload]
+        return {name.replace("_", " "): "-" if shown is None else str(shown)}
+    return {key: shown for part in parts for key, shown in _flat(f"{name} {part}".strip(), parts[part]).items()}

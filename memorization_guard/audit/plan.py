@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from ..evaluation.evaluate import SEED_STRIDE
 from ..fingerprint import file_hash
-from ..prompts import stream_prompts
-from . import AuditError
+from ..prompts import SEED_STRIDE, PromptListError, stream_prompts
 
 #: Images in a part: few enough that a part is soon done, many enough that ten million images are ten thousand files.
 SMALLEST_PART, LARGEST_PART = 64, 1024
@@ -60,14 +58,11 @@ class Plan:
 
         Raises:
             FileNotFoundError: if there is no such file.
-            AuditError: if it cannot be read, or holds no prompt.
+            PromptListError: if it cannot be read, or holds no prompt.
         """
-        try:
-            rows = sum(1 for _ in stream_prompts(path, column))
-        except ValueError as error:
-            raise AuditError(str(error)) from None
+        rows = sum(1 for _ in stream_prompts(path, column))
         if not rows:
-            raise AuditError(f"{path} holds no prompt")
+            raise PromptListError(f"{path} holds no prompt")
         return cls(path, column, file_hash(path), rows, seeds_per_prompt, seed)
 
     @property

@@ -20,7 +20,6 @@ from . import AuditError
 from .dataset import FORMAT, FORMAT_VERSION, MANIFEST, PROFILE, REPORT, read_manifest
 from .dataset import parts as finished_parts
 from .plan import Job, Plan
-from .report import write_report
 from .store import Part, Store, clear, untidy
 from .worker import Recipe, Worker
 
@@ -106,6 +105,7 @@ def audit(
     reference: Sequence[str] = (),
     reference_from: str = "",
     batch_size: int = 4,
+    report: Callable[[Path], object] | None = None,
     progress: bool = True,
 ) -> bool:
     """Makes what is still to be made of an audit; several processes may do so in one folder at once.
@@ -117,6 +117,7 @@ def audit(
         profile: stability profile of the model; if none is given, one is calibrated with ``reference`` prompts, which come
             from ``reference_from``.
         batch_size: images sampled at once; may differ when an audit goes on.
+        report: writes ``report.html`` into the folder once all images are there.
         progress: whether to show a progress bar.
 
     Returns:
@@ -132,7 +133,7 @@ def audit(
         _same(folder, manifest, asked)
         # A part may have been deleted since, to be made anew.
         if manifest["finished"] and len(finished_parts(folder)) * manifest["part_size"] >= manifest["images"]:
-            _tidy(folder)
+            _tidy(folder, report)
             return False
     store = Store(folder)
     hands = workers()
@@ -146,7 +147,8 @@ def audit(
         hands.close()
     with store.alone():
         store.write_manifest(read_manifest(folder) | {"finished": _now()})
-        write_report(folder)
+        if report is not None:
+            report(folder)
     clear(folder)
     return True
 
@@ -167,14 +169,14 @@ def _sample(hands: Workers, parts: _Parts, profile: StabilityProfile, images: in
         bar.update(parts.take_found())
 
 
-def _tidy(folder: Path) -> None:
-    """Does what a finished audit that was killed after its last image has not come to."""
+def _tidy(folder: Path, report: Callable[[Path], object] | None) -> None:
+    """Does what is left where a finished audit was killed after its last image."""
     if untidy(folder):
         with Store(folder).alone():
             pass  # which sweeps
         clear(folder)
-    if not (folder / REPORT).exists():
-        write_report(folder)
+    if report is not None and not (folder / REPORT).exists():
+        report(folder)
 
 
 class _Parts:
@@ -235,8 +237,7 @@ def _asked(recipe: Recipe, plan: Plan, profile: Path | None, reference: Sequence
             "width": recipe.width,
             "seeds_per_prompt": plan.seeds_per_prompt,
             "seed": plan.seed,
-            "mitigate": recipe.mitigate,
-            "stop": recipe.stop,
+            "mode": recipe.mode,
             "images": recipe.keep,
             "dtype": recipe.dtype,
         },

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 
 from .. import __version__, evidence
-from ..adapters.diffusers import calibrate, guard
-from ..core.detection import Thresholds
+from ..adapters.calibrate import calibrate
+from ..adapters.diffusers import guard
 from ..core.profile import StabilityProfile
+from ..core.settings import Mode, Thresholds
 from ..core.trace import Trace
 from ..fingerprint import component_fingerprints, file_fingerprint
 from ..pipelines import Lora, load_pipeline, model_path
-from . import AuditError
+from . import AuditError, Keep
 from .plan import Job
 from .store import PNG
 
@@ -30,8 +31,8 @@ class Recipe:
     Attributes:
         model, config, loras, device, dtype: as for :func:`memorization_guard.pipelines.load_pipeline`.
         steps, guidance: of every run. height, width: pixels, or the model's own size.
-        thresholds: constants of detection. mitigate: whether to correct. stop: whether a batch ends once all of it triggered.
-        keep: which images are kept: ``"none"``, ``"flagged"`` (those that triggered) or ``"all"``.
+        mode, thresholds: as for :func:`memorization_guard.diffusers.guard`.
+        keep: which images are kept.
     """
 
     model: str
@@ -44,9 +45,8 @@ class Recipe:
     height: int | None = None
     width: int | None = None
     thresholds: Thresholds = field(default_factory=Thresholds)
-    mitigate: bool = False
-    stop: bool = False
-    keep: str = "flagged"
+    mode: Mode = "trace"
+    keep: Keep = "flagged"
 
     def sampling(self) -> dict[str, Any]:
         """What a pipeline is called with."""
@@ -131,7 +131,7 @@ class Worker:
             AuditError: if the profile does not fit, or a run was not watched.
         """
         recipe = self._recipe
-        with guard(self._pipe, profile, recipe.mitigate, recipe.thresholds, stop=recipe.stop) as run:
+        with guard(self._pipe, profile, recipe.mode, recipe.thresholds) as run:
             self._wanted = lambda: [n for n, trace in enumerate(run.traces) if self._keeps(trace)]
             output = self._pipe(
                 [job.prompt for job in jobs],
@@ -182,7 +182,7 @@ class Worker:
 def _row(job: Job, trace: Trace) -> dict[str, Any]:
     data = trace.to_dict()
     settings = data["settings"]
-    numbers = ("score", "joint_score", "tail_probability", "local_score", "uncalibrated_score")
+    numbers = ("score", "joint_score", "p_value", "local_score", "uncalibrated_score")
     return {
         "image": job.image,
         "row": job.row,
@@ -193,7 +193,7 @@ def _row(job: Job, trace: Trace) -> dict[str, Any]:
         **{name: data[name] for name in numbers},
         "trigger_step": trace.trigger_step,
         "nonfinite_step": trace.nonfinite_step,
-        "steps": trace.steps,
+        "steps": len(trace.steps),
         "corrected_steps": int(trace.mitigated.sum()),
         "note": trace.note,
         "settings": settings,

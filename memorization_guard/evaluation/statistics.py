@@ -1,4 +1,7 @@
-"""How well a score tells memorized images from others: AUC, TPR at 1 % FPR, the ROC curve; rates and their differences."""
+"""How well a score tells memorized images from others: AUC, TPR at 1 % FPR, the ROC curve; rates and their differences.
+
+Needs SciPy and scikit-learn. Images of one prompt are not independent, so every interval is one over prompts.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from scipy import stats
+from sklearn.metrics import auc, roc_curve
+
+#: The standard normal quantile of a 95 % interval.
+_Z = float(stats.norm.ppf(0.975))
 
 
 def detection(positive: np.ndarray, negative: np.ndarray) -> dict[str, float]:
@@ -15,26 +23,21 @@ def detection(positive: np.ndarray, negative: np.ndarray) -> dict[str, float]:
     Args:
         positive, negative: scores, ``[P]`` and ``[N]``, finite, not empty; higher is to mean memorized.
     """
-    ascending = np.sort(negative)
-    below = np.searchsorted(ascending, positive, "left")
-    not_above = np.searchsorted(ascending, positive, "right")
-    # The share of pairs in which the positive is the higher one, ties counting half (Mann & Whitney 1947).
-    auc = (below + not_above).mean() / (2 * len(negative))
-    # One in a hundred negatives may pass the threshold; it stands at the first that may not.
-    limit = ascending[len(negative) - 1 - len(negative) // 100]
-    return {"auc": float(auc), "tpr_at_1_fpr": float((positive > limit).mean())}
+    fpr, tpr = _roc(positive, negative)
+    return {"auc": float(auc(fpr, tpr)), "tpr_at_1_fpr": float(tpr[fpr <= 0.01].max())}
 
 
 def roc_points(positive: np.ndarray, negative: np.ndarray) -> dict[str, list[float]]:
     """The corners of the ROC curve, ``"fpr"`` and ``"tpr"``, from (0, 0) to (1, 1); arguments as for :func:`detection`."""
-    thresholds = np.unique(np.concatenate([positive, negative]))[::-1]
-    counts = [
-        np.concatenate([[0], len(values) - np.searchsorted(np.sort(values), thresholds, "left")])
-        for values in (negative, positive)
-    ]
-    turns = np.any([np.diff(count, 2) != 0 for count in counts], axis=0)
-    corners = np.concatenate([[True], turns, [True]])
-    return {name: (count[corners] / count[-1]).tolist() for name, count in zip(("fpr", "tpr"), counts, strict=True)}
+    fpr, tpr = _roc(positive, negative, corners=True)
+    return {"fpr": fpr.tolist(), "tpr": tpr.tolist()}
+
+
+def _roc(positive: np.ndarray, negative: np.ndarray, *, corners: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """False and true positive rate at every threshold, or only where the curve turns."""
+    labels = np.repeat([1, 0], [len(positive), len(negative)])
+    fpr, tpr, _ = roc_curve(labels, np.concatenate([positive, negative]), drop_intermediate=corners)
+    return fpr, tpr
 
 
 def detection_with_intervals(
@@ -47,31 +50,76 @@ def detection_with_intervals(
 ) -> dict[str, Any]:
     """:func:`detection` with 95 % intervals (``"auc_95"``, ``"tpr_at_1_fpr_95"``) from a bootstrap over prompts.
 
-    Over prompts, since seeds of one prompt are no independent evidence; negatives without prompts are drawn image by image.
+    A figure that is 0 or 1 has an exact interval instead, since the samples of a bootstrap then hardly differ. The TPR counts
+    each memorized prompt as one trial. The AUC counts pairs of a memorized and an ordinary prompt, as many as can be formed
+    without using a prompt twice: these are independent trials whose chance of success is the AUC.
+
+    Args:
+        positive, negative: as for :func:`detection`.
+        positive_prompts: the prompt of each positive score.
+        negative_prompts: the prompt of each negative score; without them each negative counts as a prompt of its own.
+        draws: bootstrap samples.
     """
-    rng = np.random.default_rng(0)
-    sides = [
-        (values, _rows_by_prompt(texts) if texts is not None else [np.array([i]) for i in range(len(values))])
-        for values, texts in ((positive, positive_prompts), (negative, negative_prompts))
+    rows = [
+        _rows_by_prompt(positive_prompts),
+        _rows_by_prompt(negative_prompts if negative_prompts is not None else list(map(str, range(len(negative))))),
     ]
+    rng = np.random.default_rng(0)
     drawn = [
-        detection(
-            *(values[np.concatenate([rows[i] for i in rng.integers(len(rows), size=len(rows))])] for values, rows in sides)
-        )
+        detection(*(values[_resample(rng, of)] for values, of in zip((positive, negative), rows, strict=True)))
         for _ in range(draws)
     ]
-    result: dict[str, Any] = detection(positive, negative)
-    for name in list(result):
-        result[f"{name}_95"] = np.quantile([row[name] for row in drawn], [0.025, 0.975]).tolist()
-    return result
+    found: dict[str, Any] = detection(positive, negative)
+    trials = {"auc": min(map(len, rows)), "tpr_at_1_fpr": len(rows[0])}
+    intervals = {
+        f"{name}_95": _interval([row[name] for row in drawn], found[name], trials=count) for name, count in trials.items()
+    }
+    return found | intervals
 
 
-def rate_with_interval(values: np.ndarray, prompts: Sequence[str], *, draws: int = 400) -> dict[str, Any]:
-    """Mean of ``values`` (of 0 and 1: a rate) with a 95 % interval from a bootstrap over prompts."""
-    rng = np.random.default_rng(0)
-    rows = _rows_by_prompt(prompts)
-    means = [values[np.concatenate([rows[i] for i in rng.integers(len(rows), size=len(rows))])].mean() for _ in range(draws)]
+def rate_with_interval(events: np.ndarray, prompts: Sequence[str], *, draws: int = 400) -> dict[str, Any]:
+    """Share of images that are events (``"mean"``), with a 95 % interval over prompts (``"mean_95"``).
+
+    The interval comes from a bootstrap over prompts; a rate of 0 or 1 has an exact one, which counts each prompt as one trial.
+
+    Args:
+        events: ``[images]``, of 0 and 1 or bool.
+        prompts: the prompt of each image.
+        draws: bootstrap samples.
+    """
+    means, rows = _resampled_means(np.asarray(events, dtype=np.float64), prompts, draws)
+    rate = float(np.mean(events))
+    return {"mean": rate, "mean_95": _interval(means, rate, trials=len(rows))}
+
+
+def mean_with_interval(values: np.ndarray, prompts: Sequence[str], *, draws: int = 400) -> dict[str, Any]:
+    """Mean of any ``values`` with a 95 % interval from a bootstrap over prompts; keys as of :func:`rate_with_interval`."""
+    means, _ = _resampled_means(values, prompts, draws)
     return {"mean": float(np.mean(values)), "mean_95": np.quantile(means, [0.025, 0.975]).tolist()}
+
+
+def exact_interval(events: int, trials: int) -> list[float]:
+    """The 95 % interval of Clopper & Pearson (1934) for a rate over independent trials."""
+    found = stats.binomtest(events, trials).proportion_ci(method="exact")
+    return [float(found.low), float(found.high)]
+
+
+def _interval(drawn: Sequence[float], figure: float, *, trials: int) -> list[float]:
+    """The interval of a bootstrap; of a figure that is 0 or 1, the exact one for that many independent trials."""
+    if figure in (0.0, 1.0):
+        return exact_interval(int(figure) * trials, trials)
+    return np.quantile(drawn, [0.025, 0.975]).tolist()
+
+
+def _resampled_means(values: np.ndarray, prompts: Sequence[str], draws: int) -> tuple[list[float], list[np.ndarray]]:
+    """The mean of each bootstrap sample over prompts, and the rows of each prompt."""
+    rng, rows = np.random.default_rng(0), _rows_by_prompt(prompts)
+    return [float(values[_resample(rng, rows)].mean()) for _ in range(draws)], rows
+
+
+def _resample(rng: np.random.Generator, rows: Sequence[np.ndarray]) -> np.ndarray:
+    """The rows of as many prompts as there are, drawn with replacement."""
+    return np.concatenate([rows[i] for i in rng.integers(len(rows), size=len(rows))])
 
 
 def _rows_by_prompt(prompts: Sequence[str]) -> list[np.ndarray]:
@@ -81,16 +129,12 @@ def _rows_by_prompt(prompts: Sequence[str]) -> list[np.ndarray]:
     return [np.array(numbers) for numbers in rows.values()]
 
 
-#: The standard normal quantile of a 95 % interval.
-_Z = 1.959963984540054
-
-
 def clustered_rate(events: np.ndarray, sizes: np.ndarray) -> dict[str, Any]:
     """A rate over images with a 95 % interval that does not take seeds of one prompt for independent evidence.
 
     Wilson's score interval (1927) for as many independent images as these are worth (Rao & Scott 1992; with the t quantile for
     few prompts, Korn & Graubard 1998): ``p (1 - p) / v``, where ``v`` is the variance of the rate between prompts, and never
-    more than there are. Where no image or every one is an event nothing shows how alike seeds are: each prompt counts once.
+    more than there are. Where no image or every image is an event, nothing shows how alike seeds are: each prompt counts once.
 
     Args:
         events, sizes: ``[prompts]``, how many images of each prompt are events, and how many it has.
@@ -106,12 +150,12 @@ def clustered_rate(events: np.ndarray, sizes: np.ndarray) -> dict[str, Any]:
     rate, effective = float(count / of), float(prompts)
     if 0 < count < of and 1 < prompts < of:
         variance = prompts / (prompts - 1) * np.square(events - rate * sizes).sum() / of**2
-        effective = rate * (1 - rate) / max(variance, 1e-300) * (_Z / _t_quantile(prompts - 1)) ** 2
+        effective = rate * (1 - rate) / max(variance, 1e-300) * (_Z / stats.t.ppf(0.975, prompts - 1)) ** 2
     effective = float(np.clip(effective, 1.0, of))
     center = (rate + _Z**2 / (2 * effective)) / (1 + _Z**2 / effective)
     half = _Z * math.sqrt(rate * (1 - rate) / effective + (_Z / (2 * effective)) ** 2) / (1 + _Z**2 / effective)
     interval = [max(0.0, float(center - half)) if count else 0.0, min(1.0, float(center + half)) if count < of else 1.0]
-    return {"count": int(count), "of": int(of), "rate": float(rate), "interval": interval, "effective": effective}
+    return {"count": int(count), "of": int(of), "rate": rate, "interval": interval, "effective": effective}
 
 
 def clustered_difference(before: np.ndarray, after: np.ndarray, sizes: np.ndarray) -> dict[str, Any]:
@@ -145,28 +189,9 @@ def clustered_difference(before: np.ndarray, after: np.ndarray, sizes: np.ndarra
 
 
 def mcnemar(became: int, ceased: int) -> float:
-    """Exact two-sided p of McNemar's test (1947): how often as uneven a split of the changes comes from two fair ways.
+    """The exact two-sided p-value of McNemar's test (1947): how uneven is the split of the pairs that changed?
 
     Args:
         became, ceased: how many pairs changed one way, and how many the other.
     """
-    changes, fewer = became + ceased, min(became, ceased)
-    if not changes:
-        return 1.0
-    steps = np.arange(1, fewer + 1)
-    logs = np.concatenate([[0.0], np.cumsum(np.log((changes - steps + 1) / steps))]) - changes * math.log(2)
-    return min(1.0, 2 * float(np.exp(logs).sum()))
-
-
-def _t_quantile(freedom: int) -> float:
-    """The 97.5 % quantile of Student's t, to 1 % from 3 degrees of freedom on (Abramowitz & Stegun 1964, 26.7.5)."""
-    if freedom < 3:
-        return (12.706, 4.303)[freedom - 1]
-    z, n = _Z, freedom
-    terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
-    )
-    return z + sum(term / n ** (power + 1) for power, term in enumerate(terms))
+    return float(stats.binomtest(became, became + ceased).pvalue) if became + ceased else 1.0

@@ -1,6 +1,6 @@
-"""A small Stable Diffusion that really memorizes some of its training images, to try and to measure the guard on.
+"""A small Stable Diffusion that really memorizes some of its training images, to try the guard on and to measure it with.
 
-``docs/lab.md`` describes the world it was trained on, and what was measured. Nobody needs a download or a GPU for it.
+``docs/lab.md`` describes the world it was trained on, and what was measured. It needs no download and no GPU.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .world import DATA, SIZE, captions, duplicates, read_sheet
 
 MODEL = Path(__file__).parent / "model"
 PROFILE = MODEL / "profile.safetensors"
-#: The duplicated training images as a model's autoencoder gives them back, in the model's folder.
+#: The duplicated training images as a model's autoencoder reconstructs them, in the model's folder.
 DECODED = "decoded_duplicates.png"
 
 #: Copy score from which an image counts as a copy. Of 1,000 fresh ordinary images none comes nearer than 0.67 to any of the
@@ -61,7 +61,7 @@ class Lab:
 
         Args:
             group: ``"reference"`` and ``"ordinary"`` (captions never trained on), ``"rare"`` (trained on, with names as rare
-                as those of the next two, each time with another image), ``"exact"`` (one image, seen many hundred
+                as in the next two groups, each time with another image), ``"exact"`` (one image, seen many hundred
                 times), ``"template"`` (as exact, but part of the image varies).
             split: ``"evaluation"`` for figures, ``"tuning"`` for whatever is chosen; reference prompts have no split.
 
@@ -89,10 +89,10 @@ class Lab:
     def copy_score(self, image: Image.Image | np.ndarray, prompt: str) -> float:
         """Similarity in [0, 1] of an image with the training image of ``prompt``.
 
-        The correlation, negative ones counted as 0, of the pixels that never varied in training, each colour channel's own
-        mean removed: blind to brightness and contrast, so that a faded copy is a copy. Taken with the training image itself
-        and with what the model's autoencoder gives back of it, since no image of the model can come nearer than that; the
-        higher counts.
+        The correlation of the pixels that never varied in training, each colour channel's own mean removed; negative values
+        count as 0. Brightness and contrast do not matter, so a faded copy is a copy. The image is compared with the training
+        image itself and with its reconstruction by the model's autoencoder, which is the nearest that the model can come; the
+        higher of the two counts.
 
         Args:
             image: 64 x 64 RGB, as an image or an array ``[64, 64, 3]`` of any number type and range.
@@ -115,7 +115,7 @@ class Lab:
 
     @cached_property
     def _decoded(self) -> dict[str, np.ndarray]:
-        """Every duplicated training image as the model's autoencoder gives it back, ``[64, 64, 3]`` uint8."""
+        """Every duplicated training image as the model's autoencoder reconstructs it, ``[64, 64, 3]`` uint8."""
         return dict(zip(duplicates(self.world), read_sheet(self.model / DECODED), strict=False))
 
     def _duplicate(self, prompt: str) -> tuple[np.ndarray, np.ndarray]:

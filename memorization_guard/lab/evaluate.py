@@ -3,14 +3,15 @@
     python -m memorization_guard.lab.evaluate [--model FOLDER --world FOLDER] [--split tuning] [--published] [--json FILE]
 
 Every prompt is sampled with the same seeds without and with mitigation (PNDM, 50 steps, guidance 7.5). Nothing here is
-fitted: the profile comes from the reference prompts, which no other group contains, and whatever was chosen was chosen on
-``--split tuning``, which shares no prompt and no seed with the figures.
+fitted: the profile comes from the reference prompts, which no other group contains. Whatever was chosen by looking at results
+was chosen on ``--split tuning``, which shares no prompt and no seed with the figures.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +22,9 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from .. import StabilityProfile, Thresholds, Trace
+from .. import Mode, StabilityProfile, Thresholds, Trace
 from ..adapters.diffusers import guard
-from ..evaluation import evaluate as evaluation
+from ..evaluation import signals
 from ..evaluation.statistics import detection, detection_with_intervals
 from ..files import write_whole
 from . import COPY_THRESHOLD, MODEL, Lab
@@ -66,7 +67,7 @@ def sample(
     first_seed: int,
     stability: StabilityProfile | None,
     *,
-    mitigate: bool = False,
+    mode: Mode = "trace",
     thresholds: Thresholds | None = None,
     batch: int = 16,
     progress: Callable[[int], object] | None = None,
@@ -76,7 +77,7 @@ def sample(
     for start in range(0, len(texts), batch):
         part = list(texts[start : start + batch])
         generators = [torch.Generator().manual_seed(first_seed + start + i) for i in range(len(part))]
-        with guard(pipe, stability, mitigate=mitigate, thresholds=thresholds) as run:
+        with guard(pipe, stability, mode, thresholds) as run:
             output = pipe(part, num_inference_steps=STEPS, guidance_scale=GUIDANCE, generator=generators, output_type="np")
         images.append((output.images * 255).round().astype(np.uint8))
         traces += run.traces
@@ -92,15 +93,15 @@ def similarity(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return (a * b).sum(1) / np.maximum(np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1), 1e-12)
 
 
-#: Those of every model, and two more by which the lab's signals were understood.
-SIGNALS: dict[str, Callable[[Trace], float | None]] = evaluation.SIGNALS | {
-    "S_mem, first 10 steps": lambda trace: float(np.nanmax(trace.update_score[:10])),
-    "max s_x0": lambda trace: float(np.nanmax(trace.denoised_score)),
+#: The signals of an evaluation, and two variants of them.
+SIGNALS: dict[str, Callable[[Trace], float | None]] = signals.SIGNALS | {
+    "S_mem, first 10 steps": lambda trace: float(np.nanmax(trace.steps.update_score[:10])),
+    "max s_x0": lambda trace: float(np.nanmax(trace.steps.denoised_score)),
 }
 
 
 def figures(plain: dict[str, Sampled], mitigated: dict[str, Sampled]) -> dict[str, Any]:
-    """Detection and mitigation by group; every detector is held against the ordinary images, where they were sampled."""
+    """Detection and mitigation by group; every signal is compared with the ordinary images, where they were sampled."""
     result: dict[str, Any] = {}
     for group, before in plain.items():
         after = mitigated[group]
@@ -114,7 +115,7 @@ def figures(plain: dict[str, Sampled], mitigated: dict[str, Sampled]) -> dict[st
             "prompts": len(set(before.prompts)),
             "triggered": len(steps) / len(triggers),
             "median_trigger_step": float(np.median(steps)) if steps else None,
-            "strong": float(np.mean([trace.verdict == "strong" for trace in before.traces])),
+            "verdicts": dict(Counter(trace.verdict for trace in before.traces)),
             "copies_before": float((copies_before > COPY_THRESHOLD).mean()),
             "copies_after": float((copies_after > COPY_THRESHOLD).mean()),
             "median_copy_score_before": float(np.median(copies_before)),
@@ -200,7 +201,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--groups", nargs="+", default=list(SEEDS["evaluation"]), choices=list(SEEDS["evaluation"]))
-    parser.add_argument("--published", action="store_true", help="mitigate as published, without steering")
+    parser.add_argument("--published", action="store_true", help="judge and mitigate by the published method")
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--sheets", type=Path, help="write a contact sheet of each group into this folder")
     arguments = parser.parse_args()
@@ -212,7 +213,7 @@ def main() -> None:
         for group, count in SEEDS[arguments.split].items()
         if group in arguments.groups
     }
-    thresholds = Thresholds(steering_guidance=None) if arguments.published else Thresholds()
+    thresholds = Thresholds(method="published" if arguments.published else "reference")
     # One more image of some ordinary prompts, from other seeds, to see how far two images of one caption differ.
     again = texts.get("ordinary", [])[:64]
     plain: dict[str, Sampled] = {}
@@ -222,8 +223,8 @@ def main() -> None:
         keywords: dict[str, Any] = {"thresholds": thresholds, "batch": arguments.batch, "progress": bar.update}
         for group, group_texts in texts.items():
             seed = first_seed + 10_000 * list(SEEDS["evaluation"]).index(group)
-            for mitigate, results in ((False, plain), (True, mitigated)):
-                results[group] = sample(lab, pipe, group_texts, seed, lab.profile(), mitigate=mitigate, **keywords)
+            plain[group] = sample(lab, pipe, group_texts, seed, lab.profile(), **keywords)
+            mitigated[group] = sample(lab, pipe, group_texts, seed, lab.profile(), mode="mitigate", **keywords)
         second = sample(lab, pipe, again, first_seed + 90_000, lab.profile(), **keywords) if again else None
     result: dict[str, Any] = {"thresholds": thresholds.to_dict(), "groups": figures(plain, mitigated)}
     if second is not None:

@@ -24,7 +24,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..adapters.diffusers import calibrate
+from ..adapters.calibrate import calibrate
 from . import DECODED, PROFILE, Lab
 from .world import DATA, Caption, captions, duplicates, render, sheet, to_uint8
 

@@ -1,30 +1,35 @@
-"""The evaluation's page: tables, ROC curves and histograms in one file that asks for no other and runs no script."""
+"""The evaluation's page: tables, ROC curves and histograms in one file that loads nothing else and runs no script."""
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Mapping, Sequence
-from html import escape
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
-from .charts import BOTTOM, LEFT, RIGHT, SERIES, TOP, Axis, chart, count, line, percent, points, short, table, text
+from ..core.settings import VERDICTS
+from ..files import write_whole
+from .charts import BOTTOM, LEFT, RIGHT, SERIES, TOP, Axis, chart, line, percent, points, short
 from .charts import STYLE as CHART_STYLE
 from .html import page
+from .rendering import render
 
-#: What the signals are, for the reader of a page; one that is not named here is drawn without.
+#: What the signals are, for the reader of a page.
 ABOUT = {
     "S_mem": "largest deviation of the latent update from the profile over all steps, in standard deviations",
-    "joint score": "largest deviation that update and predicted image reach at one step",
-    "tail probability, -log10": "share of ordinary images that get as far, which the verdict goes by: 2 is one in 100",
-    "local score": "largest deviation of the part of the latent that is most out of the ordinary",
+    "joint score": "largest deviation that update and predicted image both reach at one step",
+    "p-value, -log10": "how rare the run is among ordinary images, which decides the verdict: 2 is one in 100",
+    "local score": "largest deviation of that part of the latent that is most out of the ordinary",
     "uncalibrated score": "how much of the image the prompt alone has settled while it is noise; needs no profile",
-    "guidance norm, mean": "size of the difference that the prompt makes to the predicted noise, mean over the steps",
-    "guidance norm, first step": "the same, first step alone",
-    "alignment": "cosine between that difference and the prediction without prompt, at the last step that has one",
+    "guidance norm, mean": "size of the difference that the prompt makes to the predicted noise, mean over the evaluations",
+    "guidance norm, first evaluation": "the same, at the first evaluation alone",
 }
 
-#: Kinds beyond this many stand in the tables and are not drawn.
+#: With more kinds than this, the kinds are in the tables and are not drawn.
 MAX_DRAWN = 4
 #: Rows of the tables of least typical prompts.
 EXTREMES = 8
@@ -32,77 +37,46 @@ EXTREMES = 8
 LOWEST_FPR = 1e-3
 
 
+def write_report(result: Mapping[str, Any], page: Path, data: Path) -> None:
+    """Writes ``result`` as HTML to ``page`` and as JSON to ``data``: both, or on an error neither.
+
+    Raises:
+        OSError: if they cannot be written.
+    """
+    # A lone surrogate, which a .jsonl can hold, must not cost the report.
+    contents = {
+        page: html_report(result).encode("utf-8", "replace"),
+        data: json.dumps(result, indent=1, allow_nan=False).encode() + b"\n",
+    }
+    staged = {path: path.with_name(f".{path.name}.{os.getpid()}.new") for path in contents}
+    try:
+        for path, content in contents.items():
+            write_whole(staged[path], content)
+        for path, temporary in staged.items():
+            os.replace(temporary, path)
+    finally:
+        for temporary in staged.values():
+            temporary.unlink(missing_ok=True)
+
+
 def html_report(result: Mapping[str, Any]) -> str:
-    """The page of what ``evaluation.summarize`` returned: follows light and dark, readable on a phone."""
-    settings = result["settings"]
+    """The page of what ``evaluation.summary.summarize`` returned: follows light and dark, readable on a phone."""
     groups, ordinary = result["groups"], result["ordinary"]
-    title = f"How well memorization is detected: {settings.get('model') or 'a model'}"
-    introduction = (
-        f"{_size(groups[0])} said to be memorized, held against {_size(ordinary)} said to be ordinary. Nothing was mitigated."
-    )
-    body = "".join(
-        [
-            *(f'<p class="warning">{escape(warning)}</p>' for warning in result["warnings"]),
-            _detection(groups, ordinary),
-            _triggers(groups, ordinary),
-            _curves(groups, ordinary["images"]),
-            _histograms(result),
-            _extremes(result),
-            _settings(settings),
-        ]
-    )
-    return page(title, f"<p>{introduction}</p>{body}", style=CHART_STYLE)
-
-
-def _size(group: Mapping[str, Any]) -> str:
-    return f"{count(group['images'], 'image')} of {count(group['prompts'], 'prompt')}"
-
-
-def _interval(figure: Mapping[str, Any], name: str, format_: str) -> str:
-    low, high = (format(bound, format_) for bound in figure[f"{name}_95"])
-    return f'<td class="number">{format(figure[name], format_)} <span class="interval">{low} to {high}</span></td>'
-
-
-def _detection(groups: Sequence[Mapping[str, Any]], ordinary: Mapping[str, Any]) -> str:
-    bodies = []
-    for group in groups:
-        rows = "".join(
-            f"<tr><td>{text(name)}</td>{_interval(signal, 'auc', '.4f')}{_interval(signal, 'tpr_at_1_fpr', '.1%')}"
-            f'<td class="number">{short(signal["median"])}</td>'
-            f'<td class="number">{short(ordinary["signals"][name]["median"])}</td></tr>'
-            for name, signal in group["signals"].items()
-        )
-        title = f'{text(group["name"])} <span class="muted">{_size(group)}</span>'
-        head = f'<tr><th class="group" colspan="5">{title}</th></tr>'
-        bodies.append(f"<tbody>{head}{rows}</tbody>")
-    names = list(dict.fromkeys(name for group in groups for name in group["signals"]))
-    about = "".join(f"<li><b>{text(name)}</b>: {text(ABOUT[name])}</li>" for name in names if name in ABOUT)
-    columns = ("signal", "#AUC", "#TPR at 1 % FPR", "#median", "#median, ordinary")
-    return (
-        f"<article><h2>Detection</h2>{table(columns, ''.join(bodies))}"
-        '<p class="muted">Higher is taken to mean memorized: an AUC below 0.5 says that a signal points the other way here. '
-        "The ranges are 95 % intervals, from a bootstrap over prompts.</p>"
-        f"<details><summary>What the signals are</summary><ul>{about}</ul></details></article>"
-    )
-
-
-def _triggers(groups: Sequence[Mapping[str, Any]], ordinary: Mapping[str, Any]) -> str:
     everyone = [*groups, ordinary]
-    with_copies = any(group["copies"] for group in everyone)
-    verdicts = [name for name in ("stable", "mild", "strong", "unscored") if any(name in g["verdicts"] for g in everyone)]
-    rows = []
-    for group in everyone:
-        row = f"<td>{text(group['name'])}</td>{_interval(group['triggered'], 'mean', '.1%')}"
-        row += "".join(f'<td class="number">{group["verdicts"].get(name, 0):,}</td>' for name in verdicts)
-        if with_copies:
-            copies = group["copies"]
-            row += _interval(copies["rate"], "mean", ".1%") if copies else '<td class="number">-</td>'
-            row += f'<td class="number">{short(copies["median"] if copies else None)}</td>'
-            row += f'<td class="number">{copies["images"] if copies else 0:,}</td>'
-        rows.append(f"<tr>{row}</tr>")
-    columns = ["group", "#triggered", *(f"#{name}" for name in verdicts)]
-    columns += ["#copies", "#median similarity", "#images compared"] if with_copies else []
-    return f"<article><h2>Verdicts</h2>{table(columns, ''.join(rows))}</article>"
+    series = _series(result)
+    names = [name for group in groups for name in group["signals"]]
+    body = render(
+        "evaluation.html",
+        **{name: result[name] for name in ("groups", "ordinary", "warnings", "settings", "ranked_by")},
+        about={name: meaning for name, meaning in ABOUT.items() if name in names},
+        verdicts=[name for name in VERDICTS if any(name in group["verdicts"] for group in everyone)],
+        with_copies=any(group["copies"] for group in everyone),
+        curves=[_curve(group, ordinary["images"]) for group in _drawn(groups)],
+        drawn=list(series),
+        histograms=[_histogram(name, series) for name in groups[0]["signals"]],
+        extremes=_extremes(result),
+    )
+    return page(f"How well memorization is detected: {result['settings'].get('model') or 'a model'}", body, style=CHART_STYLE)
 
 
 def _kinds(groups: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -111,28 +85,20 @@ def _kinds(groups: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return kinds if len(kinds) <= MAX_DRAWN else []
 
 
-def _curves(groups: Sequence[Mapping[str, Any]], negatives: int) -> str:
-    parts = []
+def _drawn(groups: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The groups whose ROC curves are drawn."""
     kinds = _kinds(groups)
-    for group in groups:
-        if group["of"] == "kind" and group not in kinds:
-            continue
-        rocs = {name: signal["roc"] for name, signal in group["signals"].items()}
-        key = "".join(
-            f'<li><svg width="34" height="10">{line(number, "M1 5H33")}</svg>'
-            f'{text(name)} <span class="muted">{signal["auc"]:.4f}</span></li>'
-            for number, (name, signal) in enumerate(group["signals"].items())
-        )
-        parts.append(
-            f'<h3>{text(group["name"])}</h3><div class="charts"><figure>{_roc(group["name"], rocs, negatives, log=False)}'
-            f"</figure><figure>{_roc(group['name'], rocs, negatives, log=True)}</figure>"
-            f'<figure><figcaption class="muted">signal, AUC</figcaption><ul class="key">{key}</ul></figure></div>'
-        )
-    return (
-        f"<article><h2>ROC curves</h2>{''.join(parts)}"
-        '<p class="muted">The second axis is logarithmic: what a detector is worth where false alarms are rare. Where it is '
-        f"shaded, the false alarms would be fewer than one of {count(negatives, 'ordinary image')}.</p></article>"
-    )
+    return [group for group in groups if group["of"] != "kind" or group in kinds]
+
+
+def _curve(group: Mapping[str, Any], negatives: int) -> dict[str, Any]:
+    """The ROC curves of a group's signals, on both axes, and what the key says of them."""
+    rocs = {name: signal["roc"] for name, signal in group["signals"].items()}
+    return {
+        "name": group["name"],
+        "charts": [Markup(_roc(group["name"], rocs, negatives, log=log)) for log in (False, True)],
+        "auc": {name: signal["auc"] for name, signal in group["signals"].items()},
+    }
 
 
 def _roc(title: str, rocs: Mapping[str, Mapping[str, Sequence[float]]], negatives: int, *, log: bool) -> str:
@@ -149,27 +115,20 @@ def _roc(title: str, rocs: Mapping[str, Mapping[str, Sequence[float]]], negative
     return chart(f"ROC curves: {title}", description, body, x, y, "false positive rate", "true positive rate", x_label=percent)
 
 
-def _histograms(result: Mapping[str, Any]) -> str:
+def _series(result: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
+    """The samples that the histograms show, by name: the ordinary ones, and each kind or else all memorized ones."""
     samples = result["samples"]
     series = {"ordinary": [sample for sample in samples if not sample["memorized"]]}
     for group in _kinds(result["groups"]) or result["groups"][:1]:
         series[group["name"]] = [samples[row] for row in group["samples"]]
-    key = "".join(
-        f'<li><svg width="34" height="12"><rect class="f{number}" width="34" height="12"/>{line(number, "M1 11H33")}</svg>'
-        f"{text(name)}</li>"
-        for number, name in enumerate(series)
-    )
-    charts = []
-    for name in result["groups"][0]["signals"]:
-        values = {
-            title: np.array([s["signals"][name] for s in members if s["signals"][name] is not None], dtype=float)
-            for title, members in series.items()
-        }
-        charts.append(f"<figure>{_histogram(name, values)}</figure>")
-    return f'<article><h2>Scores</h2><ul class="key row">{key}</ul><div class="charts">{"".join(charts)}</div></article>'
+    return series
 
 
-def _histogram(name: str, values: Mapping[str, np.ndarray]) -> str:
+def _histogram(name: str, series: Mapping[str, Sequence[Mapping[str, Any]]]) -> Markup:
+    values = {
+        title: np.array([s["signals"][name] for s in members if s["signals"][name] is not None], dtype=float)
+        for title, members in series.items()
+    }
     everything = np.concatenate(list(values.values()))
     low, high = float(everything.min()), float(everything.max())
     log = low > 0 and high > 12 * float(np.median(everything))
@@ -190,41 +149,19 @@ def _histogram(name: str, values: Mapping[str, np.ndarray]) -> str:
         f"{title}, median {short(float(np.median(part)))}" for title, part in values.items() if len(part)
     )
     title = f"{name}{', log scale' if log else ''}"
-    return chart(f"Histogram: {name}", description + ".", "".join(body), x, y, title, "share of images")
+    return Markup(chart(f"Histogram: {name}", description + ".", "".join(body), x, y, title, "share of images"))
 
 
-def _extremes(result: Mapping[str, Any]) -> str:
-    from ..evaluation.evaluate import rank
-
-    signal = rank(result)
-    if signal is None:
-        return ""
-    tables = []
-    sides = {False: "Ordinary prompts that look most memorized", True: "Memorized prompts that look least so"}
-    for memorized, title in sides.items():
-        found = [s for s in result["samples"] if s["memorized"] is memorized and s["signals"][signal] is not None]
+def _extremes(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The samples of both lists that look least like the others of their list."""
+    signal = result["ranked_by"]
+    sides = []
+    for memorized, title in (
+        (False, "Ordinary prompts that look most memorized"),
+        (True, "Memorized prompts that look least so"),
+    ):
+        found = [s for s in result["samples"] if s["memorized"] is memorized and s["signals"].get(signal) is not None]
         found.sort(key=lambda sample: sample["signals"][signal], reverse=not memorized)
         with_copies = any(sample["copy_score"] is not None for sample in found)
-        rows = []
-        for sample in found[:EXTREMES]:
-            row = f'<td class="prompt">{text(sample["prompt"])}</td><td class="number">{short(sample["signals"][signal])}</td>'
-            row += f"<td>{text(sample['verdict'])}</td>"
-            row += f'<td class="number">{"-" if sample["trigger_step"] is None else sample["trigger_step"]}</td>'
-            row += f'<td class="number">{short(sample["copy_score"])}</td>' if with_copies else ""
-            rows.append(f'<tr>{row}<td class="number">{sample["seed"]}</td></tr>')
-        columns = ["prompt", f"#{signal}", "verdict", "#trigger step", *(["#similarity"] if with_copies else []), "#seed"]
-        tables.append(f"<h3>{title}</h3>{table(columns, ''.join(rows))}")
-    return f"<article><h2>Least typical</h2>{''.join(tables)}</article>"
-
-
-def _settings(settings: Mapping[str, Any]) -> str:
-    rows = "".join(
-        f"<tr><td>{text(name.replace('_', ' '))}</td><td>{text(_value(value))}</td></tr>"
-        for name, value in settings.items()
-        if value is not None
-    )
-    return f'<article><h2>Settings</h2><div class="scroll"><table><tbody>{rows}</tbody></table></div></article>'
-
-
-def _value(value: Any) -> str:
-    return " x ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+        sides.append({"title": title, "samples": found[:EXTREMES], "with_copies": with_copies})
+    return sides

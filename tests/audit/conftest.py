@@ -1,5 +1,6 @@
 """A tiny model and lists for it, and audits of both that take seconds; audits without a model, given row by row."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -13,7 +14,8 @@ from memorization_guard.audit import dataset
 from memorization_guard.audit.plan import Plan
 from memorization_guard.audit.run import Local, audit
 from memorization_guard.audit.worker import Recipe
-from memorization_guard.core.trace import STEP_FIELDS
+from memorization_guard.reports.audit import write_report
+from memorization_guard.core.trace import Evaluations, Steps
 
 
 @pytest.fixture
@@ -36,6 +38,7 @@ def run(recipe, prompts, tmp_path):
     def run_audit(folder=None, *, recipe=recipe, prompts=prompts, seeds_per_prompt=2, batch_size=4, workers=None, **options):
         plan = Plan.of(prompts, seeds_per_prompt=seeds_per_prompt)
         options = {"reference": [f"a blue dog in the sun {n}" for n in range(10)], "progress": False} | options
+        options |= {"report": write_report}
         hands = workers or (lambda: Local(recipe))
         return audit(recipe, plan, folder or tmp_path / "audit", hands, batch_size=batch_size, **options)
 
@@ -49,57 +52,63 @@ MANIFEST = {
     "finished": "2026-01-02T04:04:05+00:00",
     "model": {"name": "base", "components": {"unet": "ab12"}, "loras": [{"file": "a.safetensors", "weight": 0.8}]},
     "prompts": {"file": "prompts.txt", "sha256": "aa", "rows": 2},
-    "settings": {"steps": 20, "guidance_scale": 7.5, "seeds_per_prompt": 2, "mitigate": False, "stop": False},
+    "settings": {"steps": 20, "guidance_scale": 7.5, "seeds_per_prompt": 2, "mode": "trace"},
     "thresholds": Thresholds().to_dict(),
     "profile": {"sha256": "cc", "reference_runs": 50},
 }
 
 
-def make_trace(tail=0.5, *, corrected=False, note=None, scored=True, steps=20):
-    """A run of that rarity; it triggers below 1 in 1,000, strongly below 1 in a million."""
-    nothing = {name: np.full(steps, np.nan) for name in STEP_FIELDS}
-    if not scored:
-        norms = {name: np.ones(steps) for name in ("latent_norm", "update_norm", "denoised_norm")}
-        return Trace(note=note, **nothing | norms | {"sigma": np.linspace(10, 1, steps)})
+def make_trace(p_value=0.5, *, corrected=False, note=None, scored=True, steps=20):
+    """A run of that rarity, with one evaluation a step; it triggers below 1 in 1,000."""
+    sigma, unknown = np.linspace(10, 1, steps), np.full(steps, np.nan)
     rising = np.linspace(0, 1, steps)
-    tails = 10.0 ** (np.log10(tail) * rising)
-    tails[-1] = tail
-    triggered = tail < 0.001
+    p_values = 10.0 ** (np.log10(p_value) * rising) if scored else unknown
+    p_values[-1] = p_value if scored else np.nan
+    triggered = scored and p_value < 0.001
+    mitigated = np.full(steps, corrected and triggered) & (rising > 0.8)
+    far = rising * -np.log10(p_value)
+    nothing = {field.name: unknown for field in dataclasses.fields(Evaluations)}
     band = {"mean": np.full(steps, 2.0), "std": np.full(steps, 0.1)}
-    after = np.where(rising > 0.8, 2.0, np.nan) if corrected and triggered else np.full(steps, np.nan)
     return Trace(
-        verdict="stable" if not triggered else "strong" if tail < 1e-6 else "mild",
-        trigger_step=int(np.argmax(tails < 0.001)) if triggered else None,
+        verdict="likely copy" if triggered else "stable" if scored else "unscored",
+        trigger_step=int(np.argmax(p_values < 0.001)) if triggered else None,
         note=note,
-        bands={"latent": band, "update": band, "denoised": band},
-        mitigation=corrected,
-        **nothing
-        | {
-            "sigma": np.linspace(10, 1, steps),
-            "latent_norm": np.full(steps, 30.0),
-            "update_norm": 2 + rising * -np.log10(tail) / 5,
-            "denoised_norm": np.full(steps, 20.0),
-            "update_score": rising * -np.log10(tail) * 2,
-            "denoised_score": rising * -np.log10(tail) * 1.5,
-            "tail": tails,
-            "guidance_norm": np.ones(steps),
-            "corrected_latent_norm": after,
-            "corrected_update_norm": after,
-        },
+        mode="mitigate" if corrected else "trace",
+        bands={"latent": band, "update": band, "denoised": band} if scored else {},
+        steps=Steps(
+            sigma=sigma,
+            latent_norm=np.full(steps, 30.0),
+            update_norm=2 + far / 5,
+            denoised_norm=np.full(steps, 20.0),
+            update_score=far * 2 if scored else unknown,
+            denoised_score=far * 1.5 if scored else unknown,
+            p_value=p_values,
+            mitigated=mitigated,
+        ),
+        evaluations=Evaluations(
+            **nothing
+            | {
+                "step": np.arange(steps),
+                "sigma": sigma,
+                "guidance": np.ones(steps),
+                "p_value": p_values,
+                "corrected": mitigated,
+            }
+        ),
     )
 
 
 def make_row(image, prompt, trace, *, seed=None, kind=None, file=None):
     """A row of the results, as of ``dataset.SCHEMA``."""
     text = trace.to_dict()
-    columns = ("verdict", "score", "joint_score", "tail_probability", "local_score", "uncalibrated_score", "trigger_step")
+    columns = ("verdict", "score", "joint_score", "p_value", "local_score", "uncalibrated_score", "trigger_step")
     return {name: text[name] for name in (*columns, "nonfinite_step", "note", "settings")} | {
         "image": image,
         "row": image,
         "prompt": prompt,
         "kind": kind,
         "seed": image if seed is None else seed,
-        "steps": trace.steps,
+        "steps": len(trace.steps),
         "corrected_steps": int(trace.mitigated.sum()),
         "file": file,
         "trace": json.dumps(text),

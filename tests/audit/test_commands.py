@@ -36,13 +36,13 @@ def test_audit_report_and_compare(call, model, prompts, reference, tmp_path):
     assert again.exit_code == 0, again.output
     assert "is finished: nothing was left to do" in again.output
 
-    options = ("--profile", first / "profile.safetensors", "--seeds-per-prompt", 2, "--false-alarms", 0.5)
+    options = ("--profile", first / "profile.safetensors", "--seeds-per-prompt", 2, "--false-positive-rate", 0.5)
     assert call("audit", model, prompts, "-o", second, *options, *QUICK).exit_code == 0
     result = call("compare", first, second, "-o", tmp_path / "compare.html")
     assert result.exit_code == 0, result.output
     assert "18 images of 9 prompts that are in both" in result.output
     assert "became memorized: a red cat" in result.output
-    assert "false alarms" in result.stderr
+    assert "false positive rate" in result.stderr
     assert "a red cat" in (tmp_path / "compare.html").read_text(encoding="utf-8")
     assert call("compare", first, second, "-o", tmp_path / "compare.json").exit_code == 0
     assert json.loads((tmp_path / "compare.json").read_text())["pairs"]["images"] == 18

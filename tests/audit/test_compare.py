@@ -11,12 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from memorization_guard.audit import compare as module
-from memorization_guard.audit.compare import compare, write_comparison
+from memorization_guard.audit import AuditError
+from memorization_guard.audit.comparison import CHANGES, compare
 from memorization_guard.evaluation.statistics import clustered_difference, clustered_rate, mcnemar
+from memorization_guard.reports.comparison import write_comparison
 
 HOSTILE = "<img src=x onerror=\"document.title='broken'\"> & </script><!--"
-SETTINGS = {"steps": 20, "guidance_scale": 7.5, "seeds_per_prompt": 2, "mitigate": False, "stop": False}
+SETTINGS = {"steps": 20, "guidance_scale": 7.5, "seeds_per_prompt": 2, "mode": "trace"}
 
 
 # ------------------------------------------------------------------------------------------------------------- the figures
@@ -74,17 +75,17 @@ def test_differences_hold_the_truth_as_often_as_they_say(prompts, seeds, memoriz
 
 
 def made(audits, plan, **changes):
-    """An audit from ``{(prompt, seed): tail}``; a tail of ``None`` is an image that is not scored."""
-    corrected = changes.get("settings", {}).get("mitigate", False)
+    """An audit from ``{(prompt, seed): p-value}``; a p-value of ``None`` is an image that is not scored."""
+    corrected = changes.get("settings", {}).get("mode") == "mitigate"
     rows = [
         audits.row(
             image,
             prompt,
-            audits.trace(scored=False) if tail is None else audits.trace(tail, corrected=corrected),
+            audits.trace(scored=False) if p_value is None else audits.trace(p_value, corrected=corrected),
             seed=seed,
-            file=f"images/{image}.png" if tail is not None and tail < 0.001 else None,
+            file=f"images/{image}.png" if p_value is not None and p_value < 0.001 else None,
         )
-        for image, ((prompt, seed), tail) in enumerate(plan.items())
+        for image, ((prompt, seed), p_value) in enumerate(plan.items())
     ]
     pictures = {row["file"]: "red" for row in rows if row["file"]}
     return audits(rows, part=5, pictures=pictures, **changes)
@@ -123,7 +124,7 @@ def test_images_are_paired_by_prompt_and_seed_and_not_by_place(pair):
     assert found["images"]["difference"]["rate"] == pytest.approx(-1 / 9)
     assert (found["a"]["triggered"]["count"], found["b"]["triggered"]["count"]) == (3, 2)
     assert (found["a"]["prompts_triggered"]["count"], found["a"]["prompts_triggered"]["of"]) == (2, 5)
-    assert [row["prompt"] for name in module.CHANGES for row in found[name]] == [HOSTILE, "gone", "same"]
+    assert [row["prompt"] for name in CHANGES for row in found[name]] == [HOSTILE, "gone", "same"]
     became = found["became"][0]
     assert (became["seed"], became["image_a"], became["image_b"]) == (1, 5, 1)
     assert (became["triggered_a"], became["triggered_b"], became["rarest_a"], became["rarest_b"]) == (0, 1, 0.3, 1e-9)
@@ -138,26 +139,27 @@ def test_images_are_paired_by_prompt_and_seed_and_not_by_place(pair):
 
 prompts = st.sampled_from(["a", "b", "c", "", "d " * 30])
 seeds = st.sampled_from([0, 1, -1, 2**31, 2**63 - 1, -(2**63)])
-tails = st.sampled_from([1e-9, 1e-4, 0.01, 0.5, None])
-plans = st.lists(st.tuples(prompts, seeds, tails), max_size=25)
+p_values = st.sampled_from([1e-9, 1e-4, 0.01, 0.5, None])
+plans = st.lists(st.tuples(prompts, seeds, p_values), max_size=25)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(plans, plans)
 def test_the_counts_are_those_of_going_through_them_by_hand(audits, first, second):
     traces = {
-        tail: audits.trace(scored=False) if tail is None else audits.trace(tail) for tail in (1e-9, 1e-4, 0.01, 0.5, None)
+        p_value: audits.trace(scored=False) if p_value is None else audits.trace(p_value)
+        for p_value in (1e-9, 1e-4, 0.01, 0.5, None)
     }
     folders = [
-        audits([audits.row(i, prompt, traces[tail], seed=seed) for i, (prompt, seed, tail) in enumerate(plan)])
+        audits([audits.row(i, prompt, traces[p_value], seed=seed) for i, (prompt, seed, p_value) in enumerate(plan)])
         for plan in (first, second)
     ]
     found = compare(*folders)
     sides = []
     for plan in (first, second):
         side = {}
-        for prompt, seed, tail in plan:
-            side.setdefault((prompt, seed), tail)
+        for prompt, seed, p_value in plan:
+            side.setdefault((prompt, seed), p_value)
         sides.append(side)
     a, b = sides
     both = [pair for pair in a if pair in b and a[pair] is not None and b[pair] is not None]
@@ -188,7 +190,7 @@ def test_the_counts_are_those_of_going_through_them_by_hand(audits, first, secon
         ({"prompts": {"file": "other.txt", "sha256": "aa", "rows": 2}}, None),
         ({"prompts": {"file": "prompts.txt", "sha256": "bb", "rows": 2}}, "the list of prompts: aa in A, bb in B"),
         ({"profile": {"sha256": "dd", "reference_runs": 50}}, "profile: sha256: cc in A, dd in B"),
-        ({"thresholds": {"false_alarms": 0.01}}, "thresholds: false alarms: 0.001 in A, 0.01 in B"),
+        ({"thresholds": {"false_positive_rate": 0.01}}, "thresholds: false positive rate: 0.001 in A, 0.01 in B"),
         ({"finished": None}, "Audit B is not finished"),
         ({"model": {"name": "other"}}, None),
     ],
@@ -204,15 +206,15 @@ def test_whatever_else_may_be_the_cause_is_a_warning(audits, changes, told):
 
 def test_what_a_verdict_means_under_mitigation_is_said(audits):
     plan = {(f"p{n}", 0): 1e-6 if n < 3 else 0.5 for n in range(9)}
-    plain, mitigated = made(audits, plan), made(audits, plan, settings=SETTINGS | {"mitigate": True})
+    plain, mitigated = made(audits, plan), made(audits, plan, settings=SETTINGS | {"mode": "mitigate"})
     found = compare(plain, mitigated)
     assert (found["b"]["corrected"], found["b"]["uncorrected"], found["a"]["corrected"]) == (3, 0, 0)
     assert found["warnings"] == []
-    assert found["compared"] == [{"field": "settings: mitigate", "a": "no", "b": "yes"}]
+    assert found["compared"] == [{"field": "settings: mode", "a": "trace", "b": "mitigate"}]
     assert "of 3 images that triggered, 3 were corrected and 0 were not" in found["notes"][0]
-    assert "no number here says whether a corrected one is still a copy" in found["notes"][1]
-    stopped = compare(plain, made(audits, plan, settings=SETTINGS | {"stop": True}))
-    assert "those 3 images were not made" in stopped["notes"][0]
+    assert "No number here says whether a corrected image is still a copy" in found["notes"][1]
+    stopped = compare(plain, made(audits, plan, settings=SETTINGS | {"mode": "stop"}))
+    assert "those 3 images were not finished" in stopped["notes"][0]
     assert compare(plain, plain)["notes"] == []
 
 
@@ -237,8 +239,8 @@ def test_a_comparison_is_written_by_its_suffix(pair, tmp_path):
     with open(tmp_path / "c.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert [(row["change"], row["prompt"]) for row in rows] == [("became", HOSTILE), ("no_longer", "gone"), ("stays", "same")]
-    assert pq.read_table(tmp_path / "c.parquet").to_pylist() == [row for name in module.CHANGES for row in found[name]]
-    with pytest.raises(ValueError, match=r"\.csv or \.parquet"):
+    assert pq.read_table(tmp_path / "c.parquet").to_pylist() == [row for name in CHANGES for row in found[name]]
+    with pytest.raises(AuditError, match=r"\.csv or \.parquet"):
         write_comparison(found, tmp_path / "c.txt")
 
 

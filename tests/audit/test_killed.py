@@ -55,10 +55,10 @@ class Quick:
 
 
 def row(job):
-    trace = Trace(verdict="stable", sigma=np.ones(1), **{name: np.ones(1) for name in ("tail", "latent_norm", "update_norm")})
+    trace = Trace(verdict="stable")
     made = {"image": job.image, "row": job.row, "prompt": job.prompt, "kind": job.kind, "seed": job.seed, "verdict": "stable"}
     numbers = dict.fromkeys(["score", "joint_score", "local_score", "uncalibrated_score"], 0.5)
-    made |= numbers | {"tail_probability": random.Random(job.seed).random()}
+    made |= numbers | {"p_value": random.Random(job.seed).random()}
     made |= {"trigger_step": None, "nonfinite_step": None, "steps": 1, "corrected_steps": 0, "note": None}
     made |= {"settings": RunSettings(steps=1).to_dict(), "trace": json.dumps(trace.to_dict())}
     if job.image % 7 == 0:

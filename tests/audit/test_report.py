@@ -6,14 +6,17 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from scipy.stats import binomtest, t
+from scipy.stats import binomtest
 
 from memorization_guard import Thresholds
-from memorization_guard.audit import dataset, report
+from memorization_guard.audit import dataset
+from memorization_guard.audit.summary import COLUMNS, Rarest, summarize
 from memorization_guard.core.trace import STATEMENT
-from memorization_guard.evaluation.statistics import _t_quantile, clustered_rate
+from memorization_guard.evaluation.statistics import clustered_rate
+from memorization_guard.reports.audit import write_report
+from memorization_guard.reports.pieces import share, thumbnail
 
 HOSTILE = "<img src=x onerror=\"document.title='broken'\"> & </script><!-- \x07 ' \u2028"
 
@@ -102,11 +105,6 @@ def test_intervals_hold_the_true_rate_as_often_as_they_say(prompts, seeds, memor
         assert naive / runs < 0.9  # seeds taken for independent: the test would see it
 
 
-def test_the_quantile_of_t():
-    freedoms = [1, 2, 3, 4, 7, 20, 500]
-    assert [_t_quantile(n) for n in freedoms] == pytest.approx(t.ppf(0.975, freedoms), rel=2e-3)
-
-
 # ------------------------------------------------------------------------------------------------------------- the summary
 
 
@@ -115,21 +113,21 @@ def audit(audits):
     """30 prompts of two seeds; three prompts trigger, one of them with both seeds; some images saved."""
     rows = []
     for image in range(60):
-        prompt, tail = image // 2, 0.02 + 0.015 * (image % 60)
-        tail = {4: 1e-8, 5: 2e-4, 20: 5e-5, 41: 9e-4}.get(image, min(tail, 0.9))
+        prompt, p_value = image // 2, 0.02 + 0.015 * (image % 60)
+        p_value = {4: 1e-8, 5: 2e-4, 20: 5e-5, 41: 9e-4}.get(image, min(p_value, 0.9))
         text = HOSTILE if image in (4, 5) else f"a prompt {prompt} " + "of-many-words" * (6 if prompt == 10 else 1)
         file = {4: "images/000000/4.png", 20: "images/000000/20.png", 41: "images/gone.png"}.get(image)
         rows.append(
-            audits.row(image, text, audits.trace(tail), seed=7 + image % 2, kind="photo" if prompt % 3 else None, file=file)
+            audits.row(image, text, audits.trace(p_value), seed=7 + image % 2, kind="photo" if prompt % 3 else None, file=file)
         )
     pictures = {"images/000000/4.png": "red", "images/000000/20.png": "blue"}
     folder = audits(rows, pictures=pictures, surprise={"deep": [1, {"er": HOSTILE}]})
-    report.write_report(folder)
+    write_report(folder)
     return folder
 
 
 def test_what_came_out_is_counted(audit):
-    found = report.summarize(audit)
+    found = summarize(audit)
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert (found["finished"], found["images"], found["planned"], found["prompts"], found["scored"]) == (True, 60, 60, 30, 60)
     assert (found["triggered"]["count"], found["triggered"]["of"], found["triggered"]["chance"]) == (
@@ -141,15 +139,16 @@ def test_what_came_out_is_counted(audit):
     assert found["prompts_triggered"]["chance"] == pytest.approx(30 * (1 - 0.999**2))
     assert {name: rate["count"] for name, rate in found["verdicts"].items()} == {
         "stable": 56,
-        "mild": 3,
-        "strong": 1,
+        "likely copy": 4,
+        "mild": 0,
+        "strong": 0,
         "unscored": 0,
     }
     kinds = {group["kind"]: group for group in found["kinds"]}
     assert set(kinds) == {"photo", None}
     assert sum(group["triggered"]["count"] for group in kinds.values()) == 4
     assert kinds[None]["images"] == 20
-    shares = dict(zip(found["distribution"]["tail_probability"], found["distribution"]["share"], strict=True))
+    shares = dict(zip(found["distribution"]["p_value"], found["distribution"]["share"], strict=True))
     assert (shares[1.0], shares[0.001], shares[1e-4], shares[1e-6]) == pytest.approx((1, 4 / 60, 2 / 60, 1 / 60))
     assert [row["image"] for row in found["worst"][:3]] == [4, 20, 41]
     assert len({row["prompt"] for row in found["worst"]}) == len(found["worst"]) == 30
@@ -158,74 +157,74 @@ def test_what_came_out_is_counted(audit):
 
 def test_a_prompt_that_comes_again_later_is_one_prompt(audits):
     rows = [audits.row(i, f"prompt {i % 5}", audits.trace(1e-5 if i % 5 == 0 else 0.5)) for i in range(40)]
-    found = report.summarize(audits(rows, part=3))
+    found = summarize(audits(rows, part=3))
     assert (found["prompts"], found["prompts_triggered"]["count"], found["triggered"]["count"]) == (5, 1, 8)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.none() | st.sampled_from([1e-9, 1e-4, 0.001, 0.01, 0.3]), min_size=1, max_size=60), st.integers(1, 9))
-def test_the_rarest_rows_are_those_of_sorting_everything(tails, limit):
+def test_the_rarest_rows_are_those_of_sorting_everything(p_values, limit):
     batch = dataset.pa.RecordBatch.from_pylist(
-        [dict.fromkeys(report._COLUMNS) | {"image": i, "tail_probability": tail} for i, tail in enumerate(tails)],
-        schema=dataset.pa.schema([dataset.SCHEMA.field(name).with_nullable(True) for name in report._COLUMNS]),
+        [dict.fromkeys(COLUMNS) | {"image": i, "p_value": p_value} for i, p_value in enumerate(p_values)],
+        schema=dataset.pa.schema([dataset.SCHEMA.field(name).with_nullable(True) for name in COLUMNS]),
     )
-    rarest = report._Rarest(limit)
-    for start in range(0, len(tails), 4):
+    rarest = Rarest(limit)
+    for start in range(0, len(p_values), 4):
         rarest.add(batch.slice(start, 4))
-    expected = sorted(range(len(tails)), key=lambda i: (2.0 if tails[i] is None else tails[i], i))[:limit]
+    expected = sorted(range(len(p_values)), key=lambda i: (2.0 if p_values[i] is None else p_values[i], i))[:limit]
     assert rarest.table()["image"].to_pylist() == expected
 
 
 def test_traces_are_read_for_the_cards_alone(audit, monkeypatch):
     asked, scan = [], dataset.scan
     monkeypatch.setattr(dataset, "scan", lambda folder, columns: asked.append(set(columns)) or scan(folder, columns))
-    report.summarize(audit)
+    summarize(audit)
     assert asked
     assert not any({"trace", "settings"} & columns for columns in asked)
-    traces = report.read_traces(audit, [4, 59, 1000])
-    assert {image: trace.verdict for image, trace in traces.items()} == {4: "strong", 59: "stable"}
+    traces = dataset.read_traces(audit, [4, 59, 1000])
+    assert {image: trace.verdict for image, trace in traces.items()} == {4: "likely copy", 59: "stable"}
 
 
 def test_an_unfinished_audit_says_so(audits):
     folder = audits([audits.row(i, f"p{i}", audits.trace()) for i in range(10)], images=50, finished=None)
-    found = report.write_report(folder)
+    found = write_report(folder)
     assert not found["finished"]
     assert "10 of 50 planned images" in found["warnings"][0]
     assert "10 of 50 planned images" in Tags((folder / dataset.REPORT).read_text()).text
     # Parts that were lost make a finished audit unfinished.
-    assert not report.summarize(audits([audits.row(0, "p", audits.trace())], images=2))["finished"]
+    assert not summarize(audits([audits.row(0, "p", audits.trace())], images=2))["finished"]
 
 
 def test_images_that_cannot_be_scored_are_no_ordinary_ones(audits):
     note = "The profile does not fit <this> run."
     unscored = [audits.row(i, f"p{i}", audits.trace(scored=False, note=note)) for i in range(6)]
     folder = audits(unscored)
-    found = report.write_report(folder)
+    found = write_report(folder)
     assert found["triggered"]["rate"] is None
     assert found["unscored"] == [{"note": note, "images": 6}]
     text = Tags((folder / dataset.REPORT).read_text()).text
     assert "Calibrate one for this model" in text
     assert note in text
-    some = report.summarize(audits([*unscored, audits.row(6, "p6", audits.trace(1e-5))]))
+    some = summarize(audits([*unscored, audits.row(6, "p6", audits.trace(1e-5))]))
     assert (some["triggered"]["count"], some["triggered"]["of"], some["prompts_triggered"]["of"]) == (1, 1, 1)
     assert "6 of 7 images could not be scored" in some["warnings"][0]
 
 
 def test_an_audit_without_rows_or_without_what_the_manifest_should_say_has_a_report(audits):
     nothing = audits([], finished=None, images=100)
-    assert "No image was sampled yet." in report.write_report(nothing)["warnings"]
+    assert "No image was sampled yet." in write_report(nothing)["warnings"]
     missing = dict.fromkeys(("model", "prompts", "settings", "thresholds", "profile", "finished", "images", "created"), ...)
     bare = audits([audits.row(0, "p", audits.trace(1e-5))], **missing)
-    assert report.write_report(bare)["triggered"]["chance"] is None
+    assert write_report(bare)["triggered"]["chance"] is None
     odd = audits([audits.row(0, "p", audits.trace(1e-5))], model="a name", settings=[1, [2]], thresholds=3, profile=None)
-    assert report.write_report(odd)["model"] is None
+    assert write_report(odd)["model"] is None
     assert "a name" in Tags((odd / dataset.REPORT).read_text()).text
 
 
 def test_the_published_method_has_no_nominal_share(audits):
-    folder = audits([audits.row(0, "p", audits.trace(1e-5))], thresholds=Thresholds(steering_guidance=None).to_dict())
-    found = report.write_report(folder)
-    assert found["false_alarms"] is found["triggered"]["chance"] is None
+    folder = audits([audits.row(0, "p", audits.trace(1e-5))], thresholds=Thresholds(method="published").to_dict())
+    found = write_report(folder)
+    assert found["false_positive_rate"] is found["triggered"]["chance"] is None
     assert "published method does not tell" in Tags((folder / dataset.REPORT).read_text()).text
 
 
@@ -241,7 +240,7 @@ def test_the_page_is_whole_says_everything_and_loads_nothing(audit):
     assert STATEMENT in re.sub(r"\s+", " ", tags.text)
     for what in ("base", "a.safetensors", "0.8", "ab12", "guidance scale", "surprise deep 2 er", "reference runs", "6.7 %"):
         assert what in tags.text, what
-    assert tags.text.count("image not saved") == len(report.summarize(audit)["worst"]) - 3
+    assert tags.text.count("image not saved") == len(summarize(audit)["worst"]) - 3
     assert "images/gone.png is missing" in tags.text
     assert sum("data-trace" in attributes for _, attributes in tags.seen) == 30
 
@@ -251,7 +250,8 @@ hostile_text = st.text(max_size=40) | st.sampled_from(
 )
 
 
-@settings(max_examples=25, deadline=None)
+@example(prompt="\0", kind="\0", note="\0", name="\0", file="\0")
+@settings(max_examples=25)
 @given(prompt=hostile_text, kind=hostile_text, note=hostile_text, name=hostile_text, file=hostile_text)
 def test_no_text_becomes_html(audits, prompt, kind, note, name, file):
     rows = [
@@ -259,9 +259,9 @@ def test_no_text_becomes_html(audits, prompt, kind, note, name, file):
         audits.row(1, "plain", audits.trace(scored=False, note=note), kind=None),
     ]
     folder = audits(rows, model={"name": name, name: {kind: note}})
-    report.write_report(folder)
+    write_report(folder)
     plain = audits([row | {"prompt": "p", "kind": row["kind"] and "k", "file": row["file"] and "f"} for row in rows])
-    report.write_report(plain)
+    write_report(plain)
     found, expected = (Tags((path / dataset.REPORT).read_text(encoding="utf-8")) for path in (folder, plain))
     assert found.open == []
     assert {tag for tag, _ in found.seen} <= {tag for tag, _ in expected.seen}
@@ -272,16 +272,16 @@ def test_no_text_becomes_html(audits, prompt, kind, note, name, file):
 
 def test_a_file_outside_the_audit_is_not_shown(audits):
     folder = audits([audits.row(0, "p", audits.trace(1e-5), file="../outside.png")], pictures={"../outside.png": "red"})
-    report.write_report(folder)
+    write_report(folder)
     assert "data:image" not in (folder / dataset.REPORT).read_text()
     (folder / "images").mkdir()
     (folder / "images" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nno")
-    assert "cannot be read" in report.picture(folder, "images/broken.png")
+    assert "cannot be read" in thumbnail(folder, "images/broken.png")
 
 
 def test_shares_are_told_with_the_digits_that_matter():
     shares = [0, 1, 0.5, 0.01, 0.98975, 0.00012345, 0.999977, -0.003, 1e-7]
-    assert [report.rate_text(share) for share in shares] == [
+    assert [share(value) for value in shares] == [
         "0 %", "100 %", "50.0 %", "1.0 %", "99.0 %", "0.012 %", "99.9977 %", "-0.30 %", "0.000010 %"
     ]  # fmt: skip
 
@@ -343,8 +343,8 @@ def test_the_table_is_filtered_sorted_and_read(audit, visit):
     assert cells(page, "as rare as")[:2] == ["< 1 in 1,000,000", "1 in 20,000"]
     page.check("input[type=checkbox]")
     assert cells(page, "image") == ["4", "20", "5", "41"]
-    page.select_option("select >> nth=0", label="mild")
-    assert cells(page, "image") == ["20", "5", "41"]
+    page.select_option("select >> nth=0", label="likely copy")
+    assert cells(page, "image") == ["4", "20", "5", "41"]
     page.select_option("select >> nth=0", label="every verdict")
     page.uncheck("input[type=checkbox]")
     page.select_option("select >> nth=1", label="photo")
@@ -383,7 +383,7 @@ def test_without_scripts_the_page_is_text(audit, browser):
     page.goto((audit / dataset.REPORT).as_uri())
     text = page.locator("main").inner_text()
     assert "4 of 60 scored images" in text
-    assert "Image 1: strong, left the region at step" in text
+    assert "Image 1: likely copy" in text
     assert "The table needs scripts" in text
     page.context.close()
 
@@ -393,14 +393,14 @@ def test_a_hundred_thousand_rows_are_usable(audits, visit):
     row = audits.row(0, "", trace) | {"trace": "{}"}
     words = ["cat", "dog", "house", "painting", "of", "the", "photograph", "river", "red", "light"]
     rng = np.random.default_rng(0)
-    tails = rng.random(number)
+    p_values = rng.random(number)
     texts = rng.integers(0, len(words), (number, 10))
     rows = [
-        row | {"image": i, "prompt": f"{' '.join(words[w] for w in texts[i])} {i}", "tail_probability": tails[i], "seed": i}
+        row | {"image": i, "prompt": f"{' '.join(words[w] for w in texts[i])} {i}", "p_value": p_values[i], "seed": i}
         for i in range(number)
     ]
     folder = audits(rows, part=50_000)
-    found = report.write_report(folder)
+    found = write_report(folder)
     assert found["images"] == number
     assert "The table holds the 100,000 rarest of 100,500 images" in (folder / dataset.REPORT).read_text()
     assert (folder / dataset.REPORT).stat().st_size < 8e6
@@ -419,4 +419,4 @@ def test_a_hundred_thousand_rows_are_usable(audits, visit):
     page.evaluate("document.querySelector('.rows').scrollTop = 1e9")
     page.wait_for_selector(".rows .body .row[data-at='99999']")
     page.click("button[title='Sort by image']")  # the last that was sorted by, now the other way
-    assert int(cells(page, "image")[0]) == np.sort(np.argsort(tails)[:100_000])[-1]
+    assert int(cells(page, "image")[0]) == np.sort(np.argsort(p_values)[:100_000])[-1]

@@ -16,9 +16,9 @@ from memorization_guard.audit.dataset import MANIFEST, PROFILE, SCHEMA, read_man
 from memorization_guard.audit.run import Local
 from memorization_guard.audit.worker import Worker
 from memorization_guard.core.calibration import CalibrationError
-from memorization_guard.core.detection import Thresholds
+from memorization_guard.core.settings import Thresholds
 from memorization_guard.diffusers import guard
-from memorization_guard.evaluation.evaluate import SEED_STRIDE
+from memorization_guard.prompts import SEED_STRIDE
 
 
 def rows(folder):
@@ -40,8 +40,8 @@ def test_an_audit_is_a_row_an_image_that_everybody_can_read(run, recipe, prompts
     assert [row["row"] for row in found] == [n // 2 for n in range(18)]
     assert list(found[0]) == SCHEMA.names
     trace = Trace.from_dict(json.loads(found[3]["trace"]))
-    assert (trace.verdict, trace.steps, trace.reference_count) == (found[3]["verdict"], 2, 10)
-    assert found[3]["tail_probability"] == pytest.approx(trace.tail_probability, rel=1e-6)
+    assert (trace.verdict, len(trace.steps), trace.reference_count) == (found[3]["verdict"], 2, 10)
+    assert found[3]["p_value"] == pytest.approx(trace.p_value, rel=1e-6)
     kinds = duckdb.sql(
         f"select kind, count(*), any_value(settings.sampler) from '{folder}/results/*.parquet' group by 1 order by 1"
     )
@@ -79,7 +79,7 @@ def test_an_image_is_what_the_pipeline_makes_of_its_prompt_and_seed(run, recipe,
 
 def test_only_what_triggered_is_decoded_and_kept(run, recipe, tmp_path):
     def triggering(share):
-        return dataclasses.replace(recipe, thresholds=Thresholds(false_alarms=share))
+        return dataclasses.replace(recipe, thresholds=Thresholds(false_positive_rate=share))
 
     # Of ordinary images, half triggers if half may.
     run(tmp_path / "all", recipe=dataclasses.replace(recipe, keep="all"))
@@ -98,7 +98,7 @@ def test_only_what_triggered_is_decoded_and_kept(run, recipe, tmp_path):
 
 def test_stop_ends_a_batch_once_all_of_it_has_triggered(run, recipe, tmp_path):
     # Whatever triggers, in the first step, is rarer than nearly everything.
-    hasty = dataclasses.replace(recipe, steps=4, stop=True, thresholds=Thresholds(false_alarms=0.5))
+    hasty = dataclasses.replace(recipe, steps=4, mode="stop", thresholds=Thresholds(false_positive_rate=0.5))
     run(recipe=hasty, batch_size=1)
     found = rows(tmp_path / "audit")
     stopped = [row for row in found if row["verdict"] != "stable"]
@@ -233,7 +233,7 @@ def test_a_list_with_seeds_of_its_own(run, prompts, tmp_path):
 
 
 def test_mitigation_is_counted(run, recipe, tmp_path):
-    run(recipe=dataclasses.replace(recipe, steps=6, mitigate=True, thresholds=Thresholds(false_alarms=0.5)))
+    run(recipe=dataclasses.replace(recipe, steps=6, mode="mitigate", thresholds=Thresholds(false_positive_rate=0.5)))
     found = rows(tmp_path / "audit")
     corrected = [row for row in found if row["corrected_steps"]]
     assert corrected

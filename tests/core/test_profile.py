@@ -34,7 +34,8 @@ def profile(settings=SETTINGS):
 
 def fitting(settings=SETTINGS):
     """A profile with reference runs, which hold for other samplers too."""
-    signals = Signals(*np.exp(np.random.default_rng(0).normal(2.0, 0.1, size=(4, 12, 3))))
+    found = np.exp(np.random.default_rng(0).normal(2.0, 0.1, size=(4, 12, 3)))
+    signals = Signals(*map(np.asfortranarray, found))  # as numpy lays out what the calibrator picks from its runs
     reference = Reference(signals, np.array([1.5, 1.0, 0.1]), np.zeros((3, 2)))
     return dataclasses.replace(profile(settings), reference=reference)
 

@@ -1,9 +1,11 @@
-// The graph's reckoning: what a run holds, what is said of it, and where it is drawn. Needs no browser.
+// What a run holds, what is said of it, and where it is drawn. Needs no browser.
 
 import assert from "node:assert/strict";
 import test from "node:test";
 
-import { QUANTITIES, addStep, finishRun, layout, rangeOf, rarity, runOf, startRun, summarize, valuesAt } from "../../js/graph.js";
+import {
+  QUANTITIES, addStep, finishRun, layout, legendOf, rangeOf, rarity, runOf, startRun, summarize, valuesAt,
+} from "../../js/graph.js";
 
 const STEPS = 10;
 const fill = (value) => Array(STEPS).fill(value);
@@ -13,8 +15,8 @@ function outline(changes = {}) {
   return {
     steps: STEPS,
     bands: { latent: band(30, 1), update: band(2, 0.1), denoised: band(20, 1) },
-    thresholds: { tau_mild: 3, tau_strong: 14, gamma: 3 },
-    mitigation: true,
+    thresholds: { method: "reference", gamma: 3 },
+    mode: "mitigate",
     note: null,
     reference_count: 50,
     ...changes,
@@ -32,9 +34,8 @@ function event(step, changes = {}) {
     update_score: [1, 0],
     denoised_score: [0, 0],
     state: ["stable", "stable"],
+    p_value: null,
     mitigated: [false, false],
-    corrected_latent_norm: [null, null],
-    corrected_update_norm: [null, null],
     ...changes,
   };
 }
@@ -42,23 +43,22 @@ function event(step, changes = {}) {
 function trace(changes = {}) {
   return {
     format: "memorization-guard.trace",
-    version: 2,
-    verdict: "mild",
+    version: 3,
+    verdict: "likely copy",
     score: 25.33747,
     trigger_step: 3,
     nonfinite_step: null,
     note: null,
-    mitigation: true,
+    mode: "mitigate",
     thresholds: { gamma: 3 },
     steps: {
       sigma: fill(1),
       latent_norm: fill(30),
-      update_norm: fill(4),
+      update_norm: [4, 4, 4, 2, 2, 2, 2, 4, 4, 4],
       denoised_norm: fill(20),
       update_score: fill(20),
       denoised_score: fill(4),
-      corrected_latent_norm: [null, null, null, 30, 30, 30, 30, null, null, null],
-      corrected_update_norm: [null, null, null, 2, 2, 2, 2, null, null, null],
+      p_value: fill(0.0001),
       mitigated: [false, false, false, true, true, true, true, false, false, false],
     },
     bands: outline().bands,
@@ -73,9 +73,9 @@ const points = ([, attributes]) => attributes.points.split(" ").map((pair) => pa
 const words = (plot) => plot.shapes.filter(([tag]) => tag === "text").map(([, , text]) => text);
 
 test("a run is said in words", () => {
-  assert.equal(summarize(runOf([trace()])), "Image 1: mild, left the region at step 3, S_mem 25.3, 4 steps corrected.");
+  assert.equal(summarize(runOf([trace()])), "Image 1: likely copy, triggered at step 3, S_mem 25.3, 4 steps corrected.");
   const two = runOf([trace({ verdict: "stable", trigger_step: null, score: 0.74, steps: {} }), trace({ nonfinite_step: 8 })]);
-  assert.match(summarize(two), /^Image 1: stable, S_mem 0\.7\.\nImage 2: mild, .* not a number from step 8\.$/);
+  assert.match(summarize(two), /^Image 1: stable, S_mem 0\.7\.\nImage 2: likely copy, .* not a number from step 8\.$/);
 });
 
 test("an unscored run says why", () => {
@@ -91,9 +91,9 @@ test("a live run says how far it is, and takes its verdict, trigger and score fr
   assert.match(summarize(run), /^Sampling, step 1 of 10\.\nImage 1: stable so far, S_mem 1\.0\./);
   addStep(run, event(1, { state: ["stable", "mild"], update_score: [1, 5] }));
   addStep(run, event(2, { state: ["stable", "strong"], update_score: [1, 4], mitigated: [false, true] }));
-  assert.match(summarize(run), /Image 2: strong, left the region at step 1, S_mem 5\.0, 1 step corrected\.$/);
+  assert.match(summarize(run), /Image 2: strong, triggered at step 1, S_mem 5\.0, 1 step corrected\.$/);
   finishRun(run, [trace()]);
-  assert.match(summarize(run), /^Image 1: mild/);
+  assert.match(summarize(run), /^Image 1: likely copy/);
   addStep(run, event(9));
   assert.equal(run.items.length, 1, "a step that comes after the end changes nothing");
 });
@@ -104,35 +104,29 @@ test("how rare a run is, is said in round numbers, as Python says it", () => {
   for (const [share, words] of said) assert.equal(rarity(share), words, String(share));
 });
 
-test("the tail probability of a trace is said, and one of events is the smallest so far", () => {
-  const rare = { verdict: "mild", score: null, tail_probability: 0.00005 };
+test("the p-value of a trace is said, and that of events is the smallest so far", () => {
+  const rare = { score: null, p_value: 0.00005 };
   assert.equal(
     summarize(runOf([trace(rare)])),
-    "Image 1: mild, left the region at step 3, as far as 1 in 20,000 ordinary images, 4 steps corrected.",
+    "Image 1: likely copy, triggered at step 3, as far as 1 in 20,000 ordinary images, 4 steps corrected.",
   );
-  const usual = trace({ verdict: "stable", trigger_step: null, score: 0.7, tail_probability: 0.8, steps: {} });
+  const usual = trace({ verdict: "stable", trigger_step: null, score: 0.7, p_value: 0.8, steps: {} });
   assert.match(summarize(runOf([usual])), /^Image 1: stable, S_mem 0\.7, as far as most ordinary images\.$/m);
-  for (const odd of [undefined, null, "x", NaN]) assert.equal(runOf([trace({ tail_probability: odd })]).items[0].tail, null);
+  for (const odd of [undefined, null, "x", NaN]) assert.equal(runOf([trace({ p_value: odd })]).items[0].pValue, null);
 
   const run = startRun(outline());
   addStep(run, event(0));
-  assert.deepEqual(run.items.map((item) => item.tail), [null, null], "of a run without reference runs there is none");
-  addStep(run, event(1, { tail: [0.25, null] }));
-  addStep(run, event(2, { tail: [0.001, 0.6] }));
-  addStep(run, event(3, { tail: [0.002, 0.6] }));
-  assert.deepEqual(run.items.map((item) => item.tail), [0.001, 0.6]);
+  assert.deepEqual(run.items.map((item) => item.pValue), [null, null], "of a run without reference runs there is none");
+  addStep(run, event(1, { p_value: [0.25, null] }));
+  addStep(run, event(2, { p_value: [0.001, 0.6] }));
+  addStep(run, event(3, { p_value: [0.002, 0.6] }));
+  assert.deepEqual(run.items.map((item) => item.pValue), [0.001, 0.6]);
   assert.match(summarize(run), /Image 1: .*, as far as 1 in 1,000 ordinary images\.\nImage 2: .*, as far as most ordinary images\./);
-  addStep(run, event(2, { tail: [0.1, 0.6] }));
-  assert.equal(run.items[0].tail, 0.1, "what is taken back does not count");
 });
 
-test("a step sent again discards those after it, one that comes late does not", () => {
-  const run = startRun(outline());
-  for (const step of [0, 1, 3, 4]) addStep(run, event(step, { update_norm: [step, step] }));
-  addStep(run, event(2));
-  assert.deepEqual(run.items[0].update, [0, 1, 2.1, 3, 4]);
-  addStep(run, event(3, { update_norm: [9, 9] }));
-  assert.deepEqual(run.items[0].update, [0, 1, 2.1, 9]);
+test("every verdict has its badge, and a word that is none is unscored", () => {
+  for (const verdict of ["stable", "likely copy", "mild", "strong", "unscored"]) assert.equal(runOf([trace({ verdict })]).items[0].verdict, verdict);
+  for (const verdict of [null, "toString", "", 3]) assert.equal(runOf([trace({ verdict })]).items[0].verdict, "unscored");
 });
 
 test("whatever is sent, nothing throws", () => {
@@ -165,32 +159,31 @@ test("a norm that is not a number is marked, a missing step is not", () => {
   assert.equal(run.items[0].nonfinite, null);
   addStep(run, event(3, { update_norm: [null, 2] }));
   assert.deepEqual(run.items.map((item) => item.nonfinite), [3, null]);
-  assert.ok(words(layout(run, size)).includes("1: not a number from step 3"));
+  assert.deepEqual(shapes(layout(run, size), "label-broken").map(([, , text]) => text), ["1"]);
 });
 
-test("the run, the proposals and the band are drawn to one scale", () => {
-  const plot = layout(runOf([trace()]), size);
-  const run = points(shapes(plot, "run")[0]);
-  assert.equal(run.length, STEPS);
-  assert.ok(Math.abs(run[0][1] - plot.y(4)) < 0.1);
-  assert.ok(Math.abs(run[5][1] - plot.y(2)) < 0.1);
-  assert.equal(shapes(plot, "proposed").length, 4);
-  assert.equal(shapes(plot, "corrected").length, 4);
+test("the run and the band are drawn to one scale, and the trigger and the corrected steps are marked", () => {
+  const run = runOf([trace()]);
+  const plot = layout(run, size);
+  const curve = points(shapes(plot, "run")[0]);
+  assert.equal(curve.length, STEPS);
+  assert.ok(Math.abs(curve[0][1] - plot.y(4)) < 0.1);
+  assert.ok(Math.abs(curve[5][1] - plot.y(2)) < 0.1);
+  const corrected = shapes(plot, "corrected").map(([, { cx, cy }]) => [cx, cy]);
+  assert.deepEqual(corrected, curve.slice(3, 7));
   const edge = points(shapes(plot, "band")[0]).map(([, y]) => y);
   assert.ok(Math.abs(Math.max(...edge) - Math.min(...edge) - (plot.y(1.7) - plot.y(2.3))) < 0.2);
   assert.ok(Math.abs(points(shapes(plot, "trigger")[0])[0][0] - plot.x(3)) < 1);
-  for (const text of ["trigger at step 3", "corrected", "before correction", "mean ± 3 sd of 50 runs", "this run"]) {
-    assert.ok(words(plot).includes(text), text);
-  }
+  assert.ok(words(plot).includes("trigger at step 3"));
+  assert.ok(words(plot).includes("size of the latent update"));
 });
 
-test("a prediction corrected before the step has nothing to show before it", () => {
-  const same = trace();
-  same.steps.corrected_update_norm = [null, null, null, 4, 4, 4, 4, null, null, null];
-  const plot = layout(runOf([same]), size);
-  assert.equal(shapes(plot, "proposed").length, 0);
-  assert.equal(shapes(plot, "corrected").length, 4);
-  assert.ok(!words(plot).includes("before correction"));
+test("the legend says what is drawn, and no more", () => {
+  const said = (run, compact = false) => legendOf(run, "update", compact).map(([, text]) => text);
+  assert.deepEqual(said(runOf([trace()])), ["this run", "corrected", "mean ± 3 sd of 50 reference runs"]);
+  assert.deepEqual(said(runOf([trace()]), true), ["corrected", "mean ± 3 sd"]);
+  assert.deepEqual(said(runOf([trace({ bands: {} }), trace({ bands: {}, nonfinite_step: 8 })])), ["trigger", "not a number", "corrected"]);
+  assert.deepEqual(said(startRun(outline())), ["mean ± 3 sd of 50 reference runs"]);
 });
 
 test("every size and quantity stays inside the drawing, and no two labels overlap", () => {
@@ -235,16 +228,16 @@ test("the band and the planned axis are there before the first step, and the axi
 
 test("a run that leaves the band widens the axis in few, round steps", () => {
   const highs = new Set();
-  for (let value = 2; value < 20; value += 0.1) highs.add(rangeOf([[value]], [1.7], [2.3], true).high);
+  for (let value = 2; value < 20; value += 0.1) highs.add(rangeOf([value], [1.7], [2.3]).high);
   assert.ok(highs.size <= 9, [...highs].join());
 });
 
 test("a log scale where the norms stretch over more than a decade", () => {
   const falling = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9].map((i) => 100 / 2 ** i);
-  const range = rangeOf([falling], falling.map((v) => v * 0.9), falling.map((v) => v * 1.1), false);
+  const range = rangeOf(falling, falling.map((v) => v * 0.9), falling.map((v) => v * 1.1));
   assert.equal(range.log, true);
-  assert.equal(rangeOf([[2, 3, 4]], [], [], false).log, false);
-  assert.equal(rangeOf([[1e9, 2]], [1.7], [2.3], false).high < 60, true, "a latent that exploded must not hide the band");
+  assert.equal(rangeOf([2, 3, 4], [], []).log, false);
+  assert.equal(rangeOf([1e9, 2], [1.7], [2.3]).high < 60, true, "a latent that exploded must not hide the band");
 });
 
 test("a batch is told apart by colour, dash and number", () => {
@@ -252,12 +245,12 @@ test("a batch is told apart by colour, dash and number", () => {
   const looks = shapes(plot, "run").map(([, a]) => `${a.style} ${a["stroke-dasharray"]}`);
   assert.equal(new Set(looks).size, 5);
   assert.deepEqual(shapes(plot, "item").map(([, , text]) => text).sort(), ["1", "2", "3", "4", "5"]);
-  assert.ok(words(plot).includes("1, 2, 3, 4, 5: trigger at step 3"));
+  assert.ok(words(plot).includes("1, 2, 3, 4, 5"));
 });
 
 test("the values at a step are those of the drawing", () => {
   const at = valuesAt(runOf([trace()]), 4, "update");
   assert.equal(at.mean, 2);
   assert.ok(Math.abs(at.half - 0.3) < 1e-9);
-  assert.deepEqual(at.items, [{ value: 2, proposed: 4, corrected: true, score: 20 }]);
+  assert.deepEqual(at.items, [{ value: 2, corrected: true, score: 20 }]);
 });

@@ -1,8 +1,8 @@
 
-// What an audit's page does, after the source of graph.js: its graphs, drawn when they come near, and its table. Texts from
+// What the page of an audit does, after the source of graph.js: it draws graphs when they come near, and the table. Texts of
 // prompts are put into the page as text, never as HTML.
 (async () => {
-  /** What `packed` in report.py wrote into the element of this id, or null. */
+  /** What `_packed` in pieces.py wrote into the element of this id, or null. */
   async function unpack(id) {
     const element = document.getElementById(id);
     if (!element) return null;
@@ -46,8 +46,8 @@
     const total = data.image.length;
     const rareText = (share) => rarity(share).replace("less than", "<");
     const columns = [
-      { key: "verdict", title: "verdict", width: "74px", show: (i) => data.verdicts[data.verdict[i]] },
-      { key: "tail", title: "as rare as", width: "112px", right: true, show: (i) => (data.tail[i] === null ? "-" : rareText(data.tail[i])) },
+      { key: "verdict", title: "verdict", width: "84px", show: (i) => data.verdicts[data.verdict[i]] },
+      { key: "p_value", title: "as rare as", width: "112px", right: true, show: (i) => (data.p_value[i] === null ? "-" : rareText(data.p_value[i])) },
       { key: "prompt", title: "prompt", width: "minmax(220px,1fr)", show: (i) => data.prompts[data.prompt[i]] },
       { key: "kind", title: "kind", width: "96px", show: (i) => (data.kind[i] === null ? "-" : data.kinds[data.kind[i]]) },
       { key: "score", title: "S_mem", width: "64px", right: true, down: true, show: (i) => (data.score[i] === null ? "-" : data.score[i].toFixed(1)) },
@@ -58,7 +58,7 @@
     ].filter(({ key }) => data[key]);
     const widths = columns.map(({ width }) => width).join(" ");
     const lower = data.prompts.map((prompt) => prompt.toLowerCase());
-    const triggered = ["strong", "mild"].map((name) => data.verdicts.indexOf(name));
+    const triggered = (i) => data.verdict[i] < data.triggered; // these verdicts come first
 
     let sort = { key: null, down: false }; // null: the order of the data, the rarest first
     let shown = null; // numbers of the rows, in order
@@ -70,7 +70,7 @@
       if (!orders.has(name)) {
         const order = Uint32Array.from({ length: total }, (_, i) => i);
         if (sort.key) {
-          // What there is not stands last, whichever way.
+          // Missing values come last in both directions.
           const last = sort.down ? -Infinity : Infinity;
           const values = Float64Array.from(data[sort.key], (value) => value ?? last);
           order.sort(sort.down ? (a, b) => values[b] - values[a] || a - b : (a, b) => values[a] - values[b] || a - b);
@@ -114,7 +114,7 @@
           (!fits || fits[data.prompt[i]]) &&
           (wantVerdict === null || data.verdict[i] === wantVerdict) &&
           (wantKind === null || data.kind[i] === wantKind) &&
-          (!only.checked || triggered.includes(data.verdict[i])),
+          (!only.checked || triggered(i)),
       );
       told.textContent = `${shown.length.toLocaleString("en")} of ${total.toLocaleString("en")}`;
       body.style.height = `${shown.length * HEIGHT}px`;
@@ -166,7 +166,7 @@
         for (const column of columns) {
           const cell = element("span", column.right ? "cell right" : "cell", column.show(i));
           cell.setAttribute("role", "cell");
-          if (column.key === "verdict" && triggered.includes(data.verdict[i])) cell.classList.add("bad");
+          if (column.key === "verdict" && triggered(i)) cell.classList.add("bad");
           row.append(cell);
         }
         made.push(row);
@@ -185,7 +185,7 @@
     rows.addEventListener("scroll", soon, { passive: true });
     new ResizeObserver(soon).observe(rows);
 
-    // A row is cut off at the end of its line: the chosen one is written out below.
+    // A row is cut off at the end of its line, so the chosen row is written out below.
     const detail = element("div", "chosen");
     detail.setAttribute("aria-live", "polite");
     function choose(at) {
@@ -193,7 +193,7 @@
       const i = (chosen = shown[at]);
       const parts = columns.filter(({ key }) => key !== "prompt").map((column) => `${column.title} ${column.show(i)}`);
       detail.replaceChildren(element("b", "", data.prompts[data.prompt[i]]), element("span", "muted", parts.join(" · ")));
-      // Only what is surely a file of this audit becomes a link.
+      // Only a name that is surely a file of this audit becomes a link.
       const file = data.file?.[i];
       if (file && /^images\/[\w./-]+$/.test(file) && !file.includes("..")) {
         const link = element("a", "", file);

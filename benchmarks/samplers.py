@@ -1,0 +1,41 @@
+"""Samplers by name, and the prompts of a lab's groups, for the benchmarks of this folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import diffusers
+
+from memorization_guard.lab import GROUPS, Lab
+from memorization_guard.lab.world import more_captions
+
+#: Makes a scheduler of the configuration of a model's own.
+SAMPLERS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
+    "PNDM": partial(diffusers.PNDMScheduler.from_config, skip_prk_steps=True),
+    "DDIM": partial(diffusers.DDIMScheduler.from_config, clip_sample=False),
+    "DDPM": partial(diffusers.DDPMScheduler.from_config, clip_sample=False),
+    "Euler": diffusers.EulerDiscreteScheduler.from_config,
+    "Euler ancestral": diffusers.EulerAncestralDiscreteScheduler.from_config,
+    "Heun": diffusers.HeunDiscreteScheduler.from_config,
+    "LMS": diffusers.LMSDiscreteScheduler.from_config,
+    "KDPM2": diffusers.KDPM2DiscreteScheduler.from_config,
+    "KDPM2 ancestral": diffusers.KDPM2AncestralDiscreteScheduler.from_config,
+    "DEIS": diffusers.DEISMultistepScheduler.from_config,
+    "DPM++ 2S": diffusers.DPMSolverSinglestepScheduler.from_config,
+    "DPM++ 2M": diffusers.DPMSolverMultistepScheduler.from_config,
+    "DPM++ 2M SDE": partial(diffusers.DPMSolverMultistepScheduler.from_config, algorithm_type="sde-dpmsolver++"),
+    "UniPC": diffusers.UniPCMultistepScheduler.from_config,
+    "SA-Solver": diffusers.SASolverScheduler.from_config,
+    "LCM": diffusers.LCMScheduler.from_config,
+    "TCD": diffusers.TCDScheduler.from_config,
+}
+
+
+def texts_of(lab: Lab, group: str, split: str, count: int) -> list[str]:
+    """``count`` prompts of a group. Beyond those that it has, they are new captions, or of memorized ones the same again."""
+    found = lab.prompts(group, split)
+    if group in ("reference", "ordinary") and count > len(found):
+        found = found + [c.text for c in more_captions(count, GROUPS.index(group) + 10 * (split == "evaluation"), lab.world)]
+    return [found[i % len(found)] for i in range(count)]

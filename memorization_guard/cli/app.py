@@ -1,0 +1,33 @@
+"""The command ``memorization-guard`` with its subcommands.
+
+An error that the user can put right ends in one line on standard error and exit code 2; ``verify`` also has exit codes for its
+answers. diffusers is imported when a command runs, so that ``--help`` is fast.
+"""
+
+from __future__ import annotations
+
+import typer
+
+from .audit import audit
+from .calibrate import calibrate
+from .compare import compare
+from .demo import demo
+from .errors import one_line_errors
+from .evaluate import evaluate
+from .report import report
+from .trace import trace
+from .verify import verify
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Tells while an image is being sampled whether a model reproduces a training image.",
+)
+for command in (demo, calibrate, trace, evaluate, audit, report, compare, verify):
+    app.command()(one_line_errors()(command))
+
+
+def main() -> None:
+    """Entry point of the console command."""
+    app(prog_name="memorization-guard")

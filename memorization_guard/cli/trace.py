@@ -1,0 +1,94 @@
+"""``memorization-guard trace``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .errors import UsageError, sampling_errors, writable
+from .options import Config, Device, Dtype, Guidance, Json, LoraFiles, Mode, Model, Plot, Seed, Side, Steps, load, sampling
+from .output import graph_file, json_text, write_all
+
+if TYPE_CHECKING:
+    from ..core.trace import Trace
+
+
+def trace(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="What to paint.")],
+    profile: Annotated[Path | None, typer.Option(help="Stability profile; without one the run is traced, not scored.")] = None,
+    mode: Mode = "trace",
+    json_file: Json = None,
+    plot: Plot = None,
+    image: Annotated[Path | None, typer.Option(help="Write the image here (.png).")] = None,
+    seed: Seed = 0,
+    steps: Steps = 50,
+    guidance: Guidance = 7.5,
+    height: Side = None,
+    width: Side = None,
+    config: Config = None,
+    lora: LoraFiles = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Paint one image and judge it."""
+    writable(json_file, plot, image)
+    is_graph(plot)
+    if mode in ("mitigate", "stop") and profile is None:
+        raise UsageError(f"--mode {mode} needs a --profile: make one with 'memorization-guard calibrate'")
+    from ..core.profile import StabilityProfile
+
+    stability = StabilityProfile.load(profile) if profile is not None else None
+    pipe = load(model, config, lora, device, dtype)
+    import torch
+
+    from .. import evidence
+    from ..adapters.diffusers import guard
+
+    options = sampling(steps, guidance, height, width)
+    with sampling_errors(), guard(pipe, stability, mode) as run:
+        output = pipe(prompt, generator=torch.Generator().manual_seed(seed), **options)
+    if not run.traces:
+        raise UsageError("the run could not be watched; the log says why")
+    found = run.traces[0]
+    settings = {
+        "prompt": prompt,
+        "model": model.name,
+        "loras": [Path(each).name for each in lora or ()],
+        "profile": profile.name if profile is not None else None,
+        "mode": mode,
+        "seed": seed,
+        **options,
+    }
+    write_all(
+        [
+            (json_file, json_text(found.to_dict())),
+            (plot, graph_file(found, plot)),
+            (image, b"" if image is None else evidence.own_png(output.images[0], found, settings)),
+        ]
+    )
+    _print(found, scored=stability is not None)
+    if stability is not None and not (check := stability.check(found.settings)).valid:
+        # The image is kept, but what was asked for, a verdict or a correction, could not be given.
+        raise UsageError(str(check))
+
+
+def is_graph(plot: Path | None) -> None:
+    """Refuses a graph in a format that cannot be drawn."""
+    if plot is not None and plot.suffix not in (".svg", ".png"):
+        raise UsageError(f"{plot.name}: a graph is written as .svg or .png")
+
+
+def _print(found: Trace, *, scored: bool) -> None:
+    from ..core.trace import STATEMENT
+
+    score = "none" if found.score is None else f"{found.score:.2f}"
+    trigger = "none" if found.trigger_step is None else f"step {found.trigger_step} of {len(found.steps)}"
+    print(f"verdict: {found.verdict}\nscore (S_mem): {score}\ntrigger: {trigger}\ncorrected steps: {found.mitigated.sum()}")
+    if not scored:
+        print("No profile was given, so the run is not scored: make one with 'memorization-guard calibrate'.")
+    elif found.note:
+        print(found.note)
+    print(STATEMENT)

@@ -1,0 +1,162 @@
+"""The page of an audit: one file that loads no other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from markupsafe import Markup
+
+from ..audit.dataset import REPORT, mapping, read_traces
+from ..audit.summary import LEVELS, read
+from ..core.settings import TRIGGERED, VERDICTS
+from ..core.trace import rarity
+from ..files import write_whole
+from . import charts
+from .pieces import audit_page, run_summary, share, thumbnail
+
+#: Prompts whose image and graph are open from the start.
+OPEN = 6
+
+
+def write_report(folder: Path) -> dict[str, Any]:
+    """Writes ``report.html`` into the folder of an audit, whole or not at all.
+
+    Returns:
+        What :func:`memorization_guard.audit.summary.summarize` returns.
+
+    Raises:
+        FileNotFoundError, AuditError: as :func:`memorization_guard.audit.summary.summarize`.
+        OSError: if it cannot be written.
+    """
+    results = read(folder)
+    found = results.summary
+    traces = read_traces(folder, (row["image"] for row in found["worst"]))
+    data: dict[str, object] = {"traces": {str(image): trace.to_dict() for image, trace in traces.items()}}
+    if found["worst"]:
+        data["table-data"] = _table(results.rows, found)
+    content = audit_page(
+        f"Audit of {found['model'] or 'a model'}",
+        "audit.html",
+        [results.manifest],
+        data,
+        found=found,
+        triggered=TRIGGERED,
+        cards=[
+            row
+            | {
+                "kind": row["kind"] if found["kinds"] else None,
+                "rarity": rarity(row["p_value"]) if row["p_value"] is not None and row["image"] not in traces else None,
+                "picture": thumbnail(folder, row["file"]),
+                "summary": run_summary(traces.get(row["image"])),
+            }
+            for row in found["worst"]
+        ],
+        open=OPEN,
+        shown=len(results.rows),
+        chart=_distribution(found, results.manifest),
+        about=_about,
+        rarity=rarity,
+    )
+    write_whole(folder / REPORT, content)
+    return found
+
+
+def _about(number: float | None) -> str:
+    if number is None:
+        return "-"
+    return f"{number:,.0f}" if number >= 9.5 else f"{number:.2g}"
+
+
+def _distribution(found: Mapping[str, Any], manifest: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The share of images up to a p-value, beside that of ordinary images, which is the p-value itself.
+
+    It is not compared with the profile's reference runs: the p-values were fitted to them, and of 50 runs none is expected
+    below 1 in 50.
+    """
+    distribution, nominal = found["distribution"], found["false_positive_rate"]
+    if not distribution["images"]:
+        return None
+    shares = np.array(distribution["share"])
+    seen = shares > 0
+    lowest = float(np.clip(10.0 ** -math.ceil(math.log10(distribution["images"])), 1e-6, 1e-3))
+    x = charts.Axis(0.0, 6.0, charts.LEFT, charts.RIGHT)
+    y = charts.Axis(lowest, 1.0, charts.BOTTOM, charts.TOP, log=True)
+    straight = np.array([0.0, -math.log10(lowest)])
+    body = f'<path class="chance" d="{charts.points(x(straight), y(10.0**-straight))}"/>'
+    if nominal is not None:
+        at = float(x(-math.log10(nominal)))
+        body += f'<path class="axis" d="M{at:.1f} {charts.TOP:g}V{charts.BOTTOM:g}"/>'
+        body += f'<text x="{at + 4:.1f}" y="{charts.TOP + 10:g}">trigger</text>'
+    body += charts.line(1, charts.points(x(LEVELS[seen]), y(shares[seen])))
+    drawing = charts.chart(
+        "How far images get",
+        f"Share of images that are as rare as a level or rarer; of ordinary images 1 in 1,000 is as rare as 1 in 1,000, here "
+        f"{share(float(shares[30]))} are.",
+        body,
+        x,
+        y,
+        "as far as 1 in ... ordinary images",
+        "% of images that are as rare or rarer",
+        x_label=_one_in,
+        y_label=lambda tick: _level(tick).removesuffix(" %"),
+    )
+    mode = mapping(manifest.get("settings")).get("mode")
+    return {
+        "drawing": Markup(drawing),
+        "rows": [(rarity(10.0**-level), _level(10.0**-level), share(float(shares[10 * level]))) for level in range(1, 7)],
+        "runs": distribution["reference_runs"],
+        "ended": {"stop": "stopped", "mitigate": "corrected"}.get(mode) if isinstance(mode, str) else None,
+    }
+
+
+def _level(value: float) -> str:
+    """A power of ten in percent."""
+    return f"{np.format_float_positional(float(f'{100 * value:.3g}'), trim='-')} %"
+
+
+def _one_in(level: float) -> str:
+    """``n`` of a share of one in ``n = 10 ** level``."""
+    thousands, digits = divmod(int(level), 3)
+    return f"{10**digits}{('', 'k', 'M', 'G')[thousands]}"
+
+
+def _table(rows: pa.Table, found: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns of the page's table. Texts are numbered in their sorting order, so that the page only sorts numbers."""
+    prompts, prompt_codes = _coded(rows["prompt"])
+    kinds, kind_codes = _coded(rows["kind"])
+    verdicts = [*TRIGGERED, *(verdict for verdict in VERDICTS if verdict not in TRIGGERED)]
+    files = rows["file"].to_pylist()
+    return {
+        "prompts": prompts,
+        "kinds": kinds,
+        "verdicts": verdicts,
+        "triggered": len(TRIGGERED),
+        "prompt": prompt_codes,
+        "kind": kind_codes if found["kinds"] else None,
+        "verdict": [verdicts.index(verdict) for verdict in rows["verdict"].to_pylist()],
+        "p_value": _digits(rows, "p_value", 5),
+        "score": _digits(rows, "score", 4),
+        "trigger": rows["trigger_step"].to_pylist(),
+        "corrected": rows["corrected_steps"].to_pylist() if found["corrected"] else None,
+        "seed": rows["seed"].to_pylist(),
+        "image": rows["image"].to_pylist(),
+        "file": files if any(files) else None,
+    }
+
+
+def _coded(column: pa.ChunkedArray) -> tuple[list[str], list[int | None]]:
+    texts = sorted(column.drop_null().unique().to_pylist(), key=lambda name: (name.casefold(), name))
+    places = {name: number for number, name in enumerate(texts)}
+    return texts, [None if name is None else places[name] for name in column.to_pylist()]
+
+
+def _digits(rows: pa.Table, column: str, digits: int) -> list[float | None]:
+    return [
+        float(f"{value:.{digits}g}") if value is not None and math.isfinite(value) else None
+        for value in rows[column].to_pylist()
+    ]

@@ -1,0 +1,34 @@
+"""Runs, counts and numbers in words."""
+
+from __future__ import annotations
+
+from ..core.trace import Trace, rarity
+
+
+def summary(trace: Trace, title: str = "Image 1") -> str:
+    """A run in words after ``title``: what ``summarize`` in ``js/graph.js`` says."""
+    parts = [f"{title}: {trace.verdict}"]
+    if trace.trigger_step is not None:
+        parts.append(f"triggered at step {trace.trigger_step}")
+    if trace.score is not None:
+        parts.append(f"S_mem {trace.score:.1f}" if trace.score < 1000 else "S_mem over 1000")
+    if trace.p_value is not None:
+        parts.append(f"as far as {rarity(trace.p_value)} ordinary images")
+    if corrected := int(trace.mitigated.sum()):
+        parts.append(f"{count(corrected, 'step')} corrected")
+    if trace.nonfinite_step is not None:
+        parts.append(f"not a number from step {trace.nonfinite_step}")
+    note = trace.note or ("no profile: not scored" if trace.verdict == "unscored" and not trace.bands else "")
+    return ", ".join(parts) + "." + (f"\n{note.removesuffix('.')}." if note else "")
+
+
+def count(number: int, noun: str) -> str:
+    """``"1 image"``, ``"2,000 images"``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def short(value: float | None) -> str:
+    """A number with as many digits as its size needs."""
+    if value is None:
+        return "-"
+    return f"{value:.2g}" if abs(value) < 0.1 or abs(value) >= 10_000 else f"{value:.2f}"
