@@ -3,7 +3,7 @@
 WEB_DIRECTORY = "./js"
 
 
-async def comfy_entrypoint():
+async def comfy_entrypoint() -> object:
     """Where ComfyUI asks for the nodes."""
     from .nodes import MemorizationGuardExtension
 

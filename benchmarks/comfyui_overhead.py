@@ -7,13 +7,12 @@ The first needs `websockets`: a client listens, so that live events are sent as 
 traced, mitigated and plain again; times are the server's own, from the start of a prompt to its end, and figures are medians
 of the ratio within a turn with their quartiles. Plain against plain says what such a figure means on this machine.
 
-The second runs in a process of its own, without a server, and adds up the time that is spent in the guard's code alone: on a
-machine whose noise is larger than the cost, that is the figure to go by.
+The second runs in a process of its own, without a server. The network's answers are recorded once and given back from then on,
+so that nothing is left of a step but ComfyUI's code and ours: the difference, guarded to plain, is what our code costs.
 """
 
 from __future__ import annotations
 
-import functools
 import json
 import statistics
 import sys
@@ -70,44 +69,47 @@ def seconds(server: str, client: str, prompt: dict[str, Any]) -> float:
     return (times["execution_success"] - times["execution_start"]) / 1000
 
 
-def inside() -> None:
-    """Prints the time spent in the guard's own code, a run and a step."""
-    from comfyui_samplers import CFG, Lab, load
+def inside(turns: int = 60) -> None:
+    """Prints what the guard adds to a step, in microseconds, where the network's answers cost nothing."""
+    from comfyui_lab import Lab, Method, load
 
-    module = load()
-    lab = Lab(module)
-    spent = {"seconds": 0.0, "depth": 0}
+    lab = Lab(load())
+    prompts = {"ordinary": lab.lab.prompts("ordinary", "tuning")[:1], "memorized": lab.lab.prompts("exact", "tuning")[1:2]}
+    for kind, prompt in prompts.items():
+        answers: list[Any] = []
+        count = 0
 
-    def clocked(function: Any) -> Any:
-        @functools.wraps(function)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            began, spent["depth"] = time.perf_counter(), spent["depth"] + 1
-            try:
-                return function(*args, **kwargs)
-            finally:
-                spent["depth"] -= 1
-                spent["seconds"] += time.perf_counter() - began if spent["depth"] == 0 else 0.0
+        def recorded(apply: Any, parts: Any, answers: list[Any] = answers) -> Any:
+            nonlocal count
+            if count == len(answers):
+                answers.append(apply(parts["input"], parts["timestep"], **parts["c"]))
+            count += 1
+            return answers[count - 1]
 
-        return call
+        def patched(model: Any, recorded: Any = recorded) -> Any:
+            model = model.clone()
+            model.set_model_unet_function_wrapper(recorded)
+            return model
 
-    # Everything of ours that a run goes through; the network's evaluation is not inside any of it.
-    for owner, names in (
-        (module("memorization_guard.adapters.kdiffusion").SamplerWatch, ("_guarded", "saw_guidance", "__init__")),
-        (module("nodes.sampling")._Guard, ("_begin", "_end")),
-    ):
-        for name in names:
-            setattr(owner, name, clocked(getattr(owner, name)))
+        def run(mode: str | None, prompt: list[str] = prompt, patched: Any = patched) -> float:
+            nonlocal count
+            count = 0
+            guard = {"mode": mode, "profile": lab.profile} if mode else {}
+            return lab.sample(prompt, 5, steps=STEPS, method=Method(patched), **guard).seconds
 
-    profile = lab.profile("euler", 24)
-    for mode in ("trace", "mitigate"):
-        shares, costs = [], []
-        for turn in range(12):
-            spent["seconds"] = 0.0
-            _, run, seconds = lab.sample([PROMPT], "euler", turn, mode=mode, profile=profile)
-            shares.append(spent["seconds"] / seconds)
-            costs.append(1e6 * spent["seconds"] / run.monitor.steps)
-        share, cost = statistics.median(shares[2:]), statistics.median(costs[2:])
-        print(f"{mode}, cfg {CFG}: {cost:.0f} us a step, {100 * share:.2f} % of the run")
+        modes = (None, "trace", "mitigate", None)
+        taken: dict[int, list[float]] = {i: [] for i in range(len(modes))}
+        for turn in range(turns + 3):
+            for i, mode in enumerate(modes):
+                seconds = run(mode)
+                if turn >= 3:  # the first runs load and warm up
+                    taken[i].append(seconds)
+        medians = [statistics.median(values) for values in taken.values()]
+        added = [1e6 * (median - medians[0]) / STEPS for median in medians]
+        print(
+            f"{kind} prompt, {STEPS} steps: ComfyUI alone {1e6 * medians[0] / STEPS:.0f} us a step; added by trace "
+            f"{added[1]:.0f}, by mitigate {added[2]:.0f}, by nothing {added[3]:.0f}"
+        )
 
 
 def main() -> None:

@@ -62,8 +62,8 @@ class LoadLabModel(io.ComfyNode):
                 StabilityProfileType.Output(
                     "profile",
                     display_name="PROFILE",
-                    tooltip="How large the model's norms are while it does not repeat a training image, made with euler, "
-                    "normal, 30 steps, cfg 7.5 at 128 x 128. It is carried over to other samplers, steps and similar cfg.",
+                    tooltip="What the model predicts while it does not repeat a training image, measured with euler, normal, "
+                    "30 steps, cfg 7.5 at 128 x 128. It is transferred to other samplers, steps and cfg.",
                 ),
             ],
         )

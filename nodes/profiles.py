@@ -15,11 +15,12 @@ import torch
 from comfy_api.v0_0_2 import io, ui
 
 from ..memorization_guard import StabilityProfile
-from ..memorization_guard.core.calibration import MIN_RUNS, ReferenceRuns, told_left_out, unscheduled
+from ..memorization_guard.core.calibration import MIN_RUNS, ReferenceRuns, told_left_out
 from ..memorization_guard.core.profile import EXTENSION, name_problem
 from ..memorization_guard.prompts import enough, read_prompts, reference_prompts, typed_prompts
 from .guard import CATEGORY, StabilityProfileType
-from .sampling import guard, is_guarded, model_hash
+from .models import model_hash
+from .sampling import guard, is_guarded
 
 FOLDER = "stability_profiles"
 
@@ -112,8 +113,8 @@ class CalibrateStabilityProfile(io.ComfyNode):
             display_name="Calibrate Stability Profile",
             category=CATEGORY,
             description=(
-                "Samples reference prompts, which the model should not have memorized, and measures how large its steps are. "
-                "The profile holds for this model and size, and is carried over to other samplers, steps and similar cfg. No "
+                "Samples reference prompts, which the model should not have memorized, and measures what it predicts for "
+                "them. The profile holds for this model and size, and is transferred to other samplers, steps and cfg. No "
                 "image is decoded."
             ),
             inputs=[
@@ -204,10 +205,7 @@ class CalibrateStabilityProfile(io.ComfyNode):
                 disable_pbar=True,
                 seed=seed + start,
             )
-            taken = traces.runs()
-            if any(run.monitor.off_schedule for run in taken):
-                raise unscheduled(sampler_name)
-            runs.add([trace for run in taken for trace in run.traces], len(part))
+            runs.add([trace for run in traces.runs() for trace in run.traces], len(part))
         bar.update_absolute(len(texts), len(texts))
         profile, left_out = runs.profile()
         runs.forget()

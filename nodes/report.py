@@ -16,7 +16,7 @@ from ..memorization_guard import Trace, evidence
 from ..memorization_guard.core.trace import rarity, worst
 from ..memorization_guard.reports import graph
 from .guard import CATEGORY, TraceType
-from .sampling import Run, TraceLog
+from .runs import Run, TraceLog
 
 #: Key of the traces in what the node shows.
 SHOWN = "memorization_guard"
@@ -47,7 +47,7 @@ class StabilityReport(io.ComfyNode):
                 io.Latent.Output("latent_out", display_name="LATENT", tooltip="The latent, unchanged."),
                 io.Image.Output("image_out", display_name="IMAGE", tooltip="The image, unchanged."),
                 io.Boolean.Output(
-                    "stable", display_name="stable", tooltip="Whether every image was judged, and stayed in its region."
+                    "stable", display_name="stable", tooltip="Whether every image was judged, and looked like ordinary ones."
                 ),
                 io.Float.Output(
                     "score",
@@ -62,8 +62,8 @@ class StabilityReport(io.ComfyNode):
                 io.Image.Output(
                     "map",
                     display_name="map",
-                    tooltip="The image in grey, and red where more of it was settled early than ordinary images have: what "
-                    "the model may have copied. The image unchanged where there is no such map.",
+                    tooltip="The image in grey, and red where more of it was settled early than in ordinary images: what the "
+                    "model may have copied. The image unchanged where there is no such map.",
                 ),
             ],
             hidden=[io.Hidden.unique_id, io.Hidden.dynprompt, io.Hidden.extra_pnginfo],
@@ -78,7 +78,7 @@ class StabilityReport(io.ComfyNode):
         count = len(latent["samples"]) if latent is not None else len(image)
         rows = [run.traces for run in runs]
         judged = _by_image(rows, count)
-        entries = [
+        entries: list[Any] = [
             {"sampler_node": run.sampler_node, "traces": [one.to_dict() for one in traces]}
             for run, traces in zip(runs, rows, strict=True)
         ]
@@ -124,8 +124,8 @@ class MemorizationGate(io.ComfyNode):
                 io.Boolean.Input(
                     "pass_corrected",
                     default=False,
-                    tooltip="Whether images pass that left their region and were corrected by mitigation. Most of those are "
-                    "no copies any more; some still are.",
+                    tooltip="Whether images pass that counted as memorized and were corrected by mitigation. Most of those "
+                    "are no copies any more; some still are.",
                 ),
             ],
             outputs=[
@@ -221,12 +221,8 @@ def _reason(trace: Trace) -> str:
     if trace.verdict == "unscored":
         return f"not judged ({(trace.note or 'no profile').rstrip('.')})"
     corrected = ", and was corrected" if trace.mitigated.any() else ""
-    numbers = ""
-    if trace.tail_probability is not None:
-        numbers += f", as far as {rarity(trace.tail_probability)} ordinary images"
-    if trace.score is not None:
-        numbers += f", S_mem {trace.score:.1f}"
-    return f"{trace.verdict}, left its region at step {trace.trigger_step}{numbers}{corrected}"
+    rare = "" if trace.p_value is None else f", as far as {rarity(trace.p_value)} ordinary images"
+    return f"{trace.verdict}, triggered at step {trace.trigger_step}{rare}{corrected}"
 
 
 def _graphs(runs: list[list[Trace]], count: int) -> torch.Tensor:

@@ -255,7 +255,7 @@ def test_summary_survives_reload_and_cache(page):
     ids = build(page)
     queue(page)
     for node in (ids["guard"], ids["report"]):
-        told = r"Image 1: (mild|strong), left the region at step \d+, S_mem [\d.]+, as far as .*1 in [\d,]+ ordinary images"
+        told = r"Image 1: likely copy, triggered at step \d+, .*as far as .*1 in [\d,]+ ordinary images"
         assert re.search(told, label(page, node))
         assert points(page, node) == 30
     before = label(page, ids["guard"])
@@ -428,7 +428,7 @@ def test_note_is_readable(page):
     ids = build(page, {"steps": 20})
     queue(page)
     note = page.locator(".mg-note").first
-    assert note.text_content().startswith("The profile is carried over to this run (noise schedule: ")
+    assert note.text_content().startswith("The profile is transferred to this run (noise schedule: ")
     assert note.evaluate("(element) => element.scrollHeight <= element.clientHeight + 1")
     assert points(page, ids["guard"]) == 20
 

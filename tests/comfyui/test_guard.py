@@ -240,35 +240,39 @@ def flipped(b: Bench) -> Any:
     return b.sampler_custom(add_noise=False, cfg=1.0, sigmas=sigmas, latent_image=b.ksampler())
 
 
-#: How the lab's profile meets a run: as it is, carried over, or not at all.
-FITS, CARRIED, NEVER = "fits", "carried over", "does not fit"
+#: How the lab's profile meets a run: as it is, transferred, or not at all.
+FITS, TRANSFERRED, NEVER = "fits", "transferred", "does not fit"
 
 WAYS: dict[str, tuple[Callable[[Bench], Any], list[int], list[str]]] = {
     "KSampler": (Bench.ksampler, [30], [FITS]),
     "KSamplerAdvanced, one after the other": (two_ksamplers, [12, 18], [FITS, FITS]),
-    "KSamplerAdvanced, ended early": (lambda b: b.advanced(end_at_step=12), [12], [CARRIED]),
+    "KSamplerAdvanced, ended early": (lambda b: b.advanced(end_at_step=12), [12], [TRANSFERRED]),
     "SamplerCustom": (Bench.sampler_custom, [30], [FITS]),
     "CFGGuider": (lambda b: b.custom("CFGGuider", positive=b.positive, negative=b.negative, cfg=CFG), [30], [FITS]),
     "BasicGuider": (lambda b: b.custom("BasicGuider", conditioning=b.positive), [30], [NEVER]),
     "DualCFGGuider": (dual, [30], [FITS]),
     "PerpNegGuider": (perp_neg, [30], [FITS]),
-    "denoise 0.5": (lambda b: b.ksampler(latent_image=b.ksampler(seed=9), denoise=0.5, steps=10), [30, 10], [FITS, CARRIED]),
+    "denoise 0.5": (
+        lambda b: b.ksampler(latent_image=b.ksampler(seed=9), denoise=0.5, steps=10),
+        [30, 10],
+        [FITS, TRANSFERRED],
+    ),
     "a second pass": (second_pass, [30, 10], [FITS, NEVER]),
     "inpainting": (inpaint, [30, 30], [FITS, FITS]),
     "latent from a batch": (from_batch, [30], [FITS]),
     "cfg 1": (lambda b: b.ksampler(cfg=1.0), [30], [NEVER]),
-    "cfg 10": (lambda b: b.ksampler(cfg=10.0), [30], [CARRIED]),
-    "cfg 14": (lambda b: b.ksampler(cfg=14.0), [30], [NEVER]),
-    "other steps": (lambda b: b.ksampler(steps=18), [18], [CARRIED]),
+    "cfg 10": (lambda b: b.ksampler(cfg=10.0), [30], [TRANSFERRED]),
+    "cfg 14": (lambda b: b.ksampler(cfg=14.0), [30], [TRANSFERRED]),
+    "other steps": (lambda b: b.ksampler(steps=18), [18], [TRANSFERRED]),
     "a negative prompt": (lambda b: b.ksampler(negative=b.text(ORDINARY)), [30], [FITS]),
     "regional and timed conditioning": (regional, [30], [FITS]),
     "a LoRA": (with_lora, [30], [NEVER]),
     "a LoRA by hook, over half the steps": (hooked, [30], [FITS]),
     "another pack's cfg function": (rescaled, [30], [FITS]),
     "another pack's patch": (freeu, [30], [FITS]),
-    "another scheduler": (lambda b: b.ksampler(scheduler="karras"), [30], [CARRIED]),
-    "another sampler": (lambda b: b.ksampler(sampler_name="dpmpp_2m_sde"), [30], [CARRIED]),
-    "a sampler with steps of its own": (lambda b: b.ksampler(sampler_name="dpm_fast"), [11], [CARRIED]),
+    "another scheduler": (lambda b: b.ksampler(scheduler="karras"), [30], [TRANSFERRED]),
+    "another sampler": (lambda b: b.ksampler(sampler_name="dpmpp_2m_sde"), [30], [TRANSFERRED]),
+    "a sampler with steps of its own": (lambda b: b.ksampler(sampler_name="dpm_fast"), [11], [TRANSFERRED]),
     "flipped sigmas": (flipped, [30, 30], [FITS, NEVER]),
 }
 
@@ -291,25 +295,26 @@ def test_the_image_is_the_same_to_the_bit_and_every_run_is_seen(bench: Any, fini
     traced = finish(b := bench("trace"), build(b))
     assert len(plain.images) == len(traced.images) >= 1
     assert all(map(np.array_equal, plain.images, traced.images))
-    assert [traces[0].steps for traces in traced.runs] == steps
+    assert [len(traces[0].steps) for traces in traced.runs] == steps
     for traces, fit in zip(traced.runs, fits, strict=True):
         for trace in traces:
-            assert np.isfinite(trace.update_norm).all()
+            assert np.isfinite(trace.steps.update_norm).all()
+            assert len(trace.evaluations) >= len(trace.steps)
             assert (trace.verdict != "unscored") == (fit != NEVER), trace.note
-            assert (trace.tail_probability is not None) == (fit != NEVER)
-            # The published score is one of the very sampler and schedule.
+            assert (trace.p_value is not None) == (fit != NEVER)
+            # The published score needs the very sampler and schedule.
             assert (trace.score is not None) == (fit == FITS)
             if fit == NEVER:
                 assert trace.note.startswith("The profile does not fit this run")
-            elif fit == CARRIED:
-                assert trace.note.startswith("The profile is carried over to this run")
+            elif fit == TRANSFERRED:
+                assert trace.note.startswith("The profile is transferred to this run")
 
 
 def test_a_sampler_that_chooses_its_own_steps_is_scored(bench: Any, finish: Any) -> None:
-    for text, verdicts in ((EXACT, ("mild", "strong")), (ORDINARY, ("stable",))):
+    for text, verdict in ((EXACT, "likely copy"), (ORDINARY, "stable")):
         trace = finish(b := bench("trace", text=text), b.ksampler(sampler_name="dpm_adaptive")).runs[0][0]
-        assert trace.verdict in verdicts
-        assert trace.note.startswith("The profile is carried over to this run (sampler: profile euler, run dpm_adaptive")
+        assert trace.verdict == verdict
+        assert trace.note.startswith("The profile is transferred to this run (sampler: profile euler, run dpm_adaptive")
 
 
 @pytest.mark.parametrize(
@@ -331,20 +336,18 @@ def test_mitigation_reaches_the_image_whatever_samples(bench: Any, finish: Any, 
     mitigated = finish(b := bench("mitigate"), build(b))
     assert any(trace.mitigated.any() for traces in mitigated.runs for trace in traces)
     assert not np.array_equal(plain.images[0], mitigated.images[0])
+    if way not in ("inpainting", "regional and timed conditioning"):  # those paint no copy to begin with
+        assert copy_score(plain.images[0], EXACT) > 0.75 > copy_score(mitigated.images[0], EXACT)
 
 
 def test_a_memorized_prompt_triggers_and_mitigation_leads_away_from_the_copy(bench: Any, finish: Any) -> None:
     traced = finish(b := bench("trace"), b.ksampler())
     assert copy_score(traced.images[0], EXACT) > 0.75
-    assert traced.runs[0][0].verdict in ("mild", "strong")
+    assert traced.runs[0][0].verdict == "likely copy"
     mitigated = finish(b := bench("mitigate"), b.ksampler())
     trace = mitigated.runs[0][0]
     assert copy_score(mitigated.images[0], EXACT) < 0.75
-    assert trace.mitigated.any()
-    # After correction the norms lie in the band.
-    for name, norm in (("update", trace.corrected_update_norm), ("latent", trace.corrected_latent_norm)):
-        distance = np.abs(norm - trace.bands[name]["mean"]) / trace.bands[name]["std"]
-        assert np.nanmax(distance) < 3.1, name
+    assert (trace.trigger_step, trace.mitigated[0]) == (0, True)
 
 
 def test_weights_that_hooks_change_are_said_to_weaken_the_verdict(bench: Any, finish: Any) -> None:
@@ -371,7 +374,7 @@ def test_without_a_profile_nothing_is_judged(bench: Any, finish: Any) -> None:
 
 def test_off_is_off(bench: Any, finish: Any) -> None:
     result = finish(b := bench("off"), b.ksampler())
-    assert result.runs[0][0].steps == 0
+    assert len(result.runs[0][0].steps) == 0
     assert "mode may be off" in result.runs[0][0].note
 
 
@@ -388,7 +391,7 @@ def test_several_guards_in_one_graph_and_on_one_model_see_their_own_runs(bench: 
     run = server.queue(b.g.prompt())
     run.wait()
     verdicts = [run.outputs(report)["memorization_guard"][0]["traces"][0]["verdict"] for report in reports]
-    assert verdicts == ["mild", "stable", "stable", "unscored"]
+    assert verdicts == ["likely copy", "stable", "stable", "unscored"]
     told = {(e.data["node"], e.data["run"].split(":")[1]) for e in run.events if e.type == "memorization_guard"}
     assert told == {(b.guard.id, ours[0]), (second.id, others[0]), (inner.id, others[0])}
 
@@ -452,29 +455,16 @@ def test_models_that_were_unloaded_in_between_are_the_same_model(bench: Any, fin
     assert first.runs[0][0].to_dict() == second.runs[0][0].to_dict()
 
 
-def test_thresholds_that_contradict_each_other_are_refused_before_anything_runs(bench: Any, server: Any) -> None:
-    b = bench("trace", tau_mild=20.0)
+def test_a_rate_that_is_none_is_refused_before_anything_runs(bench: Any, server: Any) -> None:
+    b = bench("trace", false_positive_rate=0.0)
     b.g.node("MemorizationGuardReport", trace=b.guard[1], latent=b.ksampler())
-    with pytest.raises(RuntimeError, match="a strong trigger is a mild one and more"):
+    with pytest.raises(RuntimeError, match=r"false_positive_rate.*0\.0 smaller than min"):
         server.queue(b.g.prompt())
 
 
-def test_the_published_correction_can_be_chosen(bench: Any, finish: Any) -> None:
-    result = finish(b := bench("mitigate", correction="published"), b.ksampler())
-    trace = result.runs[0][0]
-    assert trace.thresholds.steering_guidance is None
-    # A mild image is corrected in the first fifth of the steps.
-    assert trace.mitigated.any()
-    assert not trace.mitigated[6:].any()
-
-
-@pytest.mark.parametrize("other", [{"scheduler": "karras"}, {"sampler_name": "heun"}, {"steps": 20}, {"cfg": 9.0}], ids=str)
-def test_the_published_method_is_not_carried_over(bench: Any, finish: Any, other: dict[str, Any]) -> None:
-    plain = finish(b := bench(None), b.ksampler(**other))
-    result = finish(b := bench("mitigate", correction="published"), b.ksampler(**other))
-    assert result.runs[0][0].verdict == "unscored"
-    assert result.runs[0][0].note.startswith("The published method holds for one sampler and schedule (")
-    assert np.array_equal(plain.images[0], result.images[0])
+def test_what_belongs_to_the_published_method_cannot_be_set(server: Any) -> None:
+    inputs = server.object_info("MemorizationGuard")["input_order"]
+    assert inputs["optional"] == ["profile", "false_positive_rate", "steering_guidance", "gamma"]
 
 
 # Mode stop
@@ -504,14 +494,11 @@ def test_a_memorized_run_is_stopped_and_what_is_behind_it_still_runs(bench: Any,
     traces = [Trace.from_dict(trace) for trace in entry["traces"]]
     assert len(traces) == 2
     for trace in traces:
-        assert trace.verdict in ("mild", "strong")
-        assert trace.steps < STEPS
-        assert trace.trigger_step < trace.steps
+        assert trace.verdict == "likely copy"
+        assert len(trace.steps) < STEPS
         assert trace.note == "The run ended early: stopped, since every image of the batch had triggered"
     # As far as the last of both.
-    assert max(trace.trigger_step for trace in traces) == traces[0].steps - 1
-    steps = [event for event in run.events if event.type == "memorization_guard" and event.data["kind"] == "step"]
-    assert len(steps) == traces[0].steps
+    assert max(trace.trigger_step for trace in traces) == len(traces[0].steps)
     images = run.images(save)
     assert len(images) == 2
     assert all(np.asarray(image).std() > 1 for image in images)
@@ -520,20 +507,20 @@ def test_a_memorized_run_is_stopped_and_what_is_behind_it_still_runs(bench: Any,
     assert run.outputs(held)["text"] == ["2"]
     (said,) = run.outputs(why)["text"]
     assert said.startswith("0 of 2 images passed.\nImage 1 held back: ")
-    assert "left its region at step" in said
+    assert "triggered at step" in said
     assert " ordinary images" in said
 
 
 def test_an_ordinary_run_is_not_stopped(bench: Any, finish: Any) -> None:
     plain = finish(b := bench(None, text=ORDINARY), b.ksampler())
     result = finish(b := bench("stop", text=ORDINARY), b.ksampler())
-    assert (result.runs[0][0].verdict, result.runs[0][0].steps, result.runs[0][0].note) == ("stable", STEPS, None)
+    assert (result.runs[0][0].verdict, len(result.runs[0][0].steps), result.runs[0][0].note) == ("stable", STEPS, None)
     assert np.array_equal(plain.images[0], result.images[0])
 
 
 def test_nothing_is_stopped_without_a_profile(bench: Any, finish: Any) -> None:
     result = finish(b := bench("stop", profile=False), b.ksampler())
-    assert (result.runs[0][0].verdict, result.runs[0][0].steps) == ("unscored", STEPS)
+    assert (result.runs[0][0].verdict, len(result.runs[0][0].steps)) == ("unscored", STEPS)
 
 
 def test_stopping_saves_calls_of_the_model_whatever_samples(in_comfyui: Any) -> None:
@@ -572,4 +559,4 @@ for sampler in args[1]:
         assert stopped < plain / 2, sampler
         assert finite, sampler
         assert shape == [1, 4, 16, 16], sampler
-        assert verdict in ("mild", "strong"), sampler
+        assert verdict == "likely copy", sampler

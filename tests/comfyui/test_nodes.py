@@ -236,7 +236,7 @@ def test_the_report_judges_its_own_samplers_images_and_draws_them(batch: Any, se
         rows.append((report, *texts, g.node("PreviewImage", images=report[5])))
     run = server.queue(g.prompt())
     run.wait()
-    for (report, stable, score, trace, picture), expected in zip(rows, ("mild", "stable"), strict=True):
+    for (report, stable, score, trace, picture), expected in zip(rows, ("likely copy", "stable"), strict=True):
         assert run.outputs(stable)["text"] == [str(expected == "stable")]
         entries = json.loads(run.outputs(trace)["text"][0])
         assert entries == run.outputs(report)["memorization_guard"]
@@ -355,7 +355,7 @@ def test_the_gate_passes_what_is_stable_and_blocks_the_rest(batch: Any, server: 
     assert run.outputs(passed[1])["text"] == ["0"]
     assert run.outputs(held[0]) == {}
     assert run.outputs(held[1])["text"] == ["1"]
-    assert "left its region at step 0" in run.outputs(held[2])["text"][0]
+    assert "likely copy, triggered at step 0" in run.outputs(held[2])["text"][0]
 
 
 def test_a_placeholder_stands_for_what_is_held_back(batch: Any, server: Any) -> None:
@@ -421,7 +421,7 @@ def test_a_report_added_later_finds_the_run_that_a_cached_sampler_made(batch: An
     run = server.queue(g.prompt())
     run.wait()
     assert not [event for event in run.events if event.type == "memorization_guard"], "the sampler ran again"
-    assert run.outputs(report)["memorization_guard"][0]["traces"][0]["verdict"] == "mild"
+    assert run.outputs(report)["memorization_guard"][0]["traces"][0]["verdict"] == "likely copy"
 
 
 def test_profiles_of_other_folders_are_found(in_comfyui: Any, tmp_path: Any) -> None:

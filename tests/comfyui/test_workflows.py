@@ -93,7 +93,7 @@ def test_quick_start_finds_a_copy_and_steers_away_on_request(server, load):
     run = server.queue(prompt)
     run.wait()
     (trace,) = traces(run, only(prompt, "MemorizationGuardReport"))
-    assert trace["verdict"] in ("mild", "strong")
+    assert trace["verdict"] == "likely copy"
     assert trace["trigger_step"] == 0
     assert trace["note"] is None
     (image,) = run.images(save)
@@ -176,7 +176,7 @@ def test_report_and_gate_hold_back_the_memorized_and_pass_the_ordinary(server, l
     assert len(run.images(graphs)) == 4
     assert run.images(passed) == []
     assert run.outputs(held_back)["text"] == ["4"]
-    assert run.outputs(why)["text"][0].startswith("0 of 4 images passed.\nImage 1 held back: mild, left its region at step 0")
+    assert run.outputs(why)["text"][0].startswith("0 of 4 images passed.\nImage 1 held back: likely copy, triggered at step 0")
 
     prompt[sampler]["inputs"]["positive"] = [ordinary, 0]
     run = server.queue(prompt)
@@ -220,7 +220,7 @@ def test_a_workflow_for_ones_own_checkpoint_calibrates_and_judges_with_the_same_
     run = server.queue(prompt)
     run.wait()
     (trace,) = traces(run, only(prompt, "MemorizationGuardReport"))
-    assert trace["verdict"] in ("stable", "mild", "strong")
+    assert trace["verdict"] in ("stable", "likely copy")
     assert trace["note"] is None
     assert trace["reference_count"] == 12
     assert len(run.images(only(prompt, "SaveImage"))) == 1
