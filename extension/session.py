@@ -26,7 +26,7 @@ from ..memorization_guard.core.settings import MODES
 from ..memorization_guard.core.trace import rarity
 from ..memorization_guard.files import write_whole
 from ..memorization_guard.reports import graph
-from ..memorization_guard.reports.html import summary
+from ..memorization_guard.reports.words import summary
 
 if TYPE_CHECKING:
     from .live import LiveRuns
