@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import html
+import operator
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,7 @@ class Controls:
             PasteField(mode, _pasted(lambda options: options.mode)),
             PasteField(profile, _pasted(_pasted_profile)),
             *(
-                PasteField(value, _pasted(lambda options, _name=field.name: getattr(options.thresholds, _name)))
+                PasteField(value, _pasted(operator.attrgetter(f"thresholds.{field.name}")))
                 for field, value in zip(CONSTANTS, values, strict=True)
             ),
             PasteField(self._pasted_result, lambda fields: gr.update(value=(r := pasted_result(fields)), visible=bool(r))),

@@ -34,7 +34,7 @@ def prediction_type(sd_model: Any) -> str:
         return {"eps": "epsilon", "v": "v_prediction"}.get(kind, str(kind))
     model = sd_model.forge_objects.unet.model
     if (predictor := getattr(model, "predictor", None)) is not None:  # Forge
-        kind = predictor.prediction_type
+        kind = str(predictor.prediction_type)
         return {"const": "flow_prediction"}.get(kind, kind)
     classes = {cls.__name__ for cls in type(model.model_sampling).__mro__}  # reForge
     names = {"CONST": "flow_prediction", "V_PREDICTION": "v_prediction", "X0": "sample", "EPS": "epsilon"}

@@ -86,7 +86,7 @@ def _judge_rows(denoiser: Any, predicted: Predicted, given: Any, rows: Tensor) -
     arguments = denoiser.sampler.sampler_extra_args
     weights = [[prompt.weight for prompt in prompts] for prompts in arguments["cond"].batch]
     x, sigma = given.x[-len(weights) :], given.sigma[-len(weights) :]
-    prompted = rows[: sum(map(len, weights))].split([len(each) for each in weights])
+    prompted = torch.split(rows[: sum(map(len, weights))], [len(each) for each in weights])
     without = rows[sum(map(len, weights)) :][: len(weights)]
     cond = _joined(rows, prompted, without, weights)
     # Where the host leaves the evaluation without the prompt out, it puts those of the first prompts in its place.

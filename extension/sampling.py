@@ -100,18 +100,18 @@ def _new_run(
 def _settings(
     p: Any, kind: str, name: str, options: dict[str, Any], x: Tensor, schedule: list[NoiseLevel], steps: int | None
 ) -> RunSettings:
-    *sigmas, end = [level.model_sigma(kind) for level in schedule] or [None]
+    sigmas = [level.model_sigma(kind) for level in schedule]
     cfg = getattr(p, "hr_cfg", p.cfg_scale) if getattr(p, "is_hr_pass", False) else p.cfg_scale  # Forge has one of its own
     return RunSettings(
         model=str(p.sd_model_name),
         model_hash=model_hash(p),
         prediction_type=kind,
         sampler=sampler_name(name, options),
-        steps=len(sigmas) if sigmas else steps,
+        steps=len(sigmas) - 1 if sigmas else steps,
         guidance_scale=float(cfg),
         latent_shape=tuple(x.shape[1:]),
-        sigmas=tuple(sigmas) if sigmas else None,
-        end_sigma=end,
+        sigmas=tuple(sigmas[:-1]) if sigmas else None,
+        end_sigma=sigmas[-1] if sigmas else None,
     )
 
 

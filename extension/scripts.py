@@ -11,7 +11,7 @@ import modules.scripts
 import torch
 from modules import processing, progress, script_callbacks, shared
 
-from ..memorization_guard import StabilityProfile
+from ..memorization_guard import Mode, StabilityProfile
 from . import profiles, sampling, xyz
 from .controls import CALIBRATE, COMPARE, HOST_INPUTS, Controls, add_settings, setting
 from .live import LiveRuns, add_route
@@ -160,7 +160,8 @@ class MemorizationGuardScript(_WithControls):
         p.do_not_save_grid = True
         shared.state.job_count = 2 * p.n_iter
         made = []
-        for label, mode in (("without mitigation", "trace"), ("with mitigation", "mitigate")):
+        labels: dict[Mode, str] = {"trace": "without mitigation", "mitigate": "with mitigation"}
+        for mode, label in labels.items():
             one = copy.copy(p)
             one.comments = {}
             one.extra_generation_params = dict(p.extra_generation_params)

@@ -66,7 +66,7 @@ class Options:
             raise ValueError(_PUBLISHED)
 
     @classmethod
-    def of(cls, mode: Mode, profile: str | None, *values: float | str | None) -> Options:
+    def of(cls, mode: str, profile: str | None, *values: float | str | None) -> Options:
         """From the values of the controls; ``values`` are those of ``CONSTANTS``, or ``None`` for a default.
 
         Raises:
@@ -74,10 +74,10 @@ class Options:
         """
         if "published" in values:
             raise ValueError(_PUBLISHED)
-        constants = {
-            each.name: type(each.default)(value) for each, value in zip(CONSTANTS, values, strict=False) if value is not None
+        constants: dict[str, Any] = {
+            each.name: float(value) for each, value in zip(CONSTANTS, values, strict=False) if value is not None
         }
-        return cls(mode, None if profile in (None, "", "None") else profile, Thresholds(**constants))
+        return cls(cast(Mode, mode), None if profile in (None, "", "None") else profile, Thresholds(**constants))
 
     @classmethod
     def from_infotext(cls, fields: Mapping[str, str]) -> Options | None:
@@ -86,7 +86,7 @@ class Options:
             return None
         try:
             constants = [fields.get(f"{TITLE} {each.name}") for each in CONSTANTS]
-            return cls.of(cast(Mode, fields[TITLE]), fields.get(f"{TITLE} profile"), *constants)
+            return cls.of(fields[TITLE], fields.get(f"{TITLE} profile"), *constants)
         except ValueError:
             return None  # written by hand, or by another version
 

@@ -12,6 +12,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from memorization_guard import StabilityProfile, Thresholds, Trace, evidence, lab
+from memorization_guard.core.judge import HOLD_SIGMA
 from memorization_guard.core.trace import rarity
 
 TITLE = "Memorization Guard"
@@ -84,8 +85,7 @@ def test_every_sampler_is_judged_by_one_profile_and_corrected_from_the_first_eva
             trace.verdict == "likely copy"
             and trace.p_value is not None
             and (trace.score is not None) == own
-            and trace.evaluations.corrected.all()
-            and trace.mitigated.all()
+            and corrected_from_the_first(trace)
             and answer.pixels != plain.pixels
             and f"{TITLE} rarity: " in answer.info["infotexts"][0]
         )
@@ -214,7 +214,7 @@ def test_joined_prompts_are_judged_and_corrected(host, profile, sampler):
     settings = {"prompt": f"{EXACT} AND {ORDINARY} :0.5", "sampler_name": sampler}
     plain = host.make(**settings)
     trace = (answer := host.make("mitigate", profile, *host.constants(EVERYTHING), **settings)).trace
-    assert trace.evaluations.corrected.all()
+    assert corrected_from_the_first(trace)
     assert np.isfinite(trace.evaluations.guidance).all()
     assert answer.pixels != plain.pixels
 
@@ -601,7 +601,7 @@ def test_guidance_of_another_extension_changes_no_verdict_and_goes_on_from_what_
     assert len(first.sigma) == len(alone.sigma)
     guard = "mitigate", profile, *host.constants(EVERYTHING)
     corrected = host.make(*guard, alwayson_scripts=scripts, sampler_name=sampler)
-    assert corrected.trace.evaluations.corrected.all()
+    assert corrected_from_the_first(corrected.trace)
     assert corrected.pixels != plain.pixels
     assert corrected.pixels != host.make(*guard, sampler_name=sampler).pixels
 
@@ -663,6 +663,11 @@ def png(pixels):
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
     return base64.b64encode(buffer.getvalue()).decode()
+
+
+def corrected_from_the_first(trace):
+    """Whether every evaluation was corrected, but for the last ones, where the image is back among ordinary ones."""
+    return trace.evaluations.corrected[trace.evaluations.sigma > HOLD_SIGMA].all()
 
 
 def is_copy(answer, prompt):
