@@ -4,8 +4,9 @@
 
 Plain, traced and mitigated runs take turns in one process and are compared turn by turn, so that a machine that gets slower
 or busier in between weighs on all of them alike. The figure is the median ratio, with the quartiles as its spread; the
-spread of plain against plain says what such a figure means on this machine. The floor of the monitor is what the three
-norms and the difference alone cost, called on the same tensors without anything of ours.
+spread of plain against plain says what such a figure means on this machine. The bare monitor takes in an evaluation and a
+latent a step, timed by the processor time of its thread (on CUDA by the clock); its floor is what three norms and one
+difference cost alone, on the same tensors.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from memorization_guard import StabilityMonitor
+from memorization_guard import NoiseLevel, RunSettings, StabilityMonitor
+from memorization_guard.core.settings import Mode
 from memorization_guard.diffusers import guard
 from memorization_guard.lab import pipeline, prompts
 from memorization_guard.lab import profile as lab_profile
@@ -29,14 +30,14 @@ LATENTS = ((1, 4, 64, 64), (8, 16, 128, 128))
 STEPS = 50
 
 
-def timed(call: Callable[[], object], device: str) -> float:
+def timed(call: Callable[[], object], device: str, clock: Callable[[], float] = time.perf_counter) -> float:
     if device == "cuda":
         torch.cuda.synchronize()
-    start = time.perf_counter()
+    start = clock()
     call()
     if device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def quartiles(values: list[float]) -> str:
@@ -53,16 +54,16 @@ def sampling(device: str, runs: int) -> None:
         generator = torch.Generator().manual_seed(0)
         pipe(prompt, num_inference_steps=STEPS, guidance_scale=7.5, generator=generator)
 
-    def watched(mitigate: bool) -> None:
-        with guard(pipe, stability, mitigate=mitigate) as run:
+    def watched(mode: Mode) -> None:
+        with guard(pipe, stability, mode) as run:
             sample()
         assert len(run.traces) == 1
 
     ways: dict[str, Callable[[], None]] = {
         "plain": sample,
         "plain again": sample,
-        "traced": lambda: watched(False),
-        "mitigation on": lambda: watched(True),
+        "traced": lambda: watched("trace"),
+        "mitigation on": lambda: watched("mitigate"),
     }
     for way in ways.values():
         way()
@@ -104,36 +105,40 @@ def synchronisations(call: Callable[[], object]) -> int:
     )
 
 
-def bare(device: str, shape: tuple[int, ...]) -> None:
-    z_prev, z_next, x0, cond, uncond = (torch.randn(shape, device=device) for _ in range(5))
-    turns = 40 if z_prev.numel() < 1 << 18 else 5
+def bare(device: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x, cond, uncond, other = (torch.randn(shape, device=device).to(dtype) for _ in range(4))
+    sigmas = [torch.full((shape[0],), 14.0 * 0.9**i, device=device) for i in range(STEPS)]
+    levels = [NoiseLevel.from_sigma(14.0 * 0.9**i) for i in range(STEPS)]
+    settings = RunSettings(guidance_scale=7.5, prediction_type="epsilon")
+    turns = 40 if x.numel() < 1 << 18 else 5
+    clock = time.perf_counter if device == "cuda" else time.thread_time
 
     def floor() -> None:
-        for x in (z_next, z_next - z_prev, x0):
-            torch.linalg.vector_norm(x.flatten(1), dim=1)
+        for y in (x, x - other, cond):
+            torch.linalg.vector_norm(y.flatten(1), dim=1)
 
-    def per_step(new_step: Callable[[], Callable[[], object]]) -> str:
-        def run() -> None:
-            step = new_step()
-            for _ in range(STEPS):
-                step()
+    def run(without: torch.Tensor | None) -> None:
+        monitor = StabilityMonitor(settings=settings)
+        for number, (sigma, level) in enumerate(zip(sigmas, levels, strict=True)):
+            latent = x if number % 2 else other
+            monitor.predicted(latent, sigma, cond, without)
+            monitor.latent(latent, level, evaluated=True)
 
-        run()
-        return quartiles([timed(run, device) / STEPS * 1e6 for _ in range(turns)])
+    def per_step(call: Callable[[], object], steps: int) -> str:
+        call()
+        return quartiles([timed(call, device, clock) / steps * 1e6 for _ in range(turns)])
 
-    print(f"bare monitor, {'x'.join(map(str, shape))} float32 on {device}, microseconds a step:")
-    print(f"  {'floor':20} {per_step(lambda: floor)}")
-    predictions = {"eps_cond": cond, "eps_uncond": uncond}
-    for name, extra in (("norms", {}), ("norms and guidance", predictions)):
-
-        def new_step(extra: dict[str, torch.Tensor] = extra) -> Callable[[], object]:
-            return partial(StabilityMonitor().step, z_prev, z_next, x0, sigma=1.0, x0_coefficient=0.5, **extra)
-
-        microseconds, step = per_step(new_step), new_step()
+    name = f"{'x'.join(map(str, shape))} {str(dtype).removeprefix('torch.')} on {device}"
+    print(f"bare monitor, {name}, microseconds a step:")
+    print(f"  {'floor':20} {per_step(floor, 1)}")
+    for name, without in (("one prediction", None), ("both predictions", uncond)):
+        microseconds = per_step(lambda without=without: run(without), STEPS)  # type: ignore[misc]
         with _Counter() as counter:
-            step()
-        waits = f", synchronisations {synchronisations(step)}" if device == "cuda" else ""
-        print(f"  {name:20} {microseconds}; tensors allocated {counter.created}{waits}")
+            run(without)
+        waits = ""
+        if device == "cuda":
+            waits = f", synchronisations a run {synchronisations(lambda without=without: run(without))}"  # type: ignore[misc]
+        print(f"  {name:20} {microseconds}; tensors allocated a step {counter.created / STEPS:.0f}{waits}")
 
 
 def main() -> None:
@@ -143,7 +148,9 @@ def main() -> None:
     arguments = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     for shape in LATENTS:
-        bare(arguments.device, shape)
+        bare(arguments.device, shape, torch.float32)
+    if arguments.device == "cuda":
+        bare(arguments.device, (8, 4, 128, 128), torch.float16)
     sampling(arguments.device, arguments.runs)
 
 

@@ -52,6 +52,8 @@ class Judge:
         self.evaluations: list[Evaluation] = []
         #: Evaluation at which each sample triggered, -1 if it has not: ``[B]``; empty before the first.
         self.trigger = np.zeros(0, dtype=int)
+        #: Evaluation at which each sample was first NaN or infinite, likewise.
+        self.broken = np.zeros(0, dtype=int)
         self._region = region
         self._critical = None if region is None else region.critical(false_positive_rate)[:, None]
         self._guided = guided
@@ -63,6 +65,7 @@ class Judge:
     def take_in(self, measurement: Measurement, block: np.ndarray) -> None:
         """Judges the next evaluation, from its block ``[5 + patches, B]`` in host memory."""
         block = block.astype(np.float64)
+        block[5:] /= measurement.depth
         sigma = measurement.sigma
         level = self._level(float(block[0, 0]) if isinstance(sigma, Tensor) else sigma)
         found = signals(block, level)
@@ -70,10 +73,13 @@ class Judge:
             found = Signals(*(np.full_like(values, np.nan) for values in found))
         if not self.evaluations:
             batch = block.shape[1]
-            self.trigger, self._finite = np.full(batch, -1), np.ones(batch, dtype=bool)
+            self.trigger, self.broken = np.full(batch, -1), np.full(batch, -1)
+            self._finite = np.ones(batch, dtype=bool)
             self._highest = np.full((len(Statistics._fields), batch), -np.inf)
         # A sample that was NaN or infinite once has lost its trajectory: what comes later means nothing.
-        self._finite &= np.isfinite(block[1:4]).all(axis=0)
+        finite = np.isfinite(block[1:4]).all(axis=0)
+        self.broken[~finite & (self.broken < 0)] = len(self.evaluations)
+        self._finite &= finite
         if self._region is None or self._critical is None:
             statistics = np.full_like(self._highest, np.nan)
         else:

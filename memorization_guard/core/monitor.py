@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import steering
-from .noise_level import NoiseLevel, sample_norm, widened
+from .noise_level import NoiseLevel, row_norm, sample_norm, widened
 from .profile import ProfileCheck, StabilityProfile
 from .run import Run, Step, StepEvent
 from .settings import USUAL_GUIDANCE, Mode, RunSettings, Thresholds
@@ -181,9 +181,10 @@ class StabilityMonitor:
                 return
             previous, start, first = before
             now, known = widened(x), self._evaluated
-            norm = known[1] if known is not None and known[0] is x else sample_norm(now)
+            norm = known[1] if known is not None and known[0] is x else row_norm(now.flatten(1))
             # z' - z = (x' - x scale' / scale) / scale'
-            update = sample_norm(torch.sub(now, widened(previous), alpha=level.scale / start.scale))
+            difference = torch.sub(now, widened(previous), alpha=level.scale / start.scale)
+            update = row_norm(difference.flatten(1))
             step = Step(start, level, first, max(first, evaluation - 1), norm, update, level.scale)
             self._run.steps.append(step)
             self._emit_arrived()

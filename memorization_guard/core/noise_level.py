@@ -157,5 +157,9 @@ def sample_norm(x: Tensor) -> Tensor:
     """Euclidean norm over all axes but the first, in float32 whatever the dtype: ``[B, ...] -> [B]``."""
     # vector_norm widens as it sums, at some cost even where there is nothing to widen, and never narrows.
     dtype = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else None
-    norm = torch.linalg.vector_norm(x.flatten(1), dim=1, dtype=dtype)
-    return norm.float() if norm.dtype == torch.float64 else norm
+    return torch.linalg.vector_norm(x.flatten(1), dim=1, dtype=dtype).float()
+
+
+def row_norm(x: Tensor) -> Tensor:
+    """Euclidean norm of each row ``[B, N] -> [B]`` of a tensor that is not of half precision, in its own dtype."""
+    return torch.linalg.vector_norm(x, dim=1)

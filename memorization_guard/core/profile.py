@@ -286,9 +286,9 @@ class StabilityProfile:
             signals = self.reference.signals._asdict()
             tensors |= {f"reference.{name}": values.astype(np.float32) for name, values in signals.items()}
             tensors |= {"reference.angles": self.reference.angles, "reference.patches": self.reference.patches}
-        # safetensors writes an array's memory as it lies, whatever the order of its axes.
-        ordered = {name: np.ascontiguousarray(values) for name, values in tensors.items()}
-        return write_whole(path, save(ordered, metadata=metadata))
+        # What is written is an array's memory as it lies.
+        tensors = {name: np.ascontiguousarray(values) for name, values in tensors.items()}
+        return write_whole(path, save(tensors, metadata=metadata))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> StabilityProfile:

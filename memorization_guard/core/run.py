@@ -242,9 +242,10 @@ class Run:
                 thresholds=self.thresholds,
                 mode=self.mode,
             )
-            columns = [trace.steps.latent_norm, trace.steps.update_norm, trace.steps.denoised_norm]
-            broken = np.flatnonzero(~np.isfinite(columns[: 3 if judge.evaluations else 2]).all(axis=0))
-            trace.nonfinite_step = int(broken[0]) if len(broken) else None
+            broken = np.flatnonzero(~np.isfinite(trace.steps.latent_norm + trace.steps.update_norm)).tolist()
+            if len(judge.broken) and judge.broken[sample] >= 0:
+                broken.append(int(of_step[judge.broken[sample]]))
+            trace.nonfinite_step = min(broken, default=None)
             if not self.judges and (settled := trace.uncalibrated_score) is not None and settled > SUSPICIOUS:
                 hint = (
                     f"The prompt alone had settled much of the image while it was still noise ({settled:.2f}; {SUSPICIOUS} "

@@ -18,7 +18,6 @@ guidance mixes them. x0 below is the two combined at the profile's own guidance 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -26,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .noise_level import NoiseLevel, sample_norm, widened
+from .noise_level import NoiseLevel, row_norm, widened
 
 #: The latent is looked at in at most this many patches a side.
 PATCHES = 16
@@ -51,7 +50,9 @@ class Measurement(NamedTuple):
         sigma: the host's own noise level: a float, or a tensor on a device that is not to be waited for.
         latent, product, denoised: ``|x|``, ``<x, x0>`` and ``|x0|``, each ``[B]`` float32.
         guidance: ``|x0_cond - x0_uncond|``, or ``None`` where there was one prediction only.
-        patches: ``[B, height, width]`` float32, mean square of x0 in each patch; ``None`` for latents without places.
+        patches: ``[B, height, width]`` float32, square of x0 in each patch: the mean over its places of the sum over channels
+            and frames; ``None`` for latents without places (Flux packs its into a sequence).
+        depth: number of channels times frames.
     """
 
     sigma: float | Tensor
@@ -60,9 +61,10 @@ class Measurement(NamedTuple):
     denoised: Tensor
     guidance: Tensor | None
     patches: Tensor | None
+    depth: int = 1
 
     def block(self) -> Tensor:
-        """Everything in one tensor, ``[5 + patches, B]`` float32: in the order of the attributes, NaN for what is missing."""
+        """All numbers in one tensor, ``[5 + patches, B]`` float32: in the order of the attributes, NaN for what is missing."""
         missing = torch.full_like(self.latent, torch.nan)
         sigma = self.sigma.flatten()[0].float().expand_as(missing) if isinstance(self.sigma, Tensor) else missing
         rows = [sigma, self.latent, self.product, self.denoised, missing if self.guidance is None else self.guidance]
@@ -97,29 +99,45 @@ class Meter:
             sigma = float(sigma.flatten()[0])
         count = len(x)
         size = count if x.device.type != "cpu" else max(1, _CACHED * count // max(x.numel(), 1))
+        depth = cond.shape[1] if cond.ndim == 4 else cond.shape[1] * cond.shape[2] if cond.ndim == 5 else 1
         if size >= count:
-            return Measurement(sigma, *self._taken(x, cond, uncond, guidance_scale))
+            return Measurement(sigma, *self._taken(x, cond, uncond, guidance_scale), depth)
         parts = []
         for i in range(0, count, size):
             chosen = slice(i, i + size)
             parts.append(self._taken(x[chosen], cond[chosen], None if uncond is None else uncond[chosen], guidance_scale))
         latent, product, denoised, distance, patches = zip(*parts, strict=True)
-        return Measurement(sigma, *map(torch.cat, (latent, product, denoised)), *map(_joined, (distance, patches)))
+        joined = [torch.cat(rows) for rows in (latent, product, denoised)]
+        return Measurement(sigma, joined[0], joined[1], joined[2], _joined(distance), _joined(patches), depth)
 
     def _taken(
         self, x: Tensor, cond: Tensor, uncond: Tensor | None, guidance_scale: float
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-        latent, denoised, distance = widened(x), widened(cond), None
+        latent, denoised, distance = widened(x).flatten(1), widened(cond), None
         buffers = self._buffers
         if buffers is None or buffers[0].shape != denoised.shape or buffers[0].device != denoised.device:
             buffers = self._buffers = torch.empty_like(denoised), torch.empty_like(denoised)
         if uncond is not None:
             without = widened(uncond)
-            distance = sample_norm(torch.sub(denoised, without, out=buffers[0]))
+            torch.sub(denoised, without, out=buffers[0])
+            distance = row_norm(buffers[0].flatten(1))
             denoised = torch.lerp(without, denoised, guidance_scale, out=buffers[0])
-        product = torch.linalg.vecdot(latent.flatten(1), denoised.flatten(1))
-        patches = _patches(torch.mul(denoised, denoised, out=buffers[1]))
-        return sample_norm(latent), product, sample_norm(denoised), distance, patches
+        flat = denoised.flatten(1)
+        product = torch.linalg.vecdot(latent, flat)
+        patches = _patches(torch.mul(denoised, denoised, out=buffers[1])) if denoised.ndim in (4, 5) else None
+        return row_norm(latent), product, row_norm(flat), distance, patches
+
+
+def _patches(squares: Tensor) -> Tensor:
+    """Mean over the places of every patch of the sum over channels and frames, at most 16 patches a side of at least 2 x 2."""
+    sums = squares.sum(dim=1 if squares.ndim == 4 else (1, 2), keepdim=squares.ndim == 4)
+    if squares.ndim == 5:
+        sums = sums[:, None]
+    *_, high, wide = sums.shape
+    height, width = min(PATCHES, max(1, high // 2)), min(PATCHES, max(1, wide // 2))
+    if high % height == 0 and wide % width == 0:
+        return torch.nn.functional.avg_pool2d(sums, (high // height, wide // width))[:, 0]
+    return torch.nn.functional.adaptive_avg_pool2d(sums, (height, width))[:, 0]
 
 
 def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
@@ -127,23 +145,9 @@ def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
     return torch.cat(there) if there else None
 
 
-def _patches(squares: Tensor) -> Tensor | None:
-    """Mean of squares in every patch, at most 16 a side of at least 2 x 2; over all channels and frames. ``None`` for latents
-    without places (Flux packs its into a sequence)."""
-    if squares.ndim not in (4, 5):
-        return None
-    sums = squares.sum(dim=tuple(range(1, squares.ndim - 2)))[:, None]
-    sides = sums.shape[2:]
-    height, width = (min(PATCHES, max(1, side // 2)) for side in sides)
-    if sides[0] % height == 0 and sides[1] % width == 0:
-        means = torch.nn.functional.avg_pool2d(sums, (sides[0] // height, sides[1] // width))
-    else:
-        means = torch.nn.functional.adaptive_avg_pool2d(sums, (height, width))
-    return means[:, 0].float() / math.prod(squares.shape[1:-2])
-
-
 def signals(block: np.ndarray, level: NoiseLevel) -> Signals:
-    """The signals ``[B]`` of an evaluation from its block ``[5 + patches, B]`` float64, now that its noise level is known."""
+    """The signals ``[B]`` of an evaluation from its block, as :class:`~memorization_guard.core.judge.Judge` has it, now that
+    its noise level is known."""
     latent, product, denoised, distance = block[1:5]
     alpha, beta, scale = level.alpha, max(level.beta, 1e-6), level.scale
     # v = (alpha z - x0) / beta, from the products of x and x0: no tensor had to be made for it.

@@ -176,6 +176,7 @@ def test_one_prediction_alone_is_not_judged_by_a_profile_with_guidance(world, pr
     monitor = StabilityMonitor(profile, mode="mitigate", settings=world.settings(guidance=1.0))
     world.sample(monitor, guided=False, memorized=2.0)
     assert monitor.traces[0].verdict == "unscored"
+    assert monitor.traces[0].nonfinite_step is None
     assert "20 of 20 evaluations gave one prediction only" in monitor.traces[0].note
     partly = StabilityMonitor(profile, settings=world.settings())
     for number, sigma in enumerate((14.0, 10.0, 1.0)):

@@ -25,7 +25,7 @@ SETTINGS = RunSettings(
 )
 
 
-def profile(settings=SETTINGS):
+def made(settings=SETTINGS):
     norms = np.arange(12, dtype=float).reshape(3, 4) + 10
     return StabilityProfile(
         mean=Norms(*norms), std=Norms(*norms / 10), count=50, settings=settings, left_out={"not finite": 2}
@@ -37,7 +37,7 @@ def fitting(settings=SETTINGS):
     found = np.exp(np.random.default_rng(0).normal(2.0, 0.1, size=(4, 12, 3)))
     signals = Signals(*map(np.asfortranarray, found))  # as numpy lays out what the calibrator picks from its runs
     reference = Reference(signals, np.array([1.5, 1.0, 0.1]), np.zeros((3, 2)))
-    return dataclasses.replace(profile(settings), reference=reference)
+    return dataclasses.replace(made(settings), reference=reference)
 
 
 def test_a_file_gives_back_what_was_saved(tmp_path):
@@ -52,8 +52,16 @@ def test_a_file_gives_back_what_was_saved(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["tiny.safetensors"]
 
 
+def test_a_file_gives_back_what_was_calibrated(profile, tmp_path):
+    """The arrays of a calibration do not lie in memory as they are read."""
+    loaded = StabilityProfile.load(profile.save(tmp_path / "p.safetensors"))
+    for ours, theirs in zip(profile.reference.signals, loaded.reference.signals, strict=True):
+        np.testing.assert_allclose(theirs, ours, rtol=1e-6)
+    np.testing.assert_array_equal(loaded.reference.patches, profile.reference.patches)
+
+
 def test_a_failed_save_leaves_the_old_file_and_no_debris(tmp_path, monkeypatch):
-    path = profile().save(tmp_path / "tiny.safetensors")
+    path = made().save(tmp_path / "tiny.safetensors")
     before = path.read_bytes()
 
     def full_disk(*_):
@@ -61,7 +69,7 @@ def test_a_failed_save_leaves_the_old_file_and_no_debris(tmp_path, monkeypatch):
 
     monkeypatch.setattr("os.fsync", full_disk)
     with pytest.raises(OSError, match="No space left"):
-        dataclasses.replace(profile(), count=99).save(path)
+        dataclasses.replace(made(), count=99).save(path)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["tiny.safetensors"]
 
@@ -87,7 +95,7 @@ def fields(mismatches):
 
 
 def test_the_same_settings_fit():
-    check = profile().check(SETTINGS)
+    check = made().check(SETTINGS)
     assert check.valid
     assert not check.weakened
     assert str(check) == "The profile fits this run."
@@ -106,7 +114,7 @@ def test_the_same_settings_fit():
     ],
 )
 def test_what_makes_a_profile_invalid_is_named(changes, field):
-    check = profile().check(dataclasses.replace(SETTINGS, **changes))
+    check = made().check(dataclasses.replace(SETTINGS, **changes))
     assert not check.valid
     assert field in fields(check.invalid)
     assert "Calibrate a profile" in str(check)
@@ -122,29 +130,29 @@ def test_what_makes_a_profile_invalid_is_named(changes, field):
     ],
 )
 def test_what_weakens_a_profile_is_named(changes, field):
-    check = profile().check(dataclasses.replace(SETTINGS, **changes))
+    check = made().check(dataclasses.replace(SETTINGS, **changes))
     assert check.valid
     assert fields(check.weakened) == {field}
 
 
 def test_a_name_does_not_matter_when_the_weights_are_the_same():
-    assert not profile().check(dataclasses.replace(SETTINGS, model="renamed")).weakened
+    assert not made().check(dataclasses.replace(SETTINGS, model="renamed")).weakened
 
 
 def test_what_nobody_knows_is_no_difference():
-    assert profile().check(RunSettings()).valid
-    assert profile(RunSettings()).check(SETTINGS).valid
+    assert made().check(RunSettings()).valid
+    assert made(RunSettings()).check(SETTINGS).valid
 
 
 def test_every_difference_is_named_at_once():
-    check = profile().check(
+    check = made().check(
         RunSettings(model_hash="f" * 16, prediction_type="sample", sampler="x", steps=9, guidance_scale=1.0, latent_shape=(1,))
     )
     assert fields(check.invalid) == {"model_hash", "prediction_type", "sampler", "steps", "guidance_scale", "latent_shape"}
 
 
 def test_skipping_every_other_step_is_not_part_of_the_schedule():
-    check = profile().check(dataclasses.replace(SETTINGS, steps=2, sigmas=(14.0, 2.0)))
+    check = made().check(dataclasses.replace(SETTINGS, steps=2, sigmas=(14.0, 2.0)))
     assert "sigmas" in fields(check.invalid)
 
 
@@ -169,7 +177,7 @@ def test_statistics_that_do_not_hold_together_are_refused(arguments):
 
 def test_the_statistics_cannot_be_changed_behind_the_profiles_back():
     with pytest.raises(ValueError, match="read-only"):
-        profile().mean.latent[0] = 1.0
+        made().mean.latent[0] = 1.0
 
 
 @pytest.mark.parametrize(
