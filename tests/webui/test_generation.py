@@ -335,12 +335,18 @@ def test_a_profile_that_does_not_fit_is_traced_and_said(host, profile):
     assert f"{TITLE} rarity" not in answer.info["infotexts"][0]
 
 
-def test_where_there_is_one_prediction_only_it_is_judged_alone_and_that_is_said(host, profile):
+def test_where_there_is_one_prediction_only_it_is_not_judged_and_that_is_said(host, profile):
     with host.options(skip_early_cond=1.0):
-        answer = host.make("mitigate", profile, *host.constants(EVERYTHING))
-    assert not np.isfinite(answer.trace.evaluations.guidance).any()
-    assert "without the prompt" in answer.trace.note
-    assert answer.trace.verdict == "likely copy"
+        trace = host.make("mitigate", profile, *host.constants(EVERYTHING)).trace
+    evaluations = len(trace.evaluations)
+    said = f"{evaluations} of {evaluations} evaluations gave one prediction only and could not be judged"
+    assert trace.verdict == "unscored"
+    assert said in trace.note
+    assert said in host.said()
+    # At CFG 1 the WebUI evaluates both all the same.
+    trace = host.make("mitigate", profile, *host.constants(EVERYTHING), cfg_scale=1).trace
+    assert trace.verdict == ("likely copy" if host.kind == "webui" else "unscored")
+    assert (trace.note or "").startswith(said) == (host.kind == "forge")
 
 
 @pytest.mark.parametrize("sampler", ["Euler", "DPM++ 2M", "DPM fast", "DDIM", "UniPC"])
@@ -585,7 +591,7 @@ GUIDANCE = {
         },
     ),
     "latent modifier": ("forge", {"LatentModifier Integrated": {"args": [True, 5.0]}}),
-    "perturbed attention": ("forge", {"PerturbedAttentionGuidance Integrated": {"args": [True, 3.0]}}),
+    "perturbed attention": ("forge", {"PerturbedAttentionGuidance Integrated": {"args": [True, 8.0, 0.0, 0.0, 1.0]}}),
 }
 
 
