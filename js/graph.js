@@ -729,8 +729,8 @@ export class StabilityGraph {
       return element;
     };
     const scoreOf = ({ pValue, score }, name) => {
-      if (pValue !== null) return rarity(pValue);
-      return score === null ? "" : `${name}${scoreText(score)}`;
+      if (pValue === null) return score === null ? "" : `${name}${scoreText(score)}`;
+      return narrow ? rarity(pValue).replace("less than", "<").replace(",000,000", "M").replace(",000", "k") : rarity(pValue);
     };
     let entries;
     if (items.length === 1) {

@@ -332,9 +332,10 @@ def _vertical_axis(run: np.ndarray, band_low: np.ndarray, band_high: np.ndarray,
     if np.isfinite(band_high).any():
         high = min(high, 20 * float(np.nanmax(band_high)))  # a latent that exploded must not hide the band
     high = high if high > 0 else 1.0
-    # Values near zero in a few steps do not count: a band that reaches down to zero, a last step that hardly moves.
-    bulk = float(np.quantile(np.minimum(values, high), 0.1))
-    if 0 < bulk < high / 12:
+    # The band decides, if there is one. Values near zero in a few steps do not count: a last step that hardly moves, say.
+    band = np.concatenate([band_low, band_high])
+    known = band[np.isfinite(band)] if np.isfinite(band).any() else values
+    if 0 < np.quantile(known, 0.1) < known.max() / 12:
         floor = float(values[values > 0].min())
         return Axis(max(floor, high / 1000) / 1.15, high * 1.15, bottom, top, log=True)
     low = float(values.min())
