@@ -175,7 +175,7 @@ class Session:
         outline = monitor.outline()
         self.runs.append(Run(name, batch, hires, monitor, outline["note"]))
         if self._profile is not None and not monitor.judges:
-            self.say(p, f"{'hires pass: ' if hires else ''}{outline['note']}")
+            self.say(p, f"hires pass: {outline['note']}" if hires else outline["note"])
         first = batch * p.batch_size + 1
         images = f"image {first}" if p.batch_size == 1 else f"images {first}-{first + p.batch_size - 1}"
         self._send("begin", name, title=self._title(images, hires), **outline)
@@ -185,10 +185,10 @@ class Session:
         """The run that began last has ended; what kept it from being judged is said."""
         run = self.runs[-1]
         run.traces = run.monitor.traces
-        for note in {trace.note for trace in run.traces} - {run.known, None}:
-            self.say(p, f"{'hires pass: ' if run.hires else ''}{note}")
-        if run.monitor.error is not None and not run.traces:
-            self.say(p, f"not watched: {run.monitor.error}")
+        notes = [trace.note for trace in run.traces] or [f"not watched: {run.monitor.error or 'the run ended at once'}"]
+        for note in notes:
+            if note is not None and note != run.known:
+                self.say(p, f"hires pass: {note}" if run.hires else note)
         self._send("end", run.name, traces=[trace.to_dict() for trace in run.traces])
 
     def say(self, p: Any, message: str) -> None:
