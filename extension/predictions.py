@@ -47,6 +47,7 @@ def _called_back(register: Callable[..., None], callback: Callable[[Any], None])
 
 @contextlib.contextmanager
 def _told(monitor: StabilityMonitor) -> Iterator[None]:
+    """Errors go to the monitor, and nowhere else."""
     try:
         with torch.no_grad():
             yield
@@ -133,9 +134,10 @@ def _judged_in_patcher(denoiser: Any, monitor: StabilityMonitor, predicted: Pred
         if params.denoiser is not denoiser or forge in present or reforge in present:
             return
         # The first call, or the refiner has taken over.
-        unet = objects.unet.clone()
-        unet.model_options["sampler_pre_cfg_function"] = [*present, forge] if hosts.is_forge(unet) else [reforge, *present]
-        put_back.enter_context(_replaced(objects, "unet", unet))
+        put_back.callback(setattr, objects, "unet", objects.unet)
+        objects.unet = objects.unet.clone()
+        functions = [*present, forge] if hosts.is_forge(objects.unet) else [reforge, *present]
+        objects.unet.model_options["sampler_pre_cfg_function"] = functions
 
     with contextlib.ExitStack() as put_back, _called_back(script_callbacks.on_cfg_denoiser, before):
         yield
@@ -199,15 +201,3 @@ def _judge(predicted: Predicted, args: dict[str, Any], prompted: Tensor, without
     if without is not None and joined is not prompted:
         corrected = torch.where(changed(joined, corrected), without + (corrected - without) / weight, prompted)
     prompted.copy_(corrected)
-
-
-@contextlib.contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """While it is entered, ``owner`` has ``value`` under ``name``."""
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        if getattr(owner, name) is value:  # otherwise somebody has changed it since
-            setattr(owner, name, before)

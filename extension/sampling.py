@@ -17,7 +17,7 @@ from ..memorization_guard.adapters.kdiffusion import SamplerRun, sampler_name, w
 from ..memorization_guard.fingerprint import content_hash, fingerprint
 from . import hosts, predictions
 from .session import Session
-from .timesteps import TimestepRun, TimestepScale
+from .timesteps import TimestepRun, timestep_levels
 
 log = logging.getLogger(__name__)
 
@@ -70,44 +70,42 @@ def _new_run(
 ) -> SamplerRun:
     kind = hosts.prediction_type(p.sd_model)
     level: Callable[[float], NoiseLevel] = functools.partial(NoiseLevel.from_model, prediction_type=kind)
-    scale: TimestepScale | None = None
-    fixed = True
+    timestep = None
     if "timesteps" in arguments:
-        scale = TimestepScale(denoiser.inner_model.inner_model.alphas_cumprod)
-        levels = [scale.level(t) for t in arguments["timesteps"].flip(0).tolist()]
+        timestep = timestep_levels(denoiser.inner_model.inner_model.alphas_cumprod)
+        levels = [timestep(t) for t in arguments["timesteps"].flip(0).tolist()]
     elif "sigmas" in arguments:
         levels = [level(sigma) for sigma in arguments["sigmas"].tolist()]
     else:  # the sampler chooses its own, between these
-        levels, fixed = [level(float(arguments[end])) for end in ("sigma_max", "sigma_min")], False
-    settings = _settings(
-        p, kind, _name(function), _options(function, arguments), x, levels if fixed else [], arguments.get("n")
-    )
-    # The denoiser of Forge and reForge gives clean latents to all samplers.
-    noisy = scale is not None and not hosts.HAS_UNET_PATCHER
-    monitor = session.new_monitor(p, settings, scale.level if scale is not None and noisy else level)
+        levels = [level(float(arguments[end])) for end in ("sigma_max", "sigma_min")]
+    # The denoiser of Forge and reForge has sigmas and clean latents for all samplers.
+    noisy = timestep is not None and not hosts.HAS_UNET_PATCHER
+    settings = _settings(p, kind, function, arguments, x, levels)
+    monitor = session.new_monitor(p, settings, timestep if timestep is not None and noisy else level)
     hooks.callback(session.end_run, p)
-    if scale is None:
-        run = SamplerRun(monitor, levels, level)
-        hooks.enter_context(predictions.judged(denoiser, monitor, run.predicted))
-        return run
-    timestep_run = TimestepRun(monitor, levels, scale, x)
-    predicted = timestep_run.predicted_noise if noisy else timestep_run.predicted
+    if timestep is None:
+        run: SamplerRun = SamplerRun(monitor, levels, level)
+        predicted = run.predicted
+    else:
+        run = following = TimestepRun(monitor, levels, timestep, x)
+        hooks.enter_context(following.evaluations_of(denoiser))
+        predicted = following.predicted_noise if noisy else run.predicted
     hooks.enter_context(predictions.judged(denoiser, monitor, predicted))
-    hooks.enter_context(timestep_run.following(denoiser))
-    return timestep_run
+    return run
 
 
 def _settings(
-    p: Any, kind: str, name: str, options: dict[str, Any], x: Tensor, schedule: list[NoiseLevel], steps: int | None
+    p: Any, kind: str, function: Callable[..., Tensor], arguments: dict[str, Any], x: Tensor, levels: list[NoiseLevel]
 ) -> RunSettings:
-    sigmas = [level.model_sigma(kind) for level in schedule]
+    planned = "timesteps" in arguments or "sigmas" in arguments
+    sigmas = [level.model_sigma(kind) for level in levels] if planned else []
     cfg = getattr(p, "hr_cfg", p.cfg_scale) if getattr(p, "is_hr_pass", False) else p.cfg_scale  # Forge has one of its own
     return RunSettings(
         model=str(p.sd_model_name),
         model_hash=model_hash(p),
         prediction_type=kind,
-        sampler=sampler_name(name, options),
-        steps=len(sigmas) - 1 if sigmas else steps,
+        sampler=sampler_name(_name(function), _options(function, arguments)),
+        steps=len(sigmas) - 1 if sigmas else arguments.get("n"),
         guidance_scale=float(cfg),
         latent_shape=tuple(x.shape[1:]),
         sigmas=tuple(sigmas[:-1]) if sigmas else None,

@@ -1,14 +1,14 @@
 """The WebUI's timestep samplers (DDIM, PLMS, UniPC and their like), put in the core's terms.
 
 They hold ``x`` on the VP scale, call the model with a timestep, get the noise back, and call back once a solver step, after
-the update. The numbers of timesteps say nothing without the model, whose noise levels :class:`TimestepScale` knows.
+the update. What a timestep means only the model knows.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,50 +19,22 @@ from ..memorization_guard.adapters.kdiffusion import SamplerRun
 from ..memorization_guard.core.noise_level import widened
 
 
-class TimestepScale:
-    """The noise levels of a model with discrete timesteps, and those in between as UniPC's noise schedule has them.
+def timestep_levels(alphas_cumprod: Tensor) -> Callable[[float], NoiseLevel]:
+    """The noise level of a timestep in ``[0, T - 1]``, and of one in between as UniPC's noise schedule has it.
 
     Args:
         alphas_cumprod: ``abar`` of every timestep the model was trained on, ``[T]``.
     """
+    log_signal: list[float] = (0.5 * alphas_cumprod.detach().double().log()).tolist()
 
-    def __init__(self, alphas_cumprod: Tensor) -> None:
-        self._log_signal = 0.5 * alphas_cumprod.detach().double().log()
-        self._on_host: list[float] = self._log_signal.tolist()
-        self._on_device: dict[torch.device, Tensor] = {}
-
-    def level(self, t: float) -> NoiseLevel:
-        """The noise level of timestep ``t``, in ``[0, T - 1]``."""
-        t = min(max(t, 0.0), len(self._on_host) - 1)
+    def level(t: float) -> NoiseLevel:
+        t = min(max(t, 0.0), len(log_signal) - 1)
         below = math.floor(t)
-        above = min(below + 1, len(self._on_host) - 1)
-        log_signal = self._on_host[below] + (t - below) * (self._on_host[above] - self._on_host[below])
-        return NoiseLevel.from_alpha_bar(math.exp(2 * log_signal))
+        above = min(below + 1, len(log_signal) - 1)
+        between = log_signal[below] + (t - below) * (log_signal[above] - log_signal[below])
+        return NoiseLevel.from_alpha_bar(math.exp(2 * between))
 
-    def denoised(self, x: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """The clean latent that a noise prediction stands for, at least in float32.
-
-        Args:
-            x: the latent it was made from, ``[B, ...]``, on the VP scale. t: its timesteps, ``[B]``.
-        """
-        signal_level, noise_level = self._coefficients(t, x.ndim)
-        return (x - noise_level * widened(noise)) / signal_level
-
-    def noise(self, x: Tensor, t: Tensor, denoised: Tensor) -> Tensor:
-        """The inverse of :meth:`denoised`."""
-        signal_level, noise_level = self._coefficients(t, x.ndim)
-        return (x - signal_level * denoised) / noise_level
-
-    def _coefficients(self, t: Tensor, ndim: int) -> tuple[Tensor, Tensor]:
-        """Signal and noise coefficient at the timesteps, ``[B, 1, ...]`` in float32; does not wait for the device."""
-        if (table := self._on_device.get(t.device)) is None:
-            # Some devices know no float64.
-            table = self._on_device[t.device] = self._log_signal.float().to(t.device)
-        t = t.float().clamp(0, len(table) - 1)
-        below = t.long()
-        above = (below + 1).clamp_(max=len(table) - 1)
-        signal = torch.lerp(table[below], table[above], t - below).exp_().view(-1, *(1,) * (ndim - 1))
-        return signal, (1 - signal**2).sqrt_()
+    return level
 
 
 def changed(before: Tensor, after: Tensor) -> Tensor:
@@ -82,19 +54,20 @@ class TimestepRun(SamplerRun):
     Args:
         monitor: takes in predictions and latents.
         levels: noise levels before every planned step and after the last.
-        scale: those of the model's timesteps.
+        level: that of a timestep.
         x: the latent to begin with.
     """
 
-    def __init__(self, monitor: StabilityMonitor, levels: Sequence[NoiseLevel], scale: TimestepScale, x: Tensor) -> None:
-        super().__init__(monitor, levels, scale.level)
-        self._scale = scale
+    def __init__(
+        self, monitor: StabilityMonitor, levels: Sequence[NoiseLevel], level: Callable[[float], NoiseLevel], x: Tensor
+    ) -> None:
+        super().__init__(monitor, levels, level)
         self._latent: Tensor | None = x  # called back, and not handed over yet
         self._last: NoiseLevel | None = None  # where the network was evaluated
 
     @contextlib.contextmanager
-    def following(self, denoiser: torch.nn.Module) -> Iterator[None]:
-        """While it is entered, the run hears of every evaluation of ``denoiser(x, t, ...)`` before it is made."""
+    def evaluations_of(self, denoiser: torch.nn.Module) -> Iterator[None]:
+        """While it is entered, the run hears of every evaluation ``denoiser(x, t, ...)`` before it is made."""
         hook = denoiser.register_forward_pre_hook(lambda _, arguments: self._evaluates(*arguments))
         try:
             yield
@@ -103,11 +76,13 @@ class TimestepRun(SamplerRun):
 
     def predicted_noise(self, x: Tensor, t: Tensor, cond: Tensor, uncond: Tensor | None = None) -> Tensor:
         """As :meth:`predicted` for predictions of the noise; bit-identical in samples that are not corrected."""
-        denoised = self._scale.denoised(x, t, cond)
-        given = self.predicted(x, t, denoised, None if uncond is None else self._scale.denoised(x, t, uncond))
+        assert self._last is not None
+        signal, noise = self._last.alpha, self._last.beta
+        denoised = (x - noise * widened(cond)) / signal
+        given = self.predicted(x, t, denoised, None if uncond is None else (x - noise * widened(uncond)) / signal)
         if given is denoised:
             return cond
-        return torch.where(changed(denoised, given), self._scale.noise(x, t, given).to(cond.dtype), cond)
+        return torch.where(changed(denoised, given), ((x - signal * given) / noise).to(cond.dtype), cond)
 
     def stepped(self, info: Mapping[str, Any]) -> None:
         if self._last is not None:

@@ -24,8 +24,9 @@ def timesteps(load_extension):
 
 
 @pytest.fixture(scope="module")
-def scale(timesteps):
-    return timesteps.TimestepScale(ALPHAS_CUMPROD)
+def level(timesteps):
+    """The noise level of a timestep."""
+    return timesteps.timestep_levels(ALPHAS_CUMPROD)
 
 
 class Denoiser(torch.nn.Module):
@@ -109,58 +110,50 @@ def noise(batch=2):
     return torch.randn(batch, 4, 8, 8, generator=torch.Generator().manual_seed(1))
 
 
-def planned(scale):
-    return [scale.level(t) for t in TIMESTEPS.flip(0).tolist()]
+def planned(level):
+    return [level(t) for t in TIMESTEPS.flip(0).tolist()]
 
 
-def sample(name, timesteps=None, scale=None, monitor=None, callback=None, x=None):
+def sample(name, timesteps=None, level=None, monitor=None, callback=None, x=None):
     """A run of a double, watched if there is a monitor."""
     denoiser, function, x = Denoiser(), SAMPLERS[name], noise() if x is None else x
     arguments = {"timesteps": TIMESTEPS, "extra_args": {}, "callback": callback or (lambda _: None)}
     if monitor is None:
         return function(denoiser, x, **arguments)
-    run = timesteps.TimestepRun(monitor, planned(scale), scale, x)
+    run = timesteps.TimestepRun(monitor, planned(level), level, x)
     denoiser.predicted = run.predicted_noise
-    with run.following(denoiser):
+    with run.evaluations_of(denoiser):
         result = watched(function, lambda *_, **__: run)(denoiser, x, **arguments)
     assert not denoiser._forward_pre_hooks
     return result
 
 
-def new_monitor(scale):
-    *sigmas, end = [level.sigma for level in planned(scale)]
+def new_monitor(level):
+    *sigmas, end = [each.sigma for each in planned(level)]
     settings = RunSettings(prediction_type="epsilon", steps=STEPS, sigmas=tuple(sigmas), end_sigma=end)
-    return StabilityMonitor(settings=settings, level=scale.level)
+    return StabilityMonitor(settings=settings, level=level)
 
 
-def test_the_levels_are_those_of_the_timesteps_and_in_between(scale):
+def test_the_levels_are_those_of_the_timesteps_and_in_between(level):
     for t in (0, 1, 500, 999):
-        assert scale.level(t).alpha == pytest.approx(math.sqrt(ALPHAS_CUMPROD[t]), rel=1e-5)
-    between = scale.level(500.5)
-    assert math.log(between.alpha) == pytest.approx((math.log(scale.level(500).alpha) + math.log(scale.level(501).alpha)) / 2)
-    x, eps = noise(4), noise(4) + 1
-    t = torch.tensor([3.25, 700.0, 2000.0, -1.0])
-    denoised = scale.denoised(x, t, eps)
-    for i, timestep in enumerate((3.25, 700.0, 999.0, 0.0)):
-        level = scale.level(timestep)
-        expected = (x[i] - level.beta * eps[i]) / level.alpha
-        assert torch.allclose(denoised[i], expected, rtol=1e-3, atol=1e-4)
-    assert torch.allclose(scale.noise(x, t, denoised), eps, atol=1e-3)
+        assert level(t).alpha == pytest.approx(math.sqrt(ALPHAS_CUMPROD[t]), rel=1e-5)
+    assert math.log(level(500.5).alpha) == pytest.approx((math.log(level(500).alpha) + math.log(level(501).alpha)) / 2)
+    assert (level(2000), level(-1)) == (level(999), level(0))
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_a_watched_run_is_bit_identical(timesteps, scale, name):
+def test_a_watched_run_is_bit_identical(timesteps, level, name):
     state, seen, plain = torch.get_rng_state(), [], sample(name)
-    watched_run = sample(name, timesteps, scale, new_monitor(scale), lambda info: seen.append(info["i"]))
+    watched_run = sample(name, timesteps, level, new_monitor(level), lambda info: seen.append(info["i"]))
     assert torch.equal(plain, watched_run)
     assert seen == list(range(STEPS))
     assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_the_trace_is_that_of_the_latents_between_steps(timesteps, scale, name):
-    monitor, latents = new_monitor(scale), [noise()]
-    sample(name, timesteps, scale, monitor, lambda info: latents.append(info["x"].clone()))
+def test_the_trace_is_that_of_the_latents_between_steps(timesteps, level, name):
+    monitor, latents = new_monitor(level), [noise()]
+    sample(name, timesteps, level, monitor, lambda info: latents.append(info["x"].clone()))
     traces = monitor.traces
     assert [len(trace.steps) for trace in traces] == [STEPS, STEPS]
     assert all(trace.note is None for trace in traces)
@@ -172,27 +165,27 @@ def test_the_trace_is_that_of_the_latents_between_steps(timesteps, scale, name):
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_evaluations_belong_to_the_step_that_starts_where_they_are_made(timesteps, scale, name):
-    monitor = new_monitor(scale)
-    sample(name, timesteps, scale, monitor)
+def test_evaluations_belong_to_the_step_that_starts_where_they_are_made(timesteps, level, name):
+    monitor = new_monitor(level)
+    sample(name, timesteps, level, monitor)
     evaluations = monitor.traces[0].evaluations
-    assert np.allclose(evaluations.sigma[0], scale.level(float(TIMESTEPS[-1])).sigma)
+    start = level(float(TIMESTEPS[-1]))
+    assert np.allclose(evaluations.sigma[0], start.sigma)
     # PLMS has a second evaluation in its first step.
     assert evaluations.step.tolist() == ([0, *range(STEPS)] if name == "plms" else list(range(STEPS)))
     first = noise()
-    level = scale.level(float(TIMESTEPS[-1]))
     eps = Denoiser()(first, TIMESTEPS[-1:].expand(2).float())
-    denoised = ((first - level.beta * eps) / level.alpha)[0].norm().item()
+    denoised = ((first - start.beta * eps) / start.alpha)[0].norm().item()
     assert evaluations.denoised[0] == pytest.approx(denoised, rel=1e-3)
-    assert evaluations.guidance[0] * level.alpha == pytest.approx((0.05 * torch.tanh(3 * first))[0].norm().item(), rel=1e-2)
+    assert evaluations.guidance[0] * start.alpha == pytest.approx((0.05 * torch.tanh(3 * first))[0].norm().item(), rel=1e-2)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_a_sample_that_is_corrected_changes_and_the_other_keeps_every_bit(timesteps, scale, name, monkeypatch):
-    monitor = new_monitor(scale)
+def test_a_sample_that_is_corrected_changes_and_the_other_keeps_every_bit(timesteps, level, name, monkeypatch):
+    monitor = new_monitor(level)
     without_first = lambda x, sigma, cond, uncond: torch.cat([uncond[:1], cond[1:]])  # noqa: E731
     monkeypatch.setattr(monitor, "predicted", without_first)
-    plain, corrected = sample(name), sample(name, timesteps, scale, monitor)
+    plain, corrected = sample(name), sample(name, timesteps, level, monitor)
     assert torch.equal(plain[1], corrected[1])
     assert not torch.allclose(plain[0], corrected[0])
     # As guidance at scale 0 would have had it, in every step of whatever solver.
@@ -200,26 +193,26 @@ def test_a_sample_that_is_corrected_changes_and_the_other_keeps_every_bit(timest
     assert torch.allclose(sample(name)[0], corrected[0], atol=1e-3)
 
 
-def test_an_interrupt_is_told(timesteps, scale):
+def test_an_interrupt_is_told(timesteps, level):
     class InterruptedException(BaseException):
         pass
 
-    monitor = new_monitor(scale)
+    monitor = new_monitor(level)
 
     def callback(info):
         if info["i"] == 4:
             raise InterruptedException
 
     with pytest.raises(InterruptedException):
-        sample("plms", timesteps, scale, monitor, callback)
+        sample("plms", timesteps, level, monitor, callback)
     (trace, _) = monitor.traces
     assert trace.verdict == "unscored"
     assert f"interrupted after {len(trace.steps)} of {STEPS} steps" in trace.note
 
 
-def test_half_precision_latents_are_widened(timesteps, scale):
-    monitor = new_monitor(scale)
+def test_half_precision_latents_are_widened(timesteps, level):
+    monitor = new_monitor(level)
     plain = sample("ddim", x=noise().half())
-    assert torch.equal(sample("ddim", timesteps, scale, monitor, x=noise().half()), plain)
+    assert torch.equal(sample("ddim", timesteps, level, monitor, x=noise().half()), plain)
     assert len(monitor.traces[0].steps) == STEPS
     assert NoiseLevel.from_alpha_bar(0.5).alpha == pytest.approx(math.sqrt(0.5))
