@@ -85,7 +85,7 @@ def _new_run(
     hooks.callback(session.end_run, p)
     if timestep is None:
         run: SamplerRun = SamplerRun(monitor, levels, level)
-        predicted = run.predicted
+        predicted: predictions.Predicted = run.predicted
     else:
         run = following = TimestepRun(monitor, levels, timestep, x)
         hooks.enter_context(following.evaluations_of(denoiser))
