@@ -506,6 +506,19 @@ def test_calibration_makes_a_profile_of_the_settings(host, profile):
     assert not (host.data / "models/escape.safetensors").exists()
 
 
+@pytest.mark.parametrize("sampler", ["Heun", "DPM fast", "DDIM", "UniPC"])
+def test_a_profile_can_be_made_with_other_samplers(host, sampler):
+    host.calibrate("of-sampler", REFERENCES, sampler_name=sampler)
+    trace = host.make("mitigate", "of-sampler", *host.constants(EVERYTHING), sampler_name=sampler).trace
+    assert trace.verdict == "likely copy"
+    assert corrected_from_the_first(trace)
+
+
+def test_calibration_is_refused_where_each_image_is_evaluated_at_other_noise_levels(host):
+    why = refusal(host, lambda: host.calibrate("adaptive", REFERENCES, sampler_name="DPM adaptive"))
+    assert "left out (other" in why
+
+
 @pytest.mark.parametrize("sampler", ["Euler a", "DPM++ 2M", "DDIM", "UniPC", "LCM", "Restart"])
 def test_a_transferred_profile_takes_ordinary_images_for_ordinary(webui, sampler):
     webui.calibrate("lab", lab.prompts("reference")[:24], steps=20)
