@@ -35,8 +35,8 @@ import pyarrow.parquet as pq
 
 from memorization_guard.audit import cluster
 from memorization_guard.audit.plan import Job, Plan
-from memorization_guard.audit.summary import summarize
 from memorization_guard.audit.run import Batch, audit
+from memorization_guard.audit.summary import summarize
 from memorization_guard.audit.worker import Recipe, Worker
 from memorization_guard.core.profile import StabilityProfile
 from memorization_guard.lab import PROFILE, prompts
@@ -118,7 +118,7 @@ def nodes(count: int) -> Iterator[tuple[Any, list[Any]]]:
 
 def workers() -> list[int]:
     """Processes that sample for a cluster."""
-    return [int(line) for line in subprocess.run(["pgrep", "-f", "ray::_Hand"], capture_output=True).stdout.split()]
+    return [int(line) for line in subprocess.run(["pgrep", "-f", "ray::_Actor"], capture_output=True).stdout.split()]
 
 
 def on_cluster(folder: Path, count: int) -> None:
@@ -211,7 +211,7 @@ def keep(place: Path, source: Path, batch_size: int, hands: Any, where: str) -> 
     print(f"batches of {batch_size}{where}: {rate:.0f} images a second, {size:.0f} bytes an image in the results")
 
 
-class InstantHand:
+class InstantActor:
     """The same on a Ray cluster: rows take no time to make, but travel here from another process."""
 
     def __init__(self, recipe: Recipe) -> None:
@@ -233,7 +233,7 @@ def driver(folder: Path, images: int) -> None:
     recipe = Recipe(model="lab", device="cpu")
     for batch_size in (4, 16, 64):
         keep(folder / f"batch-{batch_size}", small, batch_size, Instant(recipe), "")
-    cluster._Hand = InstantHand  # type: ignore[assignment, misc]
+    cluster._Actor = InstantActor  # type: ignore[assignment, misc]
     with nodes(1) as (made, _):
         for batch_size in (4, 16):
             hands = cluster.Cluster(recipe, address=made.address)

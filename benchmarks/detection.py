@@ -22,9 +22,9 @@ from tqdm import tqdm
 
 from memorization_guard.diffusers import guard
 from memorization_guard.evaluation.signals import SIGNALS
-from memorization_guard.evaluation.statistics import detection_with_intervals
 from memorization_guard.files import write_whole
 from memorization_guard.lab import Lab
+from memorization_guard.statistics import detection_with_intervals
 
 #: Our scores, by name: of one trace, higher on memorized images.
 OURS = {name: SIGNALS[name] for name in ("S_mem", "joint score", "p-value, -log10", "local score", "uncalibrated score")}

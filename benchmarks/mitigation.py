@@ -22,10 +22,10 @@ from tqdm import tqdm
 
 from memorization_guard import Thresholds
 from memorization_guard.diffusers import guard
-from memorization_guard.evaluation.statistics import mean_with_interval, rate_with_interval
 from memorization_guard.files import write_whole
 from memorization_guard.lab import COPY_THRESHOLD, Lab, attributes
 from memorization_guard.lab.evaluate import similarity
+from memorization_guard.statistics import mean_with_interval, rate_with_interval
 
 #: Wen et al. stop at this guidance norm. Their code takes it of the four images of a prompt together, half of it each; both
 #: readings are measured.

@@ -49,9 +49,14 @@ def level_at(scheduler: Any, t: int) -> NoiseLevel:
 
 
 def as_noise(scheduler: Any, x: Tensor, t: int, output: Tensor) -> tuple[Tensor, Tensor]:
-    """``eps_u`` and ``eps_c`` from the output for ``x``, which holds both in one batch: ``[2B, ...] -> [B, ...]`` each."""
-    kind = str(scheduler.config.prediction_type)
-    eps_u, eps_c = level_at(scheduler, t).epsilon(torch.cat([x, x]), output, kind).chunk(2)
+    """``eps_u`` and ``eps_c`` from the output for ``x``, which holds both in one batch: ``[2B, ...] -> [B, ...]`` each.
+
+    A velocity is ``v = alpha eps - beta x0`` (Salimans & Ho 2022, appendix D), so ``eps = beta x + alpha v``.
+    """
+    if scheduler.config.prediction_type == "v_prediction":
+        level = level_at(scheduler, t)
+        output = level.beta * torch.cat([x, x]) + level.alpha * output
+    eps_u, eps_c = output.chunk(2)
     return eps_u, eps_c
 
 
@@ -464,6 +469,6 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def interval(values: dict[str, Any], name: str, digits: int = 3) -> str:
-    """A figure of ``memorization_guard.evaluation.statistics`` with its interval, as text."""
+    """A figure of ``memorization_guard.statistics`` with its interval, as text."""
     low, high = values[f"{name}_95"]
     return f"{values[name]:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"

@@ -1,52 +1,46 @@
-"""How far one calibration carries: over samplers and steps, guidance scales, few references, few steps, and into the tail.
+"""How far one calibration transfers: over samplers, step counts and guidance scales, to few references, and into the tail.
 
     python benchmarks/transfer.py --model FOLDER --world FOLDER --runs FOLDER --json FILE [--split tuning] [--parts matrix ...]
 
-Every cell (sampler, steps, guidance) is sampled once with the same prompts and seeds, kept in --runs and taken up from there
-by the next call. What was traced is then held against the reference runs of any other cell; the thresholds are those that
-ship. Reference prompts and seeds are shared with no other group.
+Every cell (sampler, steps, guidance scale) is sampled once with the same prompts and seeds; its traces are kept in --runs and
+read from there by the next call. The traced signals are then judged by the reference runs of any other cell. No reference
+prompt or seed is in another group.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import itertools
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import numpy as np
 import torch
+from samplers import SAMPLERS, texts_of
 from tqdm import tqdm
 
-from memorization_guard import Calibrator, StabilityProfile, Thresholds, Trace
-from memorization_guard.core.detection import planned_angles
-from memorization_guard.core.reference import STATISTICS, Reference, Region
+from memorization_guard import Calibrator, NoiseLevel, StabilityProfile, Thresholds, Trace
+from memorization_guard.core.reference import Reference
+from memorization_guard.core.signals import Signals
 from memorization_guard.diffusers import guard
-from memorization_guard.evaluation.statistics import detection, detection_with_intervals
 from memorization_guard.files import write_whole
 from memorization_guard.lab import MODEL, Lab
-from memorization_guard.lab.world import DATA, more_captions
+from memorization_guard.lab.world import DATA
+from memorization_guard.statistics import detection
 
-SAMPLERS: dict[str, Any] = {
-    "PNDM": lambda c: diffusers.PNDMScheduler.from_config(c, skip_prk_steps=True),
-    "DDIM": lambda c: diffusers.DDIMScheduler.from_config(c, clip_sample=False),
-    "Euler": diffusers.EulerDiscreteScheduler.from_config,
-    "DPM++ 2M": diffusers.DPMSolverMultistepScheduler.from_config,
-    "UniPC": diffusers.UniPCMultistepScheduler.from_config,
-    "Heun": diffusers.HeunDiscreteScheduler.from_config,
-    "Euler ancestral": diffusers.EulerAncestralDiscreteScheduler.from_config,
-    "DPM++ 2M SDE": lambda c: diffusers.DPMSolverMultistepScheduler.from_config(c, algorithm_type="sde-dpmsolver++"),
-}
+MATRIX = ("PNDM", "DDIM", "Euler", "DPM++ 2M", "UniPC", "Heun", "Euler ancestral", "DPM++ 2M SDE")
 STEPS = (15, 20, 30, 50, 100)
 GUIDANCE = (3.0, 5.0, 7.5, 10.0, 12.0)
 REFERENCES = (8, 16, 32, 50, 100, 200)
-PARTS = ("matrix", "signals", "guidance", "references", "early", "tail")
+NOMINAL = (0.1, 0.03, 0.01, 0.003, 0.001, 0.0003, 0.0001)
+PARTS = ("matrix", "guidance", "references", "early", "tail")
 GROUPS = ("reference", "ordinary", "exact", "template")
 FIRST_SEED = {"tuning": 5_000_000, "evaluation": 6_000_000}
+#: Sampler and steps of the parts that look at one cell.
+USUAL = ("Euler", 20)
 
 
 class Cell:
@@ -54,15 +48,13 @@ class Cell:
 
     def __init__(self, traces: dict[str, list[Trace]]) -> None:
         self.traces = traces
-        self._signals: dict[str, np.ndarray] = {}
 
-    def signals(self, group: str) -> np.ndarray:
-        """Logarithms of the signals: ``[steps, 4, N]``."""
-        if group not in self._signals:
-            names = ("velocity_norm", "denoised_norm", "guidance_norm", "local_norm")
-            stacked = np.array([[getattr(trace, name) for name in names] for trace in self.traces[group]])
-            self._signals[group] = np.log(stacked).transpose(2, 1, 0)
-        return self._signals[group]
+    @cached_property
+    def angles(self) -> np.ndarray:
+        """The noise levels of the evaluations, as angles: ``[evaluations]``."""
+        trace = self.traces["ordinary"][0]
+        kind = trace.settings.prediction_type
+        return np.array([NoiseLevel.from_model(sigma, kind).angle for sigma in trace.evaluations.sigma])
 
     def profile(self, rows: Iterable[int] | None = None) -> StabilityProfile:
         """The profile of these reference runs, or of all."""
@@ -76,33 +68,28 @@ class Cell:
         assert found is not None
         return found
 
-    def tails(self, region: Region, group: str, steps: int | None = None) -> np.ndarray:
-        """Tail probability of every image of a group after ``steps``: ``[N]``."""
-        signals = self.signals(group)[:steps]
-        every = [region.statistics(angle, logs)[1] for angle, logs in zip(self.starts, signals, strict=False)]
-        return region.tail(np.fmax.reduce(every))
-
-    @property
-    def planned(self) -> np.ndarray:
-        angles = planned_angles(self.traces["ordinary"][0].settings)
-        assert angles is not None
-        return angles
-
-    @property
-    def starts(self) -> np.ndarray:
-        return self.planned[:-1]
-
-
-def texts_of(lab: Lab, group: str, split: str, count: int) -> list[str]:
-    """``count`` prompts of a group; more than it has are new captions, or, of memorized ones, further seeds."""
-    found = lab.prompts(group, split)
-    if group in ("reference", "ordinary") and count > len(found):
-        found = found + [c.text for c in more_captions(count, GROUPS.index(group) + 10 * (split == "evaluation"), lab.world)]
-    return [found[i % len(found)] for i in range(count)]
+    def p_values(self, reference: Reference, group: str, evaluations: int | None = None) -> np.ndarray:
+        """The p-value of every image of a group after so many evaluations, or all: ``[N]``."""
+        region = reference.region(self.angles)
+        runs = [trace.evaluations for trace in self.traces[group]]
+        signals = np.array([[getattr(run, name) for run in runs] for name in Signals._fields])  # [4, N, evaluations]
+        found = [
+            np.stack(region.statistics(angle, Signals(*signals[:, :, number])))
+            for number, angle in enumerate(self.angles[:evaluations].tolist())
+        ]
+        return region.p_value(np.fmax.reduce(found))
 
 
 def sampled(
-    pipe: Any, texts: list[str], first_seed: int, steps: int, guidance: float, *, only: int | None = None, batch: int = 16
+    pipe: Any,
+    texts: list[str],
+    first_seed: int,
+    steps: int,
+    guidance: float,
+    *,
+    profile: StabilityProfile | None = None,
+    only: int | None = None,
+    batch: int = 16,
 ) -> list[Trace]:
     """The traces of one image a prompt; of the first ``only`` steps, where that is enough."""
 
@@ -114,7 +101,7 @@ def sampled(
     for start in range(0, len(texts), batch):
         part = texts[start : start + batch]
         generators = [torch.Generator().manual_seed(first_seed + start + i) for i in range(len(part))]
-        with guard(pipe) as run:
+        with guard(pipe, profile) as run:
             pipe(
                 part,
                 num_inference_steps=steps,
@@ -134,149 +121,114 @@ class Cells:
         self._lab, self._split, self._counts, self._folder, self._only = lab, split, counts, folder, only
         self._pipe = lab.pipeline()
         self._config = dict(self._pipe.scheduler.config)
-        self._known: dict[tuple[str, int, float], Cell] = {}
+        self._known: dict[tuple[str, int], Cell] = {}
 
-    def __call__(self, sampler: str, steps: int, guidance: float = 7.5) -> Cell:
-        key = (sampler, steps, guidance)
+    def __call__(self, sampler: str, steps: int) -> Cell:
+        key = (sampler, steps)
         if key not in self._known:
-            self._pipe.scheduler = SAMPLERS[sampler](self._config)
-            self._known[key] = Cell({group: self._traces(key, group) for group in GROUPS if self._counts.get(group)})
+            self._known[key] = Cell({group: self._kept(key, group) for group in GROUPS if self._counts.get(group)})
         return self._known[key]
 
-    def _traces(self, key: tuple[str, int, float], group: str) -> list[Trace]:
-        count = self._counts[group]
-        name = f"{key[0]} {key[1]} {key[2]:g} {group} {count}" + (f" first {self._only}" if self._only else "")
+    def _kept(self, key: tuple[str, int], group: str) -> list[Trace]:
+        """The traces of a group, from the folder if they are there."""
+        name = f"{key[0]} {key[1]} {group} {self._counts[group]}" + (f" first {self._only}" if self._only else "")
         path = self._folder / f"{name.replace(' ', '-').replace('++', 'pp')}.json"
         if path.is_file():
-            return [self._cut(Trace.from_dict(data)) for data in json.loads(path.read_text())]
-        texts = texts_of(self._lab, group, self._split, count)
-        first_seed = FIRST_SEED[self._split] + 100_000 * GROUPS.index(group)
-        traces = sampled(self._pipe, texts, first_seed, *key[1:], only=self._only)
+            return [Trace.from_dict(data) for data in json.loads(path.read_text())]
+        traces = self.sample(key, group)
         write_whole(path, json.dumps([trace.to_dict() for trace in traces]))
-        return [self._cut(trace) for trace in traces]
+        return traces
 
-    def _cut(self, trace: Trace) -> Trace:
-        """A run of the first steps alone is one over that part of the schedule."""
-        sigmas = trace.settings.sigmas
-        if self._only is not None and sigmas is not None and len(sigmas) > self._only:
-            part = {"steps": self._only, "sigmas": sigmas[: self._only], "end_sigma": sigmas[self._only]}
-            trace.settings = dataclasses.replace(trace.settings, **part)
-        return trace
+    def sample(
+        self, key: tuple[str, int], group: str, guidance: float = 7.5, profile: StabilityProfile | None = None
+    ) -> list[Trace]:
+        """The traces of a group, sampled now, and judged by ``profile``."""
+        self._pipe.scheduler = SAMPLERS[key[0]](self._config)
+        texts = texts_of(self._lab, group, self._split, self._counts[group])
+        first_seed = FIRST_SEED[self._split] + 100_000 * GROUPS.index(group)
+        return sampled(self._pipe, texts, first_seed, key[1], guidance, profile=profile, only=self._only)
 
 
-def figures(cell: Cell, region: Region, steps: int | None = None) -> dict[str, Any]:
-    """AUC and TPR at 1 % FPR of the tail probability, and the share of ordinary images that trigger as it ships."""
-    tails = {group: cell.tails(region, group, steps) for group in cell.traces if group != "reference"}
-    scores = {group: -np.log(np.maximum(values, 1e-300)) for group, values in tails.items()}
-    result: dict[str, Any] = {"false_triggers": float((tails["ordinary"] < Thresholds().false_alarms).mean())}
+def figures(p_values: dict[str, np.ndarray]) -> dict[str, Any]:
+    """AUC and TPR at 1 % FPR of the p-value, and the share that triggers with the usual thresholds, of each group ``[N]``."""
+    rate = Thresholds().false_positive_rate
+    scores = {group: -np.log(np.maximum(values, 1e-300)) for group, values in p_values.items()}
+    result: dict[str, Any] = {"false_triggers": float((p_values["ordinary"] < rate).mean())}
     for group in ("exact", "template"):
         result[group] = detection(scores[group], scores["ordinary"])
-        result[group]["triggered"] = float((tails[group] < Thresholds().false_alarms).mean())
+        result[group]["triggered"] = float((p_values[group] < rate).mean())
     return result
 
 
-def matrix(cells: Cells, samplers: list[str], steps: list[int]) -> list[dict[str, Any]]:
+def rejudged(cell: Cell, reference: Reference, evaluations: int | None = None) -> dict[str, Any]:
+    """:func:`figures` of a cell by the reference runs of any."""
+    return figures({group: cell.p_values(reference, group, evaluations) for group in GROUPS[1:]})
+
+
+def matrix(cells: Cells, samplers: Sequence[str], steps: Sequence[int]) -> list[dict[str, Any]]:
+    """Every cell by the reference runs of every other."""
     keys = list(itertools.product(samplers, steps))
     for key in tqdm(keys, desc="cells"):
         cells(*key)
     return [
-        {"calibrated": list(made), "used": list(used)} | figures(cells(*used), reference.region(cells(*used).planned))
+        {"calibrated": list(made), "used": list(used)} | rejudged(cells(*used), reference)
         for made, reference in ((key, cells(*key).reference()) for key in keys)
         for used in keys
     ]
 
 
-def guidance(cells: Cells, sampler: str = "Euler", steps: int = 20) -> list[dict[str, Any]]:
-    reference = cells(sampler, steps).reference()
+def guidance(cells: Cells) -> list[dict[str, Any]]:
+    """Runs at other guidance scales, by a profile of 7.5: it combines the predictions at its own scale."""
+    profile = cells(*USUAL).profile()
     rows = []
     for scale in tqdm(GUIDANCE, desc="guidance"):
-        used = cells(sampler, steps, scale)
-        regions = {
-            "as it is": reference.region(used.planned),
-            "modelled": reference.region(used.planned, scale),
-            "own": used.reference().region(),
-        }
-        rows += [{"guidance": scale, "profile": name} | figures(used, region) for name, region in regions.items()]
+        traces = {group: cells.sample(USUAL, group, scale, profile) for group in GROUPS[1:]}
+        found = {group: np.array([trace.p_value for trace in members]) for group, members in traces.items()}
+        rows.append({"guidance": scale} | figures(found))
     return rows
 
 
-def references(cells: Cells, draws: int = 30, sampler: str = "Euler", steps: int = 20) -> list[dict[str, Any]]:
-    cell, rng, rows = cells(sampler, steps), np.random.default_rng(0), []
+def references(cells: Cells, draws: int = 30) -> list[dict[str, Any]]:
+    """Profiles of fewer and more reference runs, drawn from all that there are."""
+    cell, rng, rows = cells(*USUAL), np.random.default_rng(0), []
     available = len(cell.traces["reference"])
     for count in [n for n in REFERENCES if n <= available]:
-        drawn = [figures(cell, cell.reference(rng.choice(available, count, replace=False)).region()) for _ in range(draws)]
+        drawn = [rejudged(cell, cell.reference(rng.choice(available, count, replace=False))) for _ in range(draws)]
         row: dict[str, Any] = {"references": count, "draws": draws}
-        for name, of in (
-            ("exact auc", lambda f: f["exact"]["auc"]),
-            ("template auc", lambda f: f["template"]["auc"]),
-            ("exact triggered", lambda f: f["exact"]["triggered"]),
-            ("template triggered", lambda f: f["template"]["triggered"]),
-            ("false triggers", lambda f: f["false_triggers"]),
-        ):
-            values = [of(found) for found in drawn]
-            row[name] = {
-                "mean": float(np.mean(values)),
-                "5 %": float(np.quantile(values, 0.05)),
-                "95 %": float(np.quantile(values, 0.95)),
-            }
+        for name, values in {
+            "exact auc": [found["exact"]["auc"] for found in drawn],
+            "template auc": [found["template"]["auc"] for found in drawn],
+            "exact triggered": [found["exact"]["triggered"] for found in drawn],
+            "template triggered": [found["template"]["triggered"] for found in drawn],
+            "false triggers": [found["false_triggers"] for found in drawn],
+        }.items():
+            low, high = np.quantile(values, [0.05, 0.95])
+            row[name] = {"mean": float(np.mean(values)), "5 %": float(low), "95 %": float(high)}
         rows.append(row)
     return rows
 
 
 def early(cells: Cells, sampler: str, steps: int) -> list[dict[str, Any]]:
+    """What is known after the first evaluations."""
     cell = cells(sampler, steps)
-    region = cell.reference().region()
+    reference = cell.reference()
     seen = sorted({1, 2, *(max(1, round(share * steps)) for share in (0.1, 0.2, 0.3, 0.5, 1.0))})
-    return [{"sampler": sampler, "steps": steps, "seen": n} | figures(cell, region, n) for n in seen]
+    return [{"sampler": sampler, "steps": steps, "seen": n} | rejudged(cell, reference, n) for n in seen]
 
 
-def signals(lab: Lab, split: str, cells: Cells, sampler: str, steps: int) -> dict[str, Any]:
-    """Each signal by itself against the published score, with a profile of the very sampler and steps; with intervals."""
-    cell = cells(sampler, steps)
-    own, region = cell.profile(), cell.reference().region()
+def tail(lab: Lab, split: str, runs: int, count: int, folder: Path, *, only: int = 8) -> list[dict[str, float]]:
+    """Nominal against observed share of ``count`` ordinary images that trigger, with 20 profiles of 50 of ``runs`` references.
 
-    def scores(group: str) -> dict[str, np.ndarray]:
-        every = [region.statistics(angle, logs)[1] for angle, logs in zip(cell.starts, cell.signals(group), strict=True)]
-        norms = np.array([[trace.latent_norm, trace.update_norm, trace.denoised_norm] for trace in cell.traces[group]])
-        published = np.stack([own.scores(row, norms[:, :, row].T) for row in range(own.steps)])  # [steps, 3, N]
-        return {
-            "S_mem (published)": published[:, 1].max(axis=0),
-            "published trigger": np.minimum(published[:, 1], published[:, 2]).max(axis=0),
-            **dict(zip(STATISTICS, np.fmax.reduce(every), strict=True)),
-            "tail probability": -np.log(np.maximum(cell.tails(region, group), 1e-300)),
-            "without a profile": np.array([trace.uncalibrated_score for trace in cell.traces[group]]),
-        }
-
-    by_group = {group: scores(group) for group in ("ordinary", "exact", "template")}
-    return {
-        name: {
-            group: detection_with_intervals(
-                by_group[group][name],
-                by_group["ordinary"][name],
-                texts_of(lab, group, split, len(by_group[group][name])),
-            )
-            for group in ("exact", "template")
-        }
-        for name in by_group["ordinary"]
-    }
-
-
-def tail(
-    lab: Lab, split: str, references: int, count: int, folder: Path, *, steps: int = 20, only: int = 8
-) -> list[dict[str, float]]:
-    """Nominal against observed share of ordinary images, out of ``count``, with 20 profiles of 50 references each.
-
-    Of the first ``only`` steps, in which nearly all verdicts fall: that many images to their end would take hours.
+    The runs end after ``only`` steps, in which nearly all verdicts are reached: whole runs of so many would take hours.
     """
-    cell = Cells(lab, split, {"reference": references, "ordinary": count}, folder, only=only)("Euler", steps)
+    cell = Cells(lab, split, {"reference": runs, "ordinary": count}, folder, only=only)(*USUAL)
     rng, available = np.random.default_rng(0), len(cell.traces["reference"])
-    tails = [
-        cell.tails(cell.reference(rng.choice(available, min(50, available), replace=False)).region(), "ordinary")
-        for _ in range(20)
+    found = [
+        cell.p_values(cell.reference(rng.choice(available, min(50, available), replace=False)), "ordinary") for _ in range(20)
     ]
     rows = []
-    for nominal in (0.1, 0.03, 0.01, 0.003, 0.001, 0.0003, 0.0001):
-        observed = [float((values < nominal).mean()) for values in tails]
+    for nominal in NOMINAL:
+        observed = [float((values < nominal).mean()) for values in found]
         rows.append(
             {"nominal": nominal, "observed": float(np.mean(observed)), "lowest": min(observed), "highest": max(observed)}
         )
@@ -287,12 +239,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--world", type=Path, default=DATA)
-    parser.add_argument("--runs", type=Path, required=True, help="folder that keeps what was sampled")
+    parser.add_argument("--runs", type=Path, required=True, help="folder that keeps the traces")
     parser.add_argument("--split", default="evaluation", choices=list(FIRST_SEED))
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--parts", nargs="+", default=["matrix"], choices=PARTS)
-    parser.add_argument("--samplers", nargs="+", default=list(SAMPLERS), choices=list(SAMPLERS))
-    parser.add_argument("--steps", nargs="+", type=int, default=list(STEPS))
+    parser.add_argument("--samplers", nargs="+", default=MATRIX, choices=list(SAMPLERS))
+    parser.add_argument("--steps", nargs="+", type=int, default=STEPS)
     parser.add_argument("--images", nargs=4, type=int, default=(50, 200, 60, 48), metavar=GROUPS, help="of each group")
     parser.add_argument("--tail-images", type=int, default=10_000)
     arguments = parser.parse_args()
@@ -304,11 +256,6 @@ def main() -> None:
     result: dict[str, Any] = {"images": counts, "split": arguments.split}
     if "matrix" in arguments.parts:
         result["matrix"] = matrix(cells, arguments.samplers, arguments.steps)
-    if "signals" in arguments.parts:
-        result["signals"] = {
-            f"{sampler} {steps}": signals(lab, arguments.split, cells, sampler, steps)
-            for sampler, steps in (("PNDM", 50), ("Euler", 20))
-        }
     if "guidance" in arguments.parts:
         result["guidance"] = guidance(cells)
     if "references" in arguments.parts:

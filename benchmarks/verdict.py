@@ -26,10 +26,10 @@ from tqdm import tqdm
 from memorization_guard import Mode, StabilityProfile, Trace
 from memorization_guard.diffusers import calibrate, guard
 from memorization_guard.evaluation.signals import SIGNALS
-from memorization_guard.evaluation.statistics import detection_with_intervals, exact_interval, rate_with_interval
 from memorization_guard.files import write_whole
 from memorization_guard.lab import COPY_THRESHOLD, MODEL, Lab
 from memorization_guard.lab.world import DATA
+from memorization_guard.statistics import detection_with_intervals, exact_interval, rate_with_interval
 
 GROUPS = ("reference", "ordinary", "exact", "template")
 MEMORIZED = ("exact", "template")

@@ -59,8 +59,8 @@ class SettingsError(GuardError):
 class Policy(BaseModel):
     """What is done with an image that triggered, and with one that could not be scored. A stable image is always served.
 
-    ``mitigate`` steers the run away from the copy and serves what comes out. An image of which no step was steered, or that was
-    not watched to its end, is refused.
+    ``mitigate`` steers the run away from the copy and serves the image. If no step was steered, or if the run was not watched
+    to its end, the image is refused.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -135,7 +135,7 @@ def _problems(errors: Any) -> str:
 
 
 class ImageRequest(BaseModel):
-    """What a client may ask for, within the limits of the settings. The size is the model's, for which the profile was made."""
+    """What a client may ask for, within the limits of the settings. The size is fixed, since a profile holds for one size."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -239,7 +239,7 @@ class Painter:
         upcasts = hasattr(pipe, "upcast_vae") and pipe.vae.dtype == torch.float16 and pipe.vae.config.force_upcast
         if upcasts and settings.concurrency > 1:
             raise SettingsError(
-                "this pipeline casts its shared autoencoder to float32 and back whenever it decodes, which changes other images "
+                "this pipeline casts its shared autoencoder to float32 and back whenever it decodes, which disturbs images "
                 "that are sampled at the same time: set concurrency to 1, or dtype to bfloat16 or float32"
             )
         self._pipes: queue.SimpleQueue[Any] = queue.SimpleQueue()

@@ -1,7 +1,7 @@
-"""Evidence that travels with an image: its traces, bound by hashes to its pixels and to the settings it was made with.
+"""Evidence that is saved with an image: its traces, bound by hashes to its pixels and to the settings it was made with.
 
-The hashes find what was changed by accident or in passing: another image's trace, an edited picture, settings or numbers
-written by hand. They are no signature: see :data:`NO_SIGNATURE`. ``docs/evidence.md`` describes the record.
+The hashes find accidental and casual changes: the trace of another image, an edited picture, settings or numbers edited by
+hand. They are no signature, see :data:`NO_SIGNATURE`. ``docs/evidence.md`` describes the record.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from .fingerprint import content_hash
 FORMAT = "memorization-guard.evidence"
 FORMAT_VERSION = 1
 
-#: Names of the text chunks of a PNG that hold the record, and the settings of images that no other program describes.
+#: Names of the text chunks of a PNG: for the record, and for the settings of images that we make ourselves.
 KEY = "memorization_guard"
 SETTINGS_KEY = "memorization_guard_settings"
 
-#: What to add to the name of an image, in place of its suffix, for the record beside an image that cannot carry one.
+#: Replaces the suffix of an image's name: the name of the record beside an image that cannot carry it.
 SIDECAR = ".stability.json"
 
 NO_SIGNATURE = "These checks find changes; they are no signature: whoever can change the file can write a trace that fits."
@@ -41,7 +41,7 @@ class EvidenceError(GuardError, ValueError):
     """An image whose record cannot be checked; the message is one line, and may quote the file."""
 
 
-# What the hosts write. Pillow opens more, and some of it by calling other programs.
+# The formats that the hosts write. Pillow opens more formats, and calls other programs for some of them.
 _FORMATS = ("PNG", "JPEG", "WEBP", "AVIF")
 _WORST_FIRST: tuple[Check, ...] = ("differ", "unknown", "match")
 
@@ -49,7 +49,7 @@ _WORST_FIRST: tuple[Check, ...] = ("differ", "unknown", "match")
 def pixel_hash(image: Image.Image | np.ndarray) -> str:
     """SHA-256 of an image's size and RGB pixels, in hexadecimal: the same for the image in memory and in a lossless file.
 
-    An alpha channel does not count. Takes 2 ms for 1024 x 1024 pixels.
+    An alpha channel is ignored. Takes 2 ms for 1024 x 1024 pixels.
 
     Args:
         image: a PIL image, or uint8 ``[H, W, C]`` with at least three channels.
@@ -78,13 +78,13 @@ def record(
     """The evidence record of an image or of a batch, JSON-ready.
 
     Args:
-        traces: what was seen of the images.
-        pixels: :func:`pixel_hash` of each image of the batch; ``None`` where they are not known.
-        settings: what the images were made with, a text or JSON-ready; ``None`` where it is not known.
+        traces: of the images.
+        pixels: :func:`pixel_hash` of each image of the batch; ``None`` if they are not known.
+        settings: what the images were made with, a text or JSON-ready; ``None`` if it is not known.
         settings_in: name of the text chunk in which the image's PNG holds the same settings.
-        images: for each trace the number of its image in the batch, from 0, or ``None`` where it speaks for all of them. If
-            not given, as many traces as ``pixels`` are one each, and any others speak for all.
-        runs: for each trace what people may call its run (``"hires"``); empty texts if not given.
+        images: for each trace the number of its image in the batch, from 0, or ``None`` if it is about all of them. If not
+            given, there is either one trace for each of ``pixels``, or every trace is about all images.
+        runs: for each trace a name of its run for people (``"hires"``); empty if not given.
     """
     if images is None:
         images = range(len(traces)) if pixels is not None and len(pixels) == len(traces) else [None] * len(traces)
@@ -123,16 +123,16 @@ class Verification:
     """What :func:`verify` found.
 
     Attributes:
-        traces: those of this image; of the whole batch where this is not known to be one image of it and no other.
-        runs: for each trace what its run is called, or ``""``. images: the number of its image in the batch, from 0, or
-            ``None`` where it speaks for all of them.
-        pixels: whether the pixels are those that the record was made for; ``"unknown"`` where none were recorded, or where the
-            file's format may have changed them itself.
-        settings: whether the settings in the file are those that the record was made for; ``"unknown"`` where none were
-            recorded, or where the file holds none.
+        traces: of this image, or of the whole batch if it is not known which image of the batch this is.
+        runs: for each trace the name of its run, or ``""``. images: for each trace the number of its image in the batch, from
+            0, or ``None`` if it is about all of them.
+        pixels: whether the pixels are those that the record was made for; ``"unknown"`` if none were recorded, or if the file
+            format may have changed them.
+        settings: whether the settings in the file are those that the record was made for; ``"unknown"`` if none were recorded,
+            or if the file holds none.
         unaltered: whether the record is as it was written.
-        image: the number of this image in its batch, from 0; ``None`` if unknown. batch: images in the batch, likewise.
-        found_in: the file that held the record.
+        image: number of this image in its batch, from 0. batch: number of images in the batch. ``None`` if unknown.
+        found_in: the file that holds the record.
     """
 
     traces: tuple[Trace, ...]
@@ -147,15 +147,15 @@ class Verification:
 
     @property
     def belongs(self) -> Check:
-        """Whether the traces belong to the image: ``"differ"`` where anything does, else what the pixels say."""
+        """Whether the traces belong to the image: ``"differ"`` if anything differs, else the answer for the pixels."""
         return "differ" if not self.unaltered or "differ" in (self.pixels, self.settings) else self.pixels
 
 
 def verify(path: str | Path) -> Verification:
-    """Checks an image against the record that it carries, or that lies beside it under the same name and :data:`SIDECAR`.
+    """Checks an image against the record that it carries, or that lies beside it under its name with :data:`SIDECAR`.
 
-    Where an image carries several records (ComfyUI: one a report node), those count whose pixels match; where none does, those
-    without pixels; else all. One altered record spoils them all.
+    An image may carry several records (in ComfyUI one for each report node). Those whose pixels match are used; if there are
+    none, those without pixels; else all. If any record was altered, the answer is that the traces do not belong to the image.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -173,8 +173,8 @@ def verify(path: str | Path) -> Verification:
         if not found_in.is_file():
             raise EvidenceError(f"{path.name} carries no trace, and there is no {found_in.name} beside it")
         source = found_in.read_text(encoding="utf-8", errors="replace")
-    checked = [_check(data, kind, pixels, text) for data in _records(source, found_in.name)]
-    # The best answer of all records about the pixels, as the others may be of other images of the same workflow.
+    checked = [_check(data, kind, pixels, text, found_in) for data in _records(source, found_in.name)]
+    # The best answer about the pixels counts, since the other records may be of other images of the same workflow.
     best = max((each.pixels for each in checked), key=_WORST_FIRST.index)
     ours = [each for each in checked if each.pixels == best]
     places = {(each.image, each.batch) for each in ours}
@@ -200,13 +200,13 @@ def _read_image(path: Path) -> tuple[str, str, Mapping[str, str]]:
         with Image.open(io.BytesIO(content), formats=[name for name in _FORMATS if name in Image.OPEN]) as image:
             image.load()
             return str(image.format), pixel_hash(image), dict(getattr(image, "text", {}))
-    except Exception as error:  # a decoder may fail in any way at a file that somebody made up
+    except Exception as error:  # decoders fail in many ways on files that were made to break them
         why = str(error) if isinstance(error, Image.DecompressionBombError) else type(error).__name__
         raise EvidenceError(f"{path.name} cannot be read as an image ({', '.join(_FORMATS)}): {why}") from None
 
 
 def _records(source: str, name: str) -> list[Mapping[str, Any]]:
-    """The records in a text: one, or several by the node that made them. Each is one, and of a version that we know."""
+    """The records in a text: one, or several by the name of the node that made them; refuses other formats and versions."""
     try:
         data = json.loads(source)
     except (ValueError, RecursionError):
@@ -226,27 +226,14 @@ def _records(source: str, name: str) -> list[Mapping[str, Any]]:
     return records
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Checked:
-    """One record held against an image; the fields are those of :class:`Verification`."""
-
-    traces: list[Trace]
-    runs: list[str]
-    images: list[int | None]
-    pixels: Check
-    settings: Check
-    unaltered: bool
-    image: int | None
-    batch: int | None
-
-
-def _check(data: Mapping[str, Any], kind: str, pixels: str, text: Mapping[str, str]) -> _Checked:
+def _check(data: Mapping[str, Any], kind: str, pixels: str, text: Mapping[str, str], found_in: Path) -> Verification:
+    """Compares one record with an image of this format, with these pixels and text chunks."""
     rows = _rows(data)
     known = data["pixels"]
     image, batch = None, None if known is None else len(known)
     state: Check = "unknown"
     if known is not None and pixels in known:
-        # Several images can be the same, as the black ones of a safety filter are.
+        # Several images of a batch may be the same, such as the black images of a safety filter.
         state, image = "match", known.index(pixels) if known.count(pixels) == 1 else None
     elif known is not None:
         # JPEG and most WebP files do not keep pixels.
@@ -254,15 +241,16 @@ def _check(data: Mapping[str, Any], kind: str, pixels: str, text: Mapping[str, s
     rows = [row for row in rows if image is None or row[1] in (None, image)]
     if not rows:
         raise EvidenceError("the evidence record holds no trace of this image")
-    return _Checked(
-        traces=[trace for trace, _, _ in rows],
-        images=[number for _, number, _ in rows],
-        runs=[run for _, _, run in rows],
+    return Verification(
+        traces=tuple(trace for trace, _, _ in rows),
+        images=tuple(number for _, number, _ in rows),
+        runs=tuple(run for _, _, run in rows),
         pixels=state,
         settings=_check_settings(data["settings"], text.get(data["settings_in"])),
         unaltered=_has_hash({name: each for name, each in data.items() if name != "content_hash"}, data.get("content_hash")),
         image=image,
         batch=batch,
+        found_in=found_in,
     )
 
 
@@ -285,7 +273,7 @@ def _has_hash(content: Any, known: str | None) -> bool:
 
 
 def _rows(data: Mapping[str, Any]) -> list[tuple[Trace, int | None, str]]:
-    """The traces of a record with their images and runs; refuses a record of another make."""
+    """The traces of a record with their images and runs; refuses a record that is not built like ours."""
 
     def either(value: Any, kind: type) -> bool:
         return value is None or type(value) is kind
@@ -302,7 +290,7 @@ def _rows(data: Mapping[str, Any]) -> list[tuple[Trace, int | None, str]]:
     try:
         traces = [Trace.from_dict(trace) for trace, _, _ in rows]
         for trace in traces:
-            trace.to_dict()  # computes what follows from its numbers, some of which no run can have
+            trace.to_dict()  # computes the scores, which fails for numbers that no run can have
     except (ArithmeticError, ValueError) as error:
         raise EvidenceError(f"a trace of the evidence record cannot be read: {error}") from None
     return [(trace, number, run) for trace, (_, number, run) in zip(traces, rows, strict=True)]

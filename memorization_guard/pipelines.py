@@ -1,4 +1,4 @@
-"""Loading diffusers pipelines from this machine's disk: nothing is fetched, and nothing is unpickled."""
+"""Loads diffusers pipelines from this machine's disk. Nothing is downloaded, and nothing is unpickled."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Lora:
     """A LoRA and the weight it is added with.
 
     Attributes:
-        file: ``.safetensors`` file; :meth:`parse` makes its path absolute.
-        weight: factor of its change to the model; 1 is as it was trained.
+        file: a ``.safetensors`` file; :meth:`parse` makes its path absolute.
+        weight: factor of its change to the model; 1 as it was trained.
     """
 
     file: Path
@@ -38,7 +38,7 @@ class Lora:
             ModelError: if the weight is no number, or the file is missing or no ``.safetensors`` file.
         """
         name, colon, weight = text.rpartition(":")
-        # A colon also stands in C:\loras\style.safetensors.
+        # C:\loras\style.safetensors has a colon too.
         if not colon or Path(text).is_file() or weight.lower().endswith(".safetensors"):
             name, weight = text, "1"
         try:
@@ -65,18 +65,18 @@ def load_pipeline(
     """A pipeline from a diffusers folder or a ``.safetensors`` checkpoint, ready to sample, without a progress bar.
 
     Args:
-        model: folder or file; ``"lab"`` is the small model that comes with us, unless something of that name exists.
+        model: folder or file; ``"lab"`` is our own small model, unless a file or folder has this name.
         config: for a checkpoint, a diffusers folder of the same kind of model.
-        loras: merged into the weights one after the other, so that the model's fingerprint is that of the sum.
+        loras: merged into the weights one after the other; the model's fingerprint is then that of the sum.
         device: ``"cpu"``, ``"cuda"``, ``"mps"``, or ``"auto"``.
         dtype: ``"float32"``, ``"float16"``, ``"bfloat16"``, or ``"auto"``: float16 on CUDA, float32 elsewhere.
 
     Raises:
-        ModelError: if anything of it is missing or cannot be loaded.
+        ModelError: if a file is missing or cannot be loaded.
     """
     model = model_path(model)
     config = None if config is None else Path(config)
-    # Without this, diffusers asks the hub for what a single-file checkpoint does not say, local_files_only or not.
+    # Without this, diffusers asks the hub for what a single-file checkpoint lacks, even with local_files_only.
     os.environ["HF_HUB_OFFLINE"] = "1"
     if not model.exists():
         raise ModelError(f"there is no model at {model}: give a diffusers folder or a .safetensors checkpoint")
@@ -118,7 +118,7 @@ def load_pipeline(
 
 
 def model_path(model: str | os.PathLike[str]) -> Path:
-    """Where a model lies: ``model`` itself, or the bundled one's folder for ``"lab"``."""
+    """The path of a model: ``model`` itself, or for ``"lab"`` the folder of our own model."""
     if os.fspath(model) == "lab" and not Path(model).exists():
         from .lab import MODEL
 
@@ -127,7 +127,7 @@ def model_path(model: str | os.PathLike[str]) -> Path:
 
 
 def _single_file_class(checkpoint: Path, config: Path | None) -> Any:
-    """The pipeline class that ``config`` names, or else the one that the checkpoint's tensors tell of."""
+    """The pipeline class that ``config`` names; without it the class that fits the checkpoint's tensors."""
     import diffusers
 
     if config is not None:
@@ -142,7 +142,7 @@ def _single_file_class(checkpoint: Path, config: Path | None) -> Any:
 
 
 def _merge(pipe: Any, lora: Lora) -> None:
-    """Adds a LoRA to the pipeline's weights, and leaves nothing of its machinery behind."""
+    """Adds a LoRA to the pipeline's weights and removes its adapter."""
     if not hasattr(pipe, "load_lora_weights"):
         raise ModelError(f"{type(pipe).__name__} takes no LoRA")
     try:
@@ -150,7 +150,7 @@ def _merge(pipe: Any, lora: Lora) -> None:
     except ImportError:
         raise ModelError('LoRAs need peft: pip install "memorization-guard[audit]"') from None
     try:
-        # The folder and the name apart, and a local one: diffusers looks for anything else on the hub.
+        # Diffusers looks on the hub unless folder and name are given separately.
         pipe.load_lora_weights(str(lora.file.parent), weight_name=lora.file.name, local_files_only=True)
         pipe.fuse_lora(lora_scale=lora.weight)
         pipe.unload_lora_weights()
@@ -159,7 +159,7 @@ def _merge(pipe: Any, lora: Lora) -> None:
 
 
 def quiet_libraries() -> None:
-    """Loading bars and advice of diffusers and transformers are for notebooks; errors still come through.
+    """Turns off the progress bars and hints of diffusers and transformers; errors are still shown.
 
     Raises:
         ModelError: if they are not installed.

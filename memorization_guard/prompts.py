@@ -1,4 +1,4 @@
-"""Prompt lists: as users have them on disk, and one that comes with us."""
+"""Prompt lists: files of users, and a list of our own."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .core.errors import GuardError
 #: first's, so that no noise is used twice.
 SEED_STRIDE = 1_000_000
 
-#: Keys and columns that hold a prompt, in the order in which they are looked for.
+#: Names of the key or column of a prompt, in the order in which they are tried.
 COLUMNS = ("caption", "prompt", "text")
 
 
@@ -27,21 +27,21 @@ class PromptListError(GuardError, ValueError):
 
 
 def reference_prompts() -> list[str]:
-    """64 diverse prompts of our own writing, to calibrate a model with; of nothing that is known for being copied."""
+    """64 diverse prompts of our own to calibrate a model with. They describe nothing that models are known to copy."""
     return resources.files(__package__).joinpath("reference_prompts.txt").read_text(encoding="utf-8").splitlines()
 
 
 def typed_prompts(text: str) -> list[str]:
-    """Reference prompts that somebody typed, one a line.
+    """Reference prompts from typed text, one a line.
 
     Raises:
-        CalibrationError: if there are fewer than a profile needs.
+        CalibrationError: if they are fewer than a profile needs.
     """
     return enough([line.strip() for line in text.splitlines() if line.strip()])
 
 
 def enough(prompts: list[str]) -> list[str]:
-    """``prompts`` themselves.
+    """Returns ``prompts`` if a profile can be made from them.
 
     Raises:
         CalibrationError: if they are fewer than a profile needs.
@@ -53,14 +53,14 @@ def enough(prompts: list[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class ListedPrompt:
-    """A line of a prompt list, with what it says besides the prompt.
+    """A prompt of a list, with the other values of its line.
 
     Attributes:
         text: the prompt.
-        line: the number of its line (in a table, of its row), from 1.
-        kind: what its key or column ``kind`` or ``group`` says, if anything.
-        seed: what ``seed`` says, if anything.
-        images: names of training images, as ``image`` has them, one or a list.
+        line: number of its line (in a table, of its row), from 1.
+        kind: from the key or column ``kind`` or ``group``, or ``None``.
+        seed: from ``seed``, or ``None``.
+        images: names of training images, from ``image``, which holds one name or a list.
     """
 
     text: str
@@ -71,10 +71,10 @@ class ListedPrompt:
 
 
 def read_prompts(path: str | os.PathLike[str]) -> list[str]:
-    """The prompts of a list, all at once; formats and errors are those of :func:`stream_prompts`.
+    """All prompts of a list at once. Formats and errors as for :func:`stream_prompts`.
 
     Raises:
-        PromptListError: also if it holds no prompt.
+        PromptListError: also if the list holds no prompt.
     """
     prompts = [listed.text for listed in stream_prompts(path)]
     if not prompts:
@@ -83,18 +83,18 @@ def read_prompts(path: str | os.PathLike[str]) -> list[str]:
 
 
 def stream_prompts(path: str | os.PathLike[str], column: str | None = None) -> Iterator[ListedPrompt]:
-    """The prompts of a list one by one, so that it may hold millions; blank lines and empty cells are skipped.
+    """The prompts of a list one by one, so that a list may hold millions. Blank lines and empty cells are skipped.
 
-    ``.txt`` holds a prompt a line, ``.jsonl`` an object a line, ``.csv`` (comma, semicolon or tab) and ``.parquet`` a row a
-    prompt. Text is UTF-8, with or without a byte order mark.
+    A line is a prompt in ``.txt`` and an object in ``.jsonl``; a row is a prompt in ``.csv`` (comma, semicolon or tab) and
+    ``.parquet``. Text is UTF-8, with or without a byte order mark.
 
     Args:
-        path: the list; the ending tells its format.
-        column: key or column of the prompt; otherwise ``caption``, ``prompt`` or ``text``, in upper or lower case.
+        path: the list; its suffix tells the format.
+        column: key or column of the prompt; if not given, ``caption``, ``prompt`` or ``text``, in upper or lower case.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        PromptListError: if it cannot be read, naming the line.
+        PromptListError: if the list cannot be read; the message names the line.
     """
     path = Path(path)
     readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
@@ -130,7 +130,7 @@ def _read_jsonl(path: Path, column: str | None) -> Iterator[ListedPrompt]:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The lines that are not blank, without spaces around, and their numbers. Only line feeds end a line."""
+    """The numbers of the lines that are not blank, and their stripped text. Only line feeds end a line."""
     with open(path, "rb") as stream:
         for line, raw in enumerate(stream, start=1):
             try:
@@ -146,7 +146,7 @@ def _read_csv(path: Path, column: str | None) -> Iterator[ListedPrompt]:
         try:
             header = stream.readline()
             stream.seek(0)
-            # A prompt has commas of its own, so that only the names of the columns tell what parts them.
+            # Prompts contain commas, so the separator is looked for in the names of the columns.
             rows = csv.DictReader(stream, delimiter=max(",;\t", key=header.count))
             keys = _Keys(rows.fieldnames or (), column)
             if keys.text is None:
@@ -188,7 +188,7 @@ def _no_column(path: Path, names: Iterable[str], column: str | None) -> str:
 
 
 class _Keys:
-    """Which keys of a row hold what; ``None`` where there is none."""
+    """The keys of a row that hold each value; ``None`` for a value without a key."""
 
     def __init__(self, names: Iterable[str], column: str | None) -> None:
         by_name = {name.lower(): name for name in reversed(list(names)) if name}
@@ -204,7 +204,7 @@ class _Keys:
         yield from dict.fromkeys((self.text, self.kind, self.seed, self.image))
 
     def listed(self, row: Mapping[str, Any], line: int, where: str) -> ListedPrompt | None:
-        """``None`` if the row holds no text."""
+        """The prompt of a row; ``None`` if the row holds no text."""
         text, kind, seed, image = (
             None if key is None else row.get(key) for key in (self.text, self.kind, self.seed, self.image)
         )

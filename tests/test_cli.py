@@ -32,7 +32,7 @@ def test_calibrate_then_trace(call, model, prompts, tmp_path):
     profile = tmp_path / "tiny.safetensors"
     result = call("calibrate", model, "--prompts", prompts, "-o", profile, *QUICK)
     assert result.exit_code == 0, result.output
-    assert "3 steps from 9 reference runs" in result.output
+    assert "4 steps from 9 reference runs" in result.output  # PNDM takes one step more than it is asked for
     assert StabilityProfile.load(profile).settings.model == "model"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "prompts.jsonl", "tiny.safetensors"]
 
@@ -74,10 +74,11 @@ def test_without_a_profile_it_says_that_nothing_is_scored(call, model, tmp_path)
 def test_a_profile_that_does_not_fit_is_said(call, model, prompts, tmp_path):
     profile = tmp_path / "tiny.safetensors"
     call("calibrate", model, "--prompts", prompts, "-o", profile, *QUICK)
-    result = call("trace", model, "a cat", "--profile", profile, *QUICK, "--guidance", 2)
-    assert result.exit_code == 2
-    assert "verdict: unscored" in result.output
-    assert "guidance scale: profile 7.5, run 2.0" in result.stderr
+    for option, value, reason in (("--guidance", 1, "the profile was made with guidance"), ("--width", 32, "latent shape")):
+        result = call("trace", model, "a cat", "--profile", profile, *QUICK, option, value)
+        assert result.exit_code == 2
+        assert "verdict: unscored" in result.output
+        assert reason in result.stderr
 
 
 def one_line_error(result, *words):
@@ -215,16 +216,6 @@ def test_the_module_is_the_command():
     )
     assert result.returncode == 2
     assert result.stderr.startswith("memorization-guard: there is no model at /nowhere")
-
-
-def test_a_scheduler_that_cannot_be_watched_is_one_line(call, tiny_pipe, tmp_path):
-    from diffusers import DEISMultistepScheduler
-
-    tiny_pipe.scheduler = DEISMultistepScheduler.from_config(tiny_pipe.scheduler.config)
-    tiny_pipe.save_pretrained(tmp_path / "deis")
-    one_line_error(
-        call("trace", tmp_path / "deis", "a cat", *QUICK), "sampling failed", "DEISMultistepScheduler cannot be watched"
-    )
 
 
 def test_a_full_disk_at_the_end_of_a_calibration_keeps_its_runs(call, model, prompts, tmp_path, monkeypatch):

@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from sklearn.metrics import auc
 
+from memorization_guard import statistics as metrics
 from memorization_guard.core.calibration import Calibrator
-from memorization_guard.evaluation import statistics as metrics
 
 pytest.importorskip("typer")
 pytest.importorskip("diffusers")
@@ -60,7 +60,7 @@ def lists(tmp_path):
 
 @pytest.fixture
 def batches(monkeypatch):
-    """The prompts of every batch that was sampled; the batch whose number is added to ``interrupt`` is not."""
+    """The prompts of every batch that was sampled. The batch whose number is in ``interrupt`` raises instead."""
 
     class Batches(list):
         interrupt = ()
@@ -100,7 +100,7 @@ class Tags(HTMLParser):
 
 
 def whole_page(page):
-    """The page, read; it is well-formed and asks for nothing."""
+    """Reads a page, and checks that it is well-formed and loads nothing."""
     tags = Tags(page)
     assert tags.open == []
     assert not {"script", "link", "img", "i", "em", "iframe"} & set(tags.seen)
@@ -246,14 +246,14 @@ def test_a_profile_that_does_not_fit_ends_it_after_one_batch(evaluate, batches):
 
 
 class Grid(torch.nn.Module):
-    """Stands in for SSCD: the colours of 4 x 4 fields."""
+    """A descriptor in place of SSCD's: the colours of 4 x 4 fields."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.adaptive_avg_pool2d(images, [4, 4]).flatten(1)
 
 
 class Size(torch.nn.Module):
-    """A descriptor that says what it was given: height, width, lowest and highest value."""
+    """A descriptor of what it was given: height, width, lowest and highest value."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         numbers = [images.shape[2] * 1.0, images.shape[3] * 1.0, float(images.min()), float(images.max())]

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from memorization_guard import RunSettings, StabilityMonitor, evidence
+from memorization_guard import NoiseLevel, RunSettings, StabilityMonitor, evidence
 from memorization_guard.core.trace import STATEMENT
 from memorization_guard.fingerprint import content_hash
 from memorization_guard.reports import graph
-from memorization_guard.reports.html import summary
+from memorization_guard.reports.words import summary
 
 MADE_WITH = {"prompt": "a fox", "seed": 3, "guidance_scale": 7.5}
 
@@ -25,9 +25,11 @@ MADE_WITH = {"prompt": "a fox", "seed": 3, "guidance_scale": 7.5}
 def traces(count=1, seed=0):
     generator = torch.Generator().manual_seed(seed)
     monitor = StabilityMonitor(settings=RunSettings(prediction_type="epsilon", steps=3, latent_shape=(4, 8, 8)))
-    for i in range(3):
-        z, z_next, x0 = torch.randn(3, count, 4, 8, 8, generator=generator)
-        monitor.step(z, z_next, x0, sigma=12.0 - 4 * i, x0_coefficient=0.3, eps_cond=x0, eps_uncond=z)
+    for sigma in (12.0, 8.0, 4.0, 0.0):
+        x, cond, uncond = torch.randn(3, count, 4, 8, 8, generator=generator)
+        if sigma:
+            monitor.predicted(x, sigma, cond, uncond)
+        monitor.latent(x, NoiseLevel.from_model(sigma, "epsilon"), evaluated=True)
     return monitor.traces
 
 
@@ -167,8 +169,8 @@ def test_each_image_of_a_batch_finds_its_own_traces(tmp_path):
         result = evidence.verify(save(tmp_path / f"{number}.png", image, record))
         assert (result.image, result.batch, result.belongs) == (number, 2, "match")
         assert (result.runs, result.images) == (("first", "second", "tile"), (number, number, None))
-        assert [trace.update_norm[0] for trace in result.traces] == pytest.approx(
-            [both[place].update_norm[0] for place in (number, 2 + number, 4)], rel=1e-6
+        assert [trace.steps.update_norm[0] for trace in result.traces] == pytest.approx(
+            [both[place].steps.update_norm[0] for place in (number, 2 + number, 4)], rel=1e-6
         )
     result = evidence.verify(save(tmp_path / "other.png", picture(2), record))
     assert (result.image, result.batch, result.belongs, len(result.traces)) == (None, 2, "differ", 5)

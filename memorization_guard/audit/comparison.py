@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..core.settings import TRIGGERED
-from ..evaluation.statistics import clustered_difference, clustered_rate, mcnemar
+from ..statistics import clustered_difference, clustered_rate, mcnemar
 from . import dataset
 from .dataset import counted, mapping
 from .summary import keys_of, numbers
@@ -265,8 +265,8 @@ def _notes(result: Mapping[str, Any]) -> list[str]:
         elif side["mode"] == "mitigate":
             told.append(
                 f"{name.upper()} was made with mitigation. An image that triggers is corrected from there on, and keeps the "
-                f"verdict of the trigger: of {counted(total, 'image')} that triggered, {side['corrected']:,} were corrected and "
-                f"{side['uncorrected']:,} were not."
+                f"verdict of the trigger: of {counted(total, 'image')} that triggered, {side['corrected']:,} were corrected "
+                f"and {side['uncorrected']:,} were not."
             )
     if a["mode"] != b["mode"]:
         told.append(

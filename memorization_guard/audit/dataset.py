@@ -1,12 +1,12 @@
-"""The folder of an audit: results as Parquet, a manifest, images, and what makes it survive being stopped at any instant.
+"""The folder of an audit: results as Parquet, a manifest, images, and the files with which an interrupted audit goes on.
 
 DIR/
-    manifest.json        what was audited and how; without it the folder is no audit
-    profile.safetensors  the stability profile that verdicts go by
-    results/             part-000000.parquet, ...: a row an image
-    images/              000000/00000007.png, ...: a folder a part
+    manifest.json        what was audited and how; a folder without it is no audit
+    profile.safetensors  the stability profile
+    results/             part-000000.parquet, ...: a row for each image
+    images/              000000/00000007.png, ...: a folder for each part
     report.html
-    .work/               journals and locks of parts under way; gone once the audit is finished
+    .work/               journals and locks of unfinished parts; deleted once the audit is finished
     .lock                held while an audit begins and ends
 """
 
@@ -49,8 +49,8 @@ _SETTINGS = pa.struct(
     ]
 )
 
-#: A row an image. ``image`` counts from 0 through the audit, ``row`` through the prompts of the list; ``file`` is the saved
-#: image, relative to the folder; ``settings`` are a trace's, and ``trace`` is its JSON form (``docs/trace.md``).
+#: A row for each image. ``image`` counts the images of the audit from 0, ``row`` the prompts of the list; ``file`` is the
+#: saved image, relative to the folder; ``settings`` are the trace's, and ``trace`` is its JSON form (``docs/trace.md``).
 SCHEMA = pa.schema(
     [
         pa.field("image", pa.int64(), nullable=False),
@@ -98,7 +98,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def mapping(value: object) -> dict[str, Any]:
-    """A chapter of a manifest, empty where there is none."""
+    """A section of a manifest; empty if it is missing."""
     return value if isinstance(value, dict) else {}
 
 
@@ -108,13 +108,13 @@ def counted(number: int, noun: str) -> str:
 
 
 def planned_images(manifest: Mapping[str, Any]) -> int | None:
-    """How many images the audit is to have; ``None`` where the manifest does not tell."""
+    """Number of images that the finished audit will have; ``None`` where the manifest does not tell."""
     planned = manifest.get("images")
     return planned if isinstance(planned, int) else None
 
 
 def is_finished(manifest: Mapping[str, Any], images: int) -> bool:
-    """Whether an audit that holds ``images`` images was finished, and still has them all."""
+    """Whether an audit that holds ``images`` images was finished and still has all of them."""
     return bool(manifest.get("finished")) and images >= (planned_images(manifest) or 0)
 
 
@@ -131,7 +131,7 @@ def parts(folder: Path) -> list[Path]:
 
 
 def scan(folder: Path, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    """The rows of the finished parts, in order, some thousand at a time, so that memory does not grow with the audit.
+    """The rows of the finished parts, in order. Some thousand are read at a time, so that memory does not grow with the audit.
 
     Raises:
         AuditError: if a part is damaged.
@@ -140,11 +140,11 @@ def scan(folder: Path, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         try:
             yield from pq.ParquetFile(path).iter_batches(columns=list(columns))
         except (pa.ArrowInvalid, pa.ArrowException, OSError) as error:
-            raise AuditError(f"{path} cannot be read: {error}; delete it and call the audit again to make it anew") from None
+            raise AuditError(f"{path} cannot be read: {error}; delete it and call the audit again to make it again") from None
 
 
 def read_traces(folder: Path, images: Iterable[int]) -> dict[int, Trace]:
-    """The traces of some images of an audit; those that cannot be read are left out. Reads the row groups they are in."""
+    """The traces of some images of an audit, without those that cannot be read. Reads only the row groups that hold them."""
     wanted, found = set(images), {}
     for path in parts(folder):
         with pq.ParquetFile(path) as file:
@@ -166,7 +166,7 @@ def read_traces(folder: Path, images: Iterable[int]) -> dict[int, Trace]:
 
 
 def facts(manifest: Mapping[str, Any]) -> dict[str, dict[str, str]]:
-    """What was audited, as text: sections of names and values. Fields of a manifest that we do not know are in ``other``."""
+    """What was audited, as text: sections of names and values. Unknown fields of a manifest are in the section ``other``."""
     known = ("model", "prompts", "settings", "thresholds", "profile", "devices", "versions")
     hidden = ("format", "version", "statement", "images")
     sections: dict[str, dict[str, str]] = {}

@@ -1,4 +1,4 @@
-"""Which images an audit makes: every prompt of a list, in its order, each with so many seeds."""
+"""Which images an audit makes: every prompt of a list in its order, each with one or several seeds."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 from ..fingerprint import file_hash
 from ..prompts import SEED_STRIDE, PromptListError, stream_prompts
 
-#: Images in a part: few enough that a part is soon done, many enough that ten million images are ten thousand files.
+#: Bounds of the number of images in a part. A part is then finished soon, and ten million images are only ten thousand files.
 SMALLEST_PART, LARGEST_PART = 64, 1024
-#: Into how many parts a smaller audit is cut, so that several processes find work.
+#: Number of parts of a smaller audit, so that there is work for several processes.
 PARTS = 16
 
 
@@ -22,8 +22,8 @@ class Job:
 
     Attributes:
         image: its number in the audit, from 0. row: the number of its prompt in the list, from 0.
-        prompt, kind: as the list has them.
-        seed: of its noise, which is drawn on the CPU, so that devices agree.
+        prompt, kind: from the list.
+        seed: of its noise, which is drawn on the CPU so that it is the same on every device.
     """
 
     image: int
@@ -35,14 +35,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Plan:
-    """All images of an audit; nothing of it is kept in memory.
+    """All images of an audit. They are read from the list each time and not kept in memory.
 
     Attributes:
-        source: file of prompts. column: that holds them, if it was named.
-        sha256: of the file. rows: number of prompts.
+        source: the file of prompts. column: the name of its column, if it was given.
+        sha256: hash of the file. rows: number of prompts.
         seeds_per_prompt: images of each prompt.
-        seed: the first image has the seed ``seed + SEED_STRIDE``, clear of the seeds of a calibration, and each further one
-            the next; a prompt that the list has a seed for begins at that one.
+        seed: the first image has the seed ``seed + SEED_STRIDE``, so that it shares no noise with a calibration, and each
+            image after it the next one. Where the list names a seed, the images of that prompt begin there.
     """
 
     source: Path
@@ -54,7 +54,7 @@ class Plan:
 
     @classmethod
     def of(cls, path: Path, *, column: str | None = None, seeds_per_prompt: int = 1, seed: int = 0) -> Plan:
-        """Reads the whole list once, so that a bad line is found before the first image and not after the millionth.
+        """Reads the whole list once, so that a bad line is found before the first image is made.
 
         Raises:
             FileNotFoundError: if there is no such file.
@@ -77,7 +77,7 @@ class Plan:
         return min(LARGEST_PART, max(SMALLEST_PART, wanted))
 
     def parts(self, size: int) -> Iterator[list[Job]]:
-        """The images, ``size`` at a time, the last time perhaps fewer."""
+        """The images, ``size`` at a time; the last part may be smaller."""
         jobs = self._jobs()
         while part := list(islice(jobs, size)):
             yield part
@@ -87,5 +87,5 @@ class Plan:
             image = row * self.seeds_per_prompt
             first = self.seed + SEED_STRIDE + image if listed.seed is None else listed.seed
             for repetition in range(self.seeds_per_prompt):
-                # Seeds end at 2**63, and begin again at 0.
+                # After 2**63 - 1, seeds go on from 0.
                 yield Job(image + repetition, row, listed.text, listed.kind, (first + repetition) % 2**63)

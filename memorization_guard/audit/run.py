@@ -1,4 +1,4 @@
-"""An audit from its first image to its last, on whatever workers there are."""
+"""Runs an audit from its first image to its last, on one worker or many."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ from .plan import Job, Plan
 from .store import Part, Store, clear, untidy
 from .worker import Recipe, Worker
 
-#: Seconds between two looks at what another process has in hand.
+#: Seconds between two checks of the parts that other processes are working on.
 PATIENCE = 2.0
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Images of one part, to be sampled at once."""
+    """Images of one part that are sampled together."""
 
     part: Part
     jobs: Sequence[Job]
 
 
 class Workers(Protocol):
-    """Those who sample: :class:`Local`, or ``cluster.Cluster``."""
+    """What samples the images: :class:`Local` or ``cluster.Cluster``."""
 
     @property
     def count(self) -> int:
-        """How many there are."""
+        """Number of workers."""
 
     def describe(self) -> dict[str, Any]:
-        """As :meth:`Worker.describe`; the same of all of them, but for the device."""
+        """As :meth:`Worker.describe`; only the device may differ between workers."""
 
     def calibrate(
         self, prompts: Sequence[str], *, batch_size: int, seed: int, state: Path, progress: bool
@@ -51,15 +51,15 @@ class Workers(Protocol):
         """As :meth:`Worker.calibrate`."""
 
     def trial(self, job: Job, profile: StabilityProfile) -> None:
-        """Makes one image, which is not kept, to see whether the profile fits; errors as for :meth:`Worker.sample`."""
+        """As :meth:`Worker.trial`."""
 
     def sample(
         self, batches: Iterator[Batch | None], profile: StabilityProfile
     ) -> Iterator[tuple[Batch, list[dict[str, Any]]] | None]:
-        """Every batch with its rows, in any order. ``None``, in and out, says that there is nothing just now."""
+        """Every batch with its rows, in any order. ``None``, as input and as output, means: nothing at the moment."""
 
     def close(self) -> None:
-        """The audit is over."""
+        """Called when the audit is over."""
 
 
 class Local:
@@ -77,29 +77,29 @@ class Local:
     def calibrate(
         self, prompts: Sequence[str], *, batch_size: int, seed: int, state: Path, progress: bool
     ) -> StabilityProfile:
-        """Goes on where an interrupted calibration stopped."""
+        """As :class:`Workers` says; goes on where an interrupted calibration stopped."""
         return self._worker.calibrate(prompts, batch_size=batch_size, seed=seed, state=state, progress=progress)
 
     def trial(self, job: Job, profile: StabilityProfile) -> None:
         """As :class:`Workers` says."""
-        self._worker.sample([job], profile)
+        self._worker.trial(job, profile)
 
     def sample(
         self, batches: Iterator[Batch | None], profile: StabilityProfile
     ) -> Iterator[tuple[Batch, list[dict[str, Any]]] | None]:
-        """One batch after the other."""
+        """As :class:`Workers` says, one batch after the other."""
         for batch in batches:
             yield None if batch is None else (batch, self._worker.sample(batch.jobs, profile))
 
     def close(self) -> None:
-        """Nothing has to be given back."""
+        """Does nothing."""
 
 
 def audit(
     recipe: Recipe,
     plan: Plan,
     folder: Path,
-    workers: Callable[[], Workers],
+    start: Callable[[], Workers],
     *,
     profile: Path | None = None,
     reference: Sequence[str] = (),
@@ -108,12 +108,12 @@ def audit(
     report: Callable[[Path], object] | None = None,
     progress: bool = True,
 ) -> bool:
-    """Makes what is still to be made of an audit; several processes may do so in one folder at once.
+    """Makes the images of an audit that are still missing. Several processes may work in one folder at the same time.
 
     Args:
-        recipe: how images are made. plan: which ones.
-        folder: of the audit; one that another process, or an earlier call, has begun must be of the same audit.
-        workers: makes those who sample; called only if there is something to do.
+        recipe: how images are made. plan: which images.
+        folder: of the audit. If another process or an earlier call has begun an audit there, it must be the same one.
+        start: makes the workers; called only if there is something to do.
         profile: stability profile of the model; if none is given, one is calibrated with ``reference`` prompts, which come
             from ``reference_from``.
         batch_size: images sampled at once; may differ when an audit goes on.
@@ -124,27 +124,27 @@ def audit(
         Whether there was anything to do.
 
     Raises:
-        AuditError: if the folder is of another audit, or the profile does not fit.
+        AuditError: if the folder holds another audit, or the profile does not fit.
         OSError: if the disk is full; what was made so far is kept.
     """
     asked = _asked(recipe, plan, profile, reference, reference_from)
     if (folder / MANIFEST).exists():
         manifest = read_manifest(folder)
         _same(folder, manifest, asked)
-        # A part may have been deleted since, to be made anew.
+        # A part may have been deleted so that it is made again.
         if manifest["finished"] and len(finished_parts(folder)) * manifest["part_size"] >= manifest["images"]:
             _tidy(folder, report)
             return False
     store = Store(folder)
-    hands = workers()
+    workers = start()
     try:
-        # Whoever comes second waits here until the first has calibrated.
+        # A second process waits here until the first has calibrated.
         with store.alone():
-            manifest = _begun(store, hands, asked, profile, reference, plan, batch_size, progress)
+            manifest = _begun(store, workers, asked, profile, reference, plan, batch_size, progress)
         with _Parts(store, plan.parts(manifest["part_size"]), batch_size) as parts:
-            _sample(hands, parts, StabilityProfile.load(folder / PROFILE), plan.images, progress)
+            _sample(workers, parts, StabilityProfile.load(folder / PROFILE), plan.images, progress)
     finally:
-        hands.close()
+        workers.close()
     with store.alone():
         store.write_manifest(read_manifest(folder) | {"finished": _now()})
         if report is not None:
@@ -153,10 +153,10 @@ def audit(
     return True
 
 
-def _sample(hands: Workers, parts: _Parts, profile: StabilityProfile, images: int, progress: bool) -> None:
+def _sample(workers: Workers, parts: _Parts, profile: StabilityProfile, images: int, progress: bool) -> None:
     flagged = 0
     with tqdm(total=images, desc="auditing", unit="image", disable=not progress) as bar:
-        for made in hands.sample(parts.batches(), profile):
+        for made in workers.sample(parts.batches(), profile):
             bar.update(parts.take_found())
             if made is None:
                 time.sleep(PATIENCE)
@@ -164,7 +164,7 @@ def _sample(hands: Workers, parts: _Parts, profile: StabilityProfile, images: in
             batch, rows = made
             batch.part.add(rows)
             flagged += sum(row["trigger_step"] is not None for row in rows)
-            bar.set_postfix(flagged=flagged, workers=hands.count, refresh=False)
+            bar.set_postfix(flagged=flagged, workers=workers.count, refresh=False)
             bar.update(len(rows))
         bar.update(parts.take_found())
 
@@ -173,14 +173,14 @@ def _tidy(folder: Path, report: Callable[[Path], object] | None) -> None:
     """Does what is left where a finished audit was killed after its last image."""
     if untidy(folder):
         with Store(folder).alone():
-            pass  # which sweeps
+            pass  # entering deletes leftover files
         clear(folder)
     if report is not None and not (folder / REPORT).exists():
         report(folder)
 
 
 class _Parts:
-    """Hands out what is missing of every part, batch by batch."""
+    """Hands out the missing images of every part, batch by batch."""
 
     def __init__(self, store: Store, parts: Iterator[list[Job]], batch_size: int) -> None:
         self._store, self._parts, self._batch_size = store, parts, batch_size
@@ -191,17 +191,17 @@ class _Parts:
         return self
 
     def __exit__(self, *_error: object) -> None:
-        """Leaves to others what was not finished."""
+        """Leaves unfinished parts to other processes."""
         for part in self._claimed:
             part.release()
 
     def take_found(self) -> int:
-        """Images that turned out to be made already, since the last call."""
+        """Number of images that were found finished since the last call."""
         found, self._found = self._found, 0
         return found
 
     def batches(self) -> Iterator[Batch | None]:
-        """``None`` where others have in hand all that is left: they may finish it, or die and leave it."""
+        """``None`` while other processes work on everything that is left; they may finish it, or die and leave it."""
         parts: Iterable[tuple[int, list[Job]]] = enumerate(self._parts)
         while True:
             elsewhere = []
@@ -226,7 +226,7 @@ class _Parts:
 
 
 def _asked(recipe: Recipe, plan: Plan, profile: Path | None, reference: Sequence[str], reference_from: str) -> dict[str, Any]:
-    """What was asked for, as the manifest has it, as far as that is known without loading the model."""
+    """What was asked for, in the form of the manifest, as far as it is known without loading the model."""
     return {
         "model": {"name": Path(recipe.model).name, "files": recipe.files(), "loras": recipe.lora_files()},
         "prompts": {"file": plan.source.name, "sha256": plan.sha256, "rows": plan.rows, "column": plan.column},
@@ -251,31 +251,31 @@ def _asked(recipe: Recipe, plan: Plan, profile: Path | None, reference: Sequence
 
 
 def _same(folder: Path, manifest: dict[str, Any], asked: dict[str, Any]) -> None:
-    """Refuses to mix two audits.
+    """Refuses to go on with an audit that is not the one asked for.
 
     Raises:
         AuditError: naming what differs.
     """
-    for chapter, values in asked.items():
-        known = manifest.get(chapter, {})
+    for section, values in asked.items():
+        known = manifest.get(section, {})
         for name, value in values.items():
-            # A model that is not on this machine has no files here.
-            if (chapter, name) == ("model", "files") and not value:
+            # The model may be on another machine, and then has no files here.
+            if (section, name) == ("model", "files") and not value:
                 continue
-            # What a calibration made has a hash that nobody could ask for.
-            if (chapter, name) == ("profile", "sha256") and value is None:
+            # The hash of a calibrated profile cannot be asked for.
+            if (section, name) == ("profile", "sha256") and value is None:
                 continue
             if known.get(name) != value:
                 said = "" if isinstance(value, (dict, list)) else f" (it has {known.get(name)!r}, you ask for {value!r})"
                 raise AuditError(
-                    f"{folder} holds an audit with other {chapter}: {name.replace('_', ' ')}{said}. Name another folder, or "
-                    "call it as before"
+                    f"{folder} holds an audit with other {section}: {name.replace('_', ' ')}{said}. Name another folder, or "
+                    "use the same options as before"
                 )
 
 
 def _begun(
     store: Store,
-    hands: Workers,
+    workers: Workers,
     asked: dict[str, Any],
     profile: Path | None,
     reference: Sequence[str],
@@ -283,8 +283,8 @@ def _begun(
     batch_size: int,
     progress: bool,
 ) -> dict[str, Any]:
-    """The manifest: what stands in the folder, if it is of the same weights, or else a new one, with its profile."""
-    loaded = hands.describe()
+    """The manifest: the one in the folder, if its weights are the same, or a new one, together with its profile."""
+    loaded = workers.describe()
     about = {name: loaded[name] for name in ("pipeline", "components", "files", "loras", "scheduler", "dtype")}
     if (store.folder / MANIFEST).exists():
         manifest = read_manifest(store.folder)
@@ -296,12 +296,12 @@ def _begun(
     target = store.folder / PROFILE
     if profile is not None:
         stability = StabilityProfile.load(profile)
-        # Found out before there is a manifest: a folder with a profile that does not fit could only be deleted.
-        hands.trial(next(plan.parts(1))[0], stability)
+        # Before there is a manifest: an audit with a profile that does not fit could only be deleted.
+        workers.trial(next(plan.parts(1))[0], stability)
         write_whole(target, profile.read_bytes())
     else:
         state = store.work / "calibration.json"
-        stability = hands.calibrate(reference, batch_size=batch_size, seed=plan.seed, state=state, progress=progress)
+        stability = workers.calibrate(reference, batch_size=batch_size, seed=plan.seed, state=state, progress=progress)
         stability.save(target)
     manifest = {
         "format": FORMAT,

@@ -1,8 +1,9 @@
-"""How results get into the folder of an audit: each once, whatever is killed when.
+"""How results get into the folder of an audit, each of them once, even if processes are killed at any moment.
 
-A part under way has a journal, to which every batch is appended and flushed to the disk before the next one begins; when all
-of its images are there, the part is written whole and the journal deleted. Who works on a part holds its lock, which the
-operating system lets go of when the process dies. So a kill, a full disk or a lost machine costs the batches in flight.
+An unfinished part has a journal. Every batch is appended to it and flushed to the disk before the next one begins. When all
+images of the part are there, the part is written whole and the journal is deleted. The process that works on a part holds its
+lock, which the operating system releases when the process dies. A kill, a full disk or a lost machine therefore costs only
+the batches that were being sampled.
 """
 
 from __future__ import annotations
@@ -26,56 +27,56 @@ from .plan import Job
 WORK = ".work"
 LOCK = ".lock"
 
-#: Key under which a row brings its image as PNG; the file's name takes its place.
+#: Key of a row's image as PNG, which is replaced by the name of its file.
 PNG = "png"
 
 
 def clear(folder: Path) -> None:
-    """Deletes what only an unfinished audit needs."""
+    """Deletes the files that only an unfinished audit needs."""
     shutil.rmtree(folder / WORK, ignore_errors=True)
 
 
 def untidy(folder: Path) -> bool:
-    """Whether there is anything in the folder of a finished audit that is not of its results."""
+    """Whether a finished audit has leftover files of its work."""
     return (folder / WORK).exists() or any(folder.glob(".*.part"))
 
 
 class Store:
-    """The folder of an audit, to be written to.
+    """Writes into the folder of an audit.
 
     Raises:
-        AuditError: if it is no audit, and holds other files.
+        AuditError: if the folder holds no audit but other files.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        # Another process may have begun, and be calibrating.
+        # Files of another process that has begun and is calibrating are ours too.
         ours = (PROFILE, RESULTS, IMAGES, WORK, LOCK)
         new = folder.is_dir() and not (folder / MANIFEST).exists()
         if new and any(p.name not in ours and p.suffix != ".part" for p in folder.iterdir()):
-            raise AuditError(f"{folder} holds files that are of no audit: name another folder")
+            raise AuditError(f"{folder} holds files that do not belong to an audit: name another folder")
 
     @property
     def work(self) -> Path:
-        """Folder of what is needed only until the audit is finished."""
+        """Folder of the files that are needed only until the audit is finished."""
         return self.folder / WORK
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """No other process is in such a block at the same time; waits for one that is. Makes the folder if need be.
+        """A block that only one process is in at a time; others wait. Makes the folder if need be.
 
         Raises:
-            OSError: if it cannot be made or written to.
+            OSError: if the folder cannot be made or written to.
         """
         for inside in (RESULTS, IMAGES, WORK):
             (self.folder / inside).mkdir(parents=True, exist_ok=True)
-        # Not in the folder of work, which goes when the audit is finished, while others may be waiting here.
+        # This lock is not in the folder of work, which is deleted while other processes may wait here.
         with FileLock(self.folder / LOCK):
             _sweep(self.folder)
             yield
 
     def write_manifest(self, manifest: Mapping[str, Any]) -> None:
-        """Puts the manifest in place of the one before."""
+        """Replaces the manifest."""
         write_whole(self.folder / MANIFEST, json.dumps(manifest, indent=1, allow_nan=False) + "\n")
 
     def done(self, number: int) -> bool:
@@ -83,19 +84,19 @@ class Store:
         return self._result(number).exists()
 
     def claim(self, number: int, jobs: Sequence[Job]) -> Part | None:
-        """Takes a part to work on; ``None`` if it is done, or somebody else's just now.
+        """Takes a part to work on; ``None`` if it is finished, or if another process works on it.
 
         Raises:
-            AuditError: if its journal is of another audit, or damaged.
+            AuditError: if its journal belongs to another audit.
         """
         lock = FileLock(self.work / f"part-{number:06d}.lock", timeout=0)
         try:
             lock.acquire()
         except (Timeout, FileNotFoundError):
-            # It is in other hands; or they have just finished the audit, and the folder of work is gone.
+            # Another process has it, or has just finished the audit and deleted the folder of work.
             return None
         try:
-            # Looked at under the lock: whoever held it may just have finished.
+            # Checked again with the lock held: another process may just have finished the part.
             if self.done(number):
                 _remove(lock)
                 return None
@@ -121,11 +122,11 @@ class Part:
         self._key = content_hash([[job.image, job.prompt, job.seed] for job in jobs])
         self._rows: dict[int, dict[str, Any]] = {}
         self._read_journal()
-        #: What is still to be made.
+        #: Images that are still to be made.
         self.missing = [job for job in jobs if job.image not in self._rows]
-        #: How many were found made.
+        #: Number of images that were found finished.
         self.found = len(self._rows)
-        #: Whether all of it is there, and the part left to nobody.
+        #: Whether all images are there and the part is written.
         self.finished = False
         if not self.missing:
             self._finish()
@@ -139,23 +140,23 @@ class Part:
             return
         first, *lines = whole.splitlines(keepends=True)
         if first != header:
-            raise AuditError(f"{self._journal_path} is the journal of other images: delete it to make these anew")
+            raise AuditError(f"{self._journal_path} is the journal of other images: delete it to make these again")
         kept = len(first)
         for line in lines:
             try:
                 self._rows |= {row["image"]: row for row in json.loads(line)}
             except (ValueError, KeyError, TypeError):
-                break  # what a failing disk garbled is made anew, with all after it
+                break  # a damaged batch is made again, and so is all that follows
             kept += len(line)
-        # Appending is to go on after the last whole batch.
+        # New batches are appended after the last whole one.
         if kept < len(content):
             os.truncate(self._journal_path, kept)
 
     def add(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Keeps a batch for good: when this returns, no kill takes it away. Rows that are there already are not taken again.
+        """Keeps a batch: once this returns, it survives a kill. Rows that are there already are ignored.
 
         Raises:
-            OSError: if the disk is full; the batch then counts as not made.
+            OSError: if the disk is full; the batch is then not kept.
         """
         new = [dict(row) for row in rows if row["image"] not in self._rows]
         if not new:
@@ -172,7 +173,7 @@ class Part:
             self._finish()
 
     def release(self) -> None:
-        """Leaves the part to others; nothing of it is lost."""
+        """Leaves the part to other processes; its finished images are kept."""
         self._lock.release()
 
     def _save_image(self, image: int, png: bytes) -> str:
@@ -190,12 +191,12 @@ class Part:
 
 
 def _sweep(folder: Path, name: str = "*") -> None:
-    """Deletes what :func:`write_whole` has left beside ``name`` where it was killed."""
+    """Deletes the temporary files of ``name`` that a killed :func:`write_whole` has left."""
     for leftover in folder.glob(f".{name}.*.part"):
         leftover.unlink(missing_ok=True)
 
 
 def _remove(lock: FileLock) -> None:
-    """Lets go of the lock of a finished part. Whoever holds the deleted file's lock meanwhile finds the part done."""
+    """Releases and deletes the lock of a finished part. A process that locks the deleted file finds the part finished."""
     lock.release()
     Path(lock.lock_file).unlink(missing_ok=True)

@@ -1,7 +1,7 @@
 """What came out of an audit, in numbers: how much of what the model answers looks memorized, and which prompts do.
 
-The results are read once, some thousand rows at a time, without their traces. Kept in memory are counts of each prompt
-(28 bytes, for a moment six times as much) and the rarest rows.
+The results are read once, some thousand rows at a time, without their traces. The counts of each prompt and the rarest rows
+are kept in memory.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..core.settings import TRIGGERED, VERDICTS, Thresholds
-from ..evaluation.statistics import clustered_rate
+from ..statistics import clustered_rate
 from . import dataset
 from .dataset import counted, mapping
 
@@ -31,6 +31,9 @@ KINDS = 100
 
 #: -log10 of the p-values at which their distribution is counted; what is rarer counts as less than one in a million.
 LEVELS = np.arange(0, 6.05, 0.1)
+
+#: Scores by which rows without a p-value are ordered.
+SCORES = ("joint_score", "uncalibrated_score")
 
 #: Columns of the rows that are kept.
 COLUMNS = (
@@ -162,8 +165,7 @@ class _Totals:
 
 
 class Rarest:
-    """The rows that are least like ordinary images: those with the lowest p-values; among rows without one, those with the
-    highest joint scores, then with the highest uncalibrated scores."""
+    """The rows with the lowest p-values; among rows with equal or without p-values, those with the highest :data:`SCORES`."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -187,13 +189,9 @@ class Rarest:
         """These rows, the rarest first."""
         schema = pa.schema([dataset.SCHEMA.field(name) for name in COLUMNS])
         table = pa.Table.from_batches(self._kept) if self._kept else schema.empty_table()
-        keys = (
-            numbers(table, "image"),
-            -numbers(table, "uncalibrated_score", missing=-math.inf),
-            -numbers(table, "joint_score", missing=-math.inf),
-            numbers(table, "p_value", missing=2.0),
-        )
-        return table.take(pa.array(np.lexsort(keys)[: self._limit])).combine_chunks()
+        # Arrow puts missing values last.
+        table = table.sort_by([("p_value", "ascending"), *((name, "descending") for name in SCORES), ("image", "ascending")])
+        return table.slice(0, self._limit).combine_chunks()
 
 
 def numbers(rows: pa.RecordBatch | pa.Table, column: str, missing: float = math.nan) -> np.ndarray:

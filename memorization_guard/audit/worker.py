@@ -1,4 +1,4 @@
-"""What makes the images of an audit: a model, loaded once, that samples batch after batch and says what was seen of each."""
+"""Makes the images of an audit: loads a model once, samples batch after batch, and gives a row for each image."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from .store import PNG
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How the images of an audit are made; goes to every worker.
+    """How the images of an audit are made; every worker has a copy.
 
     Attributes:
         model, config, loras, device, dtype: as for :func:`memorization_guard.pipelines.load_pipeline`.
-        steps, guidance: of every run. height, width: pixels, or the model's own size.
+        steps, guidance: of every run. height, width: in pixels; ``None`` for the model's own size.
         mode, thresholds: as for :func:`memorization_guard.diffusers.guard`.
         keep: which images are kept.
     """
@@ -49,12 +49,12 @@ class Recipe:
     keep: Keep = "flagged"
 
     def sampling(self) -> dict[str, Any]:
-        """What a pipeline is called with."""
+        """Keyword arguments of a pipeline call."""
         size = {name: value for name, value in (("height", self.height), ("width", self.width)) if value is not None}
         return {"num_inference_steps": self.steps, "guidance_scale": self.guidance, **size}
 
     def files(self) -> dict[str, str]:
-        """Fingerprints of the model's files, by name; empty if it is not on this machine."""
+        """Fingerprints of the model's files, by name; empty if the model is not on this machine."""
         path = model_path(self.model)
         if path.is_file():
             return {path.name: file_fingerprint(path)}
@@ -80,7 +80,7 @@ class Worker:
         self._pipe = load_pipeline(
             recipe.model, config=recipe.config, loras=recipe.loras, device=recipe.device, dtype=recipe.dtype
         )
-        # It would hand out black images in place of what is to be looked at.
+        # It would replace some images by black ones.
         if getattr(self._pipe, "safety_checker", None) is not None:
             self._pipe.safety_checker = None
         self._wanted: Callable[[], list[int]] = list
@@ -88,7 +88,7 @@ class Worker:
             self._decode_all, vae.decode = vae.decode, self._decode
 
     def describe(self) -> dict[str, Any]:
-        """What was loaded, and on what: JSON-ready."""
+        """What was loaded, and on which device; JSON-ready."""
         import diffusers
 
         pipe = self._pipe
@@ -125,10 +125,10 @@ class Worker:
         )
 
     def sample(self, jobs: Sequence[Job], profile: StabilityProfile) -> list[dict[str, Any]]:
-        """Makes a batch of images, and returns a row of ``dataset.SCHEMA`` for each; a kept image as PNG in ``store.PNG``.
+        """Makes a batch of images. Returns a row of ``dataset.SCHEMA`` for each, with a kept image as PNG under ``store.PNG``.
 
         Raises:
-            AuditError: if the profile does not fit, or a run was not watched.
+            AuditError: if the profile does not fit, or if a run was not traced.
         """
         recipe = self._recipe
         with guard(self._pipe, profile, recipe.mode, recipe.thresholds) as run:
@@ -142,7 +142,7 @@ class Worker:
             traces = run.traces
         if len(traces) != len(jobs):
             raise AuditError(f"{len(jobs)} prompts gave {len(traces)} traces: see the log for what went wrong")
-        # The first batch tells: no days of runs that cannot be scored.
+        # Known after the first batch, so that nobody waits days for runs that cannot be scored.
         if not (check := profile.check(traces[0].settings)).valid:
             raise AuditError(str(check))
         rows = []
@@ -153,17 +153,27 @@ class Worker:
             rows.append(row)
         return rows
 
+    def trial(self, job: Job, profile: StabilityProfile) -> None:
+        """Makes one image that is not kept, to check that runs can be scored with the profile.
+
+        Raises:
+            AuditError: if they cannot; or as for :meth:`sample`.
+        """
+        (row,) = self.sample([job], profile)
+        if row["verdict"] == "unscored":
+            raise AuditError(f"images cannot be scored with this profile: {row['note'] or 'see the log for what went wrong'}")
+
     def _keeps(self, trace: Trace) -> bool:
         return self._recipe.keep == "all" or (self._recipe.keep == "flagged" and trace.trigger_step is not None)
 
     def _decode(self, latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """In place of the autoencoder's: decodes the images that are kept, and hands the pipeline black ones for the rest."""
+        """Replaces the autoencoder's method: decodes the images that are kept, and gives black ones for the others."""
         wanted = self._wanted()
         if len(wanted) == len(latents) or latents.ndim != 4:
             return self._decode_all(latents, *args, **kwargs)
         pixels = latents.new_zeros(len(latents), 3, 8, 8)
         if wanted:
-            kwargs.pop("generator", None)  # one an image of the whole batch, and decoding draws nothing
+            kwargs.pop("generator", None)  # a list for the whole batch; decoding draws no noise
             made = self._decode_all(latents[wanted], *args, **(kwargs | {"return_dict": False}))[0]
             pixels = made.new_zeros(len(latents), *made.shape[1:])
             pixels[wanted] = made

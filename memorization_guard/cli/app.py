@@ -14,6 +14,7 @@ from .compare import compare
 from .demo import demo
 from .errors import one_line_errors
 from .evaluate import evaluate
+from .options import with_sampling_options
 from .report import report
 from .trace import trace
 from .verify import verify
@@ -25,7 +26,7 @@ app = typer.Typer(
     help="Tells while an image is being sampled whether a model reproduces a training image.",
 )
 for command in (demo, calibrate, trace, evaluate, audit, report, compare, verify):
-    app.command()(one_line_errors()(command))
+    app.command()(one_line_errors()(with_sampling_options(command)))
 
 
 def main() -> None:

@@ -9,21 +9,7 @@ import typer
 
 from ..audit import Keep
 from .errors import UsageError, resumable
-from .options import (
-    BatchSize,
-    Config,
-    Device,
-    Dtype,
-    Guidance,
-    LoraFiles,
-    Mode,
-    Model,
-    Seed,
-    SeedsPerPrompt,
-    Side,
-    Steps,
-    one_of,
-)
+from .options import BatchSize, Mode, Model, Sampling, SeedsPerPrompt, one_of
 from .report import print_audit
 
 if TYPE_CHECKING:
@@ -60,16 +46,9 @@ def audit(
     workers: Annotated[
         int | None, typer.Option(min=1, help="With --ray: number of workers; one a GPU, or without GPUs one a node.")
     ] = None,
-    steps: Steps = 50,
-    guidance: Guidance = 7.5,
     batch_size: BatchSize = 4,
-    seed: Seed = 0,
-    height: Side = None,
-    width: Side = None,
-    config: Config = None,
-    lora: LoraFiles = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
+    *,
+    how: Sampling,
 ) -> None:
     """Find out which prompts of a list a model answers with a training image.
 
@@ -88,31 +67,15 @@ def audit(
     from ..audit.run import Local
     from ..audit.run import audit as run_audit
     from ..audit.summary import summarize
-    from ..audit.worker import Recipe
     from ..core.settings import Thresholds
-    from ..pipelines import Lora
     from ..prompts import enough, read_prompts, reference_prompts
     from ..reports.audit import write_report
 
-    recipe = Recipe(
-        # Workers on a cluster run in another folder.
-        model=str(model.absolute() if model.exists() else model),
-        config=None if config is None else str(config.absolute()),
-        loras=tuple(Lora.parse(text) for text in lora or ()),
-        device=device,
-        dtype=dtype,
-        steps=steps,
-        guidance=guidance,
-        height=height,
-        width=width,
-        thresholds=Thresholds(false_positive_rate=false_positive_rate),
-        mode=mode,
-        keep=images,
-    )
+    recipe = how.recipe(model, thresholds=Thresholds(false_positive_rate=false_positive_rate), mode=mode, keep=images)
     known = [] if profile is not None else enough(reference_prompts() if reference is None else read_prompts(reference))
-    plan = Plan.of(prompts, column=column, seeds_per_prompt=seeds_per_prompt, seed=seed)
+    plan = Plan.of(prompts, column=column, seeds_per_prompt=seeds_per_prompt, seed=how.seed)
 
-    def hands() -> Workers:
+    def start() -> Workers:
         if ray is None:
             return Local(recipe)
         from ..audit.cluster import Cluster
@@ -127,7 +90,7 @@ def audit(
             recipe,
             plan,
             output,
-            hands,
+            start,
             profile=profile,
             reference=known,
             reference_from="ours" if reference is None else reference.name,

@@ -30,9 +30,7 @@ def one_line_errors() -> Iterator[None]:
     """Turns errors that the user can put right into one line and exit code 2, and an interruption into exit code 130."""
     try:
         yield
-    except GuardError as error:
-        _fail(str(error))
-    except OSError as error:
+    except (GuardError, OSError) as error:
         _fail(_told(error))
     except ModuleNotFoundError as error:
         extra = _EXTRAS.get(str(error.name).split(".")[0])
@@ -54,28 +52,26 @@ def _interrupted(kept: str = "") -> NoReturn:
     raise typer.Exit(130) from None
 
 
-def _told(error: OSError, file: object = "output") -> str:
-    return str(error) if error.errno is None else f"{error.filename or file}: {error.strerror}"
+def _told(error: Exception, file: object = "output") -> str:
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"{error.filename or file}: {error.strerror}"
+    return str(error)
 
 
 @contextmanager
-def resumable(kept: Callable[[], str], folder: Path | None = None) -> Iterator[None]:
+def resumable(kept: Callable[[], str], folder: Path) -> Iterator[None]:
     """Around sampling that can go on later: whatever stops it, the message says what is kept.
 
     Args:
         kept: ends the sentence; asked when it is needed.
-        folder: where files are written, named in a message about a full disk.
+        folder: where files are written, for a message about a full disk.
     """
     try:
         with sampling_errors():
             yield
     except KeyboardInterrupt:
         _interrupted(kept())
-    except UsageError as error:
-        raise UsageError(f"{error}{kept()}") from error
-    except OSError as error:
-        if folder is None or error.errno is None:
-            raise
+    except (GuardError, OSError) as error:
         raise UsageError(f"{_told(error, folder)}{kept()}") from error
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from .errors import UsageError, resumable, writable
-from .options import BatchSize, Config, Device, Dtype, Guidance, LoraFiles, Model, Seed, SeedsPerPrompt, Side, Steps
+from .options import BatchSize, Model, Sampling, SeedsPerPrompt
 from .output import print_table, warn
 
 
@@ -36,16 +36,9 @@ def evaluate(
         typer.Option(help="SSCD as TorchScript, for copy scores. Such a file is code: give none that you do not trust."),
     ] = None,
     copy_threshold: Annotated[float, typer.Option(min=-1, max=1, help="Similarity above which an image is a copy.")] = 0.5,
-    steps: Steps = 50,
-    guidance: Guidance = 7.5,
     batch_size: BatchSize = 4,
-    seed: Seed = 0,
-    height: Side = None,
-    width: Side = None,
-    config: Config = None,
-    lora: LoraFiles = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
+    *,
+    how: Sampling,
 ) -> None:
     """Measure how well memorized prompts are told from ordinary ones, on any model.
 
@@ -70,35 +63,22 @@ def evaluate(
         raise UsageError(f"{folder} is no folder: the evaluation would keep there what has been made so far")
     _consistent(reference, profile, save_profile, images, sscd)
 
-    from ..audit.worker import Recipe
     from ..core.profile import StabilityProfile
     from ..evaluation.copies import CopyScorer
     from ..evaluation.evaluate import conditions, evaluated_profile
     from ..evaluation.evaluate import evaluate as sample_lists
-    from ..evaluation.lists import check_images, read_list
+    from ..evaluation.lists import read_list
     from ..evaluation.summary import summarize
     from ..files import write_whole
-    from ..pipelines import Lora
     from ..prompts import enough, read_prompts
     from ..reports.evaluation import write_report
 
     known = enough(read_prompts(reference)) if reference is not None else []
     bad, good = read_list(memorized, images)[:limit], read_list(ordinary)[:limit]
-    check_images(bad)
     if profile is not None:
         StabilityProfile.load(profile)  # so that a file that is no profile is refused before the model is loaded
-    recipe = Recipe(
-        model=str(model),
-        config=None if config is None else str(config),
-        loras=tuple(Lora.parse(text) for text in lora or ()),
-        device=device,
-        dtype=dtype,
-        steps=steps,
-        guidance=guidance,
-        height=height,
-        width=width,
-    )
-    copies = CopyScorer(sscd, device=device, threshold=copy_threshold) if sscd is not None else None
+    recipe = how.recipe(model)
+    copies = CopyScorer(sscd, device=how.device, threshold=copy_threshold) if sscd is not None else None
     source = reference.name if reference is not None else str(profile)
 
     def kept() -> str:
@@ -116,15 +96,15 @@ def evaluate(
             copies=copies,
             seeds_per_prompt=seeds_per_prompt,
             batch_size=batch_size,
-            seed=seed,
+            seed=how.seed,
         )
     settings = {
         "model": model.name,
         **conditions(folder),
-        "steps": steps,
-        "guidance_scale": guidance,
+        "steps": how.steps,
+        "guidance_scale": how.guidance,
         "seeds_per_prompt": seeds_per_prompt,
-        "first_seed": seed,
+        "first_seed": how.seed,
         "memorized_prompts": memorized.name,
         "ordinary_prompts": ordinary.name,
         "profile_from": source,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .errors import UsageError, sampling_errors, writable
-from .options import Config, Device, Dtype, Guidance, Json, LoraFiles, Mode, Model, Plot, Seed, Side, Steps, load, sampling
+from .options import Json, Mode, Model, Plot, Sampling
 from .output import graph_file, json_text, write_all
 
 if TYPE_CHECKING:
@@ -23,15 +23,8 @@ def trace(
     json_file: Json = None,
     plot: Plot = None,
     image: Annotated[Path | None, typer.Option(help="Write the image here (.png).")] = None,
-    seed: Seed = 0,
-    steps: Steps = 50,
-    guidance: Guidance = 7.5,
-    height: Side = None,
-    width: Side = None,
-    config: Config = None,
-    lora: LoraFiles = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
+    *,
+    how: Sampling,
 ) -> None:
     """Paint one image and judge it."""
     writable(json_file, plot, image)
@@ -41,26 +34,25 @@ def trace(
     from ..core.profile import StabilityProfile
 
     stability = StabilityProfile.load(profile) if profile is not None else None
-    pipe = load(model, config, lora, device, dtype)
+    pipe = how.pipeline(model)
     import torch
 
     from .. import evidence
     from ..adapters.diffusers import guard
 
-    options = sampling(steps, guidance, height, width)
     with sampling_errors(), guard(pipe, stability, mode) as run:
-        output = pipe(prompt, generator=torch.Generator().manual_seed(seed), **options)
+        output = pipe(prompt, generator=torch.Generator().manual_seed(how.seed), **how.arguments())
     if not run.traces:
         raise UsageError("the run could not be watched; the log says why")
     found = run.traces[0]
     settings = {
         "prompt": prompt,
         "model": model.name,
-        "loras": [Path(each).name for each in lora or ()],
+        "loras": [Path(each).name for each in how.lora or ()],
         "profile": profile.name if profile is not None else None,
         "mode": mode,
-        "seed": seed,
-        **options,
+        "seed": how.seed,
+        **how.arguments(),
     }
     write_all(
         [
@@ -70,9 +62,9 @@ def trace(
         ]
     )
     _print(found, scored=stability is not None)
-    if stability is not None and not (check := stability.check(found.settings)).valid:
+    if stability is not None and found.verdict == "unscored":
         # The image is kept, but what was asked for, a verdict or a correction, could not be given.
-        raise UsageError(str(check))
+        raise UsageError(found.note or "the run could not be scored; the log says why")
 
 
 def is_graph(plot: Path | None) -> None:

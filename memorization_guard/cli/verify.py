@@ -34,7 +34,7 @@ def verify(
     is_graph(plot)
     from .. import evidence
     from ..core.trace import STATEMENT, worst
-    from ..reports.html import summary
+    from ..reports.words import summary
 
     found = evidence.verify(file)
     write_all(

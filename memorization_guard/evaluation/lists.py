@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +36,7 @@ def read_list(path: str | os.PathLike[str], images: str | os.PathLike[str] | Non
     Raises:
         FileNotFoundError: if the list or a named image is missing.
         PromptListError: if the list cannot be read, or the folder holds no image for any of its prompts.
+        EvaluationError: if a training image cannot be opened.
     """
     path = Path(path)
     by_number: dict[int, list[Path]] = {}
@@ -52,6 +52,8 @@ def read_list(path: str | os.PathLike[str], images: str | os.PathLike[str] | Non
             for file in files:
                 if not file.is_file():
                     raise FileNotFoundError(f"{path}, line {listed.line}: there is no image at {file}")
+        for file in files:
+            _check(file)
         prompts.append(Prompt(text=listed.text, kind=listed.kind, images=tuple(files)))
     if not prompts:
         raise PromptListError(f"{path} holds no prompt")
@@ -63,17 +65,12 @@ def read_list(path: str | os.PathLike[str], images: str | os.PathLike[str] | Non
     return prompts
 
 
-def check_images(prompts: Sequence[Prompt]) -> None:
-    """Checks that every training image can be opened, so that this is known before sampling begins.
-
-    Raises:
-        EvaluationError: if one cannot be.
-    """
+def _check(file: Path) -> None:
+    """Opens a training image, so that a damaged one is known before sampling begins."""
     from PIL import Image
 
-    for file in {file for prompt in prompts for file in prompt.images}:
-        try:
-            with Image.open(file) as image:
-                image.verify()
-        except (OSError, SyntaxError) as error:
-            raise EvaluationError(f"{file} cannot be read as an image: {error}") from None
+    try:
+        with Image.open(file) as image:
+            image.verify()
+    except (OSError, SyntaxError) as error:
+        raise EvaluationError(f"{file} cannot be read as an image: {error}") from None

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from ..core.trace import STATEMENT, numbers
+from ..statistics import detection_with_intervals, rate_with_interval, roc_points
 from . import EvaluationError
 from .signals import RANKING
-from .statistics import detection_with_intervals, rate_with_interval, roc_points
 
 FORMAT = "memorization-guard.evaluation"
 FORMAT_VERSION = 2

@@ -24,9 +24,9 @@ from tqdm import tqdm
 
 from .. import Mode, StabilityProfile, Thresholds, Trace
 from ..adapters.diffusers import guard
-from ..evaluation import signals
-from ..evaluation.statistics import detection, detection_with_intervals
+from ..evaluation.signals import SIGNALS
 from ..files import write_whole
+from ..statistics import detection, detection_with_intervals
 from . import COPY_THRESHOLD, MODEL, Lab
 from .world import DATA, captions, duplicates, render, to_uint8
 
@@ -91,13 +91,6 @@ def similarity(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     a, b = (x.reshape(len(x), -1).astype(float) for x in (a, b))
     a, b = a - a.mean(1, keepdims=True), b - b.mean(1, keepdims=True)
     return (a * b).sum(1) / np.maximum(np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1), 1e-12)
-
-
-#: The signals of an evaluation, and two variants of them.
-SIGNALS: dict[str, Callable[[Trace], float | None]] = signals.SIGNALS | {
-    "S_mem, first 10 steps": lambda trace: float(np.nanmax(trace.steps.update_score[:10])),
-    "max s_x0": lambda trace: float(np.nanmax(trace.steps.denoised_score)),
-}
 
 
 def figures(plain: dict[str, Sampled], mitigated: dict[str, Sampled]) -> dict[str, Any]:

@@ -13,10 +13,11 @@ from markupsafe import Markup
 
 from ..core.settings import VERDICTS
 from ..files import write_whole
-from .charts import BOTTOM, LEFT, RIGHT, SERIES, TOP, Axis, chart, line, percent, points, short
+from .charts import BOTTOM, LEFT, RIGHT, SERIES, TOP, Axis, chart, line, percent, points
 from .charts import STYLE as CHART_STYLE
 from .html import page
 from .rendering import render
+from .words import short
 
 #: What the signals are, for the reader of a page.
 ABOUT = {

@@ -22,7 +22,7 @@ def _samplers():
     found = importlib.util.find_spec("k_diffusion")
     if found is None or importlib.util.find_spec("torchsde") is None:
         if os.environ.get("CI"):
-            raise RuntimeError("CI has to have k-diffusion: .ci/run installs it")
+            raise RuntimeError("the gate needs k-diffusion: the README's test command installs it")
         return None
     package = types.ModuleType("k_diffusion")
     package.__path__ = list(found.submodule_search_locations)

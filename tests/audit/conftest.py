@@ -14,8 +14,8 @@ from memorization_guard.audit import dataset
 from memorization_guard.audit.plan import Plan
 from memorization_guard.audit.run import Local, audit
 from memorization_guard.audit.worker import Recipe
-from memorization_guard.reports.audit import write_report
 from memorization_guard.core.trace import Evaluations, Steps
+from memorization_guard.reports.audit import write_report
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ pytest.importorskip("ray")
 import ray
 
 from memorization_guard.audit import AuditError, cluster
-from memorization_guard.audit.cluster import Cluster, _Hand
+from memorization_guard.audit.cluster import Cluster, _Actor
 from memorization_guard.audit.dataset import read_manifest
 from memorization_guard.audit.plan import Job
 from memorization_guard.audit.run import Batch
@@ -47,7 +47,7 @@ def impatient(monkeypatch):
     monkeypatch.setattr(cluster, "TRIES", 2)
 
 
-class Hand:
+class Actor:
     """In place of the real one: answers at once, but for prompts that say what is to happen."""
 
     def __init__(self, recipe):
@@ -77,7 +77,7 @@ class Hand:
 def sample(nodes, recipe, monkeypatch, tmp_path):
     """Has made-up workers sample prompts, and gives the rows as they come."""
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    monkeypatch.setattr(cluster, "_Hand", Hand)
+    monkeypatch.setattr(cluster, "_Actor", Actor)
 
     def run(prompts, batch_size=2, workers=1):
         hands = Cluster(dataclasses.replace(recipe, model=str(tmp_path)), address=nodes.address)
@@ -150,7 +150,7 @@ def test_an_audit_survives_the_loss_of_a_worker_and_of_a_node(nodes, run, recipe
         journals = tmp_path / "audit" / ".work"
         while not any(path.stat().st_size > 30_000 for path in journals.glob("*.jsonl")):
             time.sleep(0.02)
-        found = subprocess.run(["pgrep", "-f", f"ray::{_Hand.__name__}"], capture_output=True, check=True).stdout.split()
+        found = subprocess.run(["pgrep", "-f", f"ray::{_Actor.__name__}"], capture_output=True, check=True).stdout.split()
         os.kill(int(found[0]), signal.SIGKILL)
         lost.append("worker")
         nodes.remove_node(taken, allow_graceful=False)

@@ -13,8 +13,8 @@ from scipy.stats import binomtest
 
 from memorization_guard.audit import AuditError
 from memorization_guard.audit.comparison import CHANGES, compare
-from memorization_guard.evaluation.statistics import clustered_difference, clustered_rate, mcnemar
 from memorization_guard.reports.comparison import write_comparison
+from memorization_guard.statistics import clustered_difference, clustered_rate, mcnemar
 
 HOSTILE = "<img src=x onerror=\"document.title='broken'\"> & </script><!--"
 SETTINGS = {"steps": 20, "guidance_scale": 7.5, "seeds_per_prompt": 2, "mode": "trace"}

@@ -18,6 +18,7 @@ from memorization_guard.audit.plan import Plan
 from memorization_guard.audit.run import audit
 from memorization_guard.audit.store import PNG, Store
 from memorization_guard.audit.worker import Recipe
+from memorization_guard.core.profile import Norms
 
 resource = pytest.importorskip("resource")
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked and killed")
@@ -72,7 +73,8 @@ def begin(tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("".join(f"a prompt, the {n}th\n" for n in range(IMAGES)))
     profile = tmp_path / "profile.safetensors"
-    StabilityProfile(mean=np.ones((1, 3)), std=np.ones((1, 3)), count=9).save(profile)
+    norms = Norms(*np.ones((3, 1)))
+    StabilityProfile(mean=norms, std=norms, count=9).save(profile)
 
     def run(folder="audit", file_limit=None):
         if (child := os.fork()) != 0:

@@ -14,9 +14,9 @@ from memorization_guard import Thresholds
 from memorization_guard.audit import dataset
 from memorization_guard.audit.summary import COLUMNS, Rarest, summarize
 from memorization_guard.core.trace import STATEMENT
-from memorization_guard.evaluation.statistics import clustered_rate
 from memorization_guard.reports.audit import write_report
 from memorization_guard.reports.pieces import share, thumbnail
+from memorization_guard.statistics import clustered_rate
 
 HOSTILE = "<img src=x onerror=\"document.title='broken'\"> & </script><!-- \x07 ' \u2028"
 
