@@ -1,11 +1,12 @@
-"""What the guard sees and does with every sampler of a running WebUI, Forge or reForge: the tables in docs/webui.md.
+"""What the guard does with every sampler of a running WebUI, Forge or reForge: the tables in docs/webui.md.
 
-    python benchmarks/webui_samplers.py http://127.0.0.1:7860 [--write webui]
+    python benchmarks/webui_samplers.py http://127.0.0.1:7860 FOLDER [--samplers Euler "DPM fast"] [--write webui]
 
-The server needs --api and this repository among its extensions. With the lab model chosen, which the script's page adds,
-copies are counted, before and after mitigation, on prompts of the tuning split. With any other model it is only said whether a
-correction reaches the image, with thresholds that everything leaves. One profile, calibrated with Euler, is carried over to
-all samplers; DDIM CFG++, whose scale is far away, has its own. Takes about ten minutes on one core.
+The server needs --api, and among its extensions this repository and ``benchmarks/webui_batch``. One profile, calibrated with
+Euler, judges every sampler. With the lab model chosen, which the script's page adds, exact, template and ordinary prompts of
+the evaluation split are sampled traced and mitigated, from the same noise, and copies are counted. With any other model it is
+only seen whether each sampler is judged and a correction reaches the image, with thresholds that everything exceeds. Figures
+of each sampler go to a JSON file in FOLDER; a second call does what is missing. A sampler takes some minutes on one core.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from __future__ import annotations
 import argparse
 import base64
 import io
-import itertools
 import json
-import statistics
+import re
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,142 +27,172 @@ from memorization_guard import Thresholds, Trace, lab
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "webui.md"
 
-STEPS, CFG, SIZE = 20, 7.5, 128
-REFERENCES, IMAGES = 50, 8
-PROFILE_SAMPLER, CFG_PP = "Euler", "DDIM CFG++"
-#: Names of the profile for all samplers, and of that for CFG++.
-PROFILE, CFG_PP_PROFILE = "benchmark", "benchmark cfg++"
+CFG, BATCH, REFERENCES = 7.5, 10, 50
+FIRST_SEED = {"exact": 100, "template": 1100, "ordinary": 2100}
+PROFILE = "benchmark"
 TITLE = "Memorization Guard"
 LAB = "memorization-guard-lab"
+#: Thresholds that every image exceeds.
+EVERYTHING = Thresholds(false_positive_rate=0.999)
+
+LAB_HEAD = [
+    *("sampler", "steps traced", "bit-identical", "triggered: exact", "template", "ordinary"),
+    *("copies without: exact", "template", "left after mitigation: exact", "template", "ordinary touched"),
+]
+OTHER_HEAD = ["sampler", "steps traced", "bit-identical", "judged", "corrected from evaluation", "reaches the image"]
 
 
 class Server:
-    """A running host, with a sampler and settings of its own."""
+    """A running host, and the settings of all its generations."""
 
     def __init__(self, url: str, steps: int, size: int) -> None:
-        self.url = url.rstrip("/")
+        self._url = url.rstrip("/")
         self.settings = {"steps": steps, "width": size, "height": size, "cfg_scale": CFG}
 
     def ask(self, path: str, body: Any = None) -> Any:
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(f"{self.url}{path}", data=data, headers={"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=900) as answer:
+        request = urllib.request.Request(f"{self._url}{path}", data=data, headers={"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=3600) as answer:
             return json.loads(answer.read())
 
-    def sample(self, prompt: str, sampler: str, seed: int, *guard: Any) -> tuple[Image.Image, Trace | None]:
-        """An image and what was seen of it, unguarded without arguments of the accordion."""
-        body = {"prompt": prompt, "sampler_name": sampler, "seed": seed, **self.settings}
+    def sample(self, prompts: list[str], sampler: str, seed: int, *guard: Any) -> tuple[list[Image.Image], list[Trace]]:
+        """Images of a batch and their traces; unguarded without arguments of the accordion."""
+        batch = {"script_name": "Batch of prompts", "script_args": ["\n".join(prompts)]}
+        body = {"prompt": "", "sampler_name": sampler, "seed": seed, **self.settings, **batch}
         if guard:
             body["alwayson_scripts"] = {TITLE: {"args": [True, *guard]}}
         answer = self.ask("/sdapi/v1/txt2img", body)
-        image = Image.open(io.BytesIO(base64.b64decode(answer["images"][0]))).convert("RGB")
-        report = json.loads(answer["info"])["extra_generation_params"].get(f"{TITLE} traces")
-        return image, Trace.from_dict(report["images"][0][0]["trace"]) if report else None
+        images = [Image.open(io.BytesIO(base64.b64decode(image))).convert("RGB") for image in answer["images"]]
+        report = json.loads(answer["info"])["extra_generation_params"].get(f"{TITLE} traces", {"images": []})
+        return images, [Trace.from_dict(runs[0]["trace"]) for runs in report["images"]]
 
-    def calibrate(self, sampler: str, prompts: list[str], name: str) -> None:
-        """Makes a profile with the sampler."""
-        arguments = ["calibrate", "None", *constants(Thresholds()), "\n".join(prompts), name, True]
-        body = {"prompt": "", "sampler_name": sampler, "seed": 1000, "batch_size": 8, **self.settings}
-        self.ask("/sdapi/v1/txt2img", {**body, "script_name": TITLE, "script_args": arguments})
+    def calibrate(self) -> None:
+        arguments = ["calibrate", "None", *constants(Thresholds()), "\n".join(lab.prompts("reference")[:REFERENCES]), PROFILE]
+        body = {"prompt": "", "sampler_name": "Euler", "seed": 1000, "batch_size": BATCH, **self.settings}
+        self.ask("/sdapi/v1/txt2img", {**body, "script_name": TITLE, "script_args": [*arguments, True]})
 
 
 def constants(thresholds: Thresholds) -> list[Any]:
-    """Correction and thresholds in the order of the script's arguments."""
-    return ["steer by guidance", *thresholds.to_dict().values()]
+    """In the order of the scripts' arguments."""
+    return [thresholds.false_positive_rate, thresholds.steering_guidance, thresholds.gamma]
 
 
-def lab_row(server: Server, sampler: str, count: int, thresholds: Thresholds) -> list[str]:
-    """The table's row of one sampler, from ``count`` memorized and as many ordinary images."""
-    exact = list(itertools.islice(itertools.cycle(lab.prompts("exact", "tuning")), count))
-    ordinary = lab.prompts("ordinary", "tuning")[:count]
-    plain = [server.sample(prompt, sampler, 100 + i)[0] for i, prompt in enumerate(exact)]
-    traced = [server.sample(prompt, sampler, 100 + i, "trace", "None") for i, prompt in enumerate(exact)]
-    same = all(a.tobytes() == b.tobytes() for a, (b, _) in zip(plain, traced, strict=True))
-    row = [sampler, f"{traced[0][1].steps} of {STEPS}", "yes" if same else "**no**"]
-    copies = f"{_copies(plain, exact)} of {count}"
-    guard = "mitigate", _profile(sampler), *constants(thresholds)
-    images, traces = zip(*(server.sample(prompt, sampler, 100 + i, *guard) for i, prompt in enumerate(exact)), strict=True)
-    if all(trace.verdict == "unscored" for trace in traces):
-        return [*row, "not scored", "-", copies, "-", "-"]
-    untouched = [server.sample(prompt, sampler, 200 + i, *guard)[1] for i, prompt in enumerate(ordinary)]
-    first = [int(trace.mitigated.argmax()) for trace in traces if trace.mitigated.any()]
-    return [
-        *row,
-        f"{sum(trace.trigger_step is not None for trace in traces)} of {count}",
-        f"{len(first)} of {count}" + (f", from step {statistics.median(first):g}" if first else ""),
-        copies,
-        f"{_copies(images, exact)} of {count}",
-        f"{sum(bool(trace.mitigated.any()) for trace in untouched)} of {count}",
-    ]
+def batches(group: str, count: int) -> Iterator[tuple[list[str], int]]:
+    """The first ``count`` evaluation prompts of a group, and the seed of the first of each batch."""
+    prompts = lab.prompts(group, "evaluation")[:count]
+    for start in range(0, len(prompts), BATCH):
+        yield prompts[start : start + BATCH], FIRST_SEED[group] + start
 
 
-def _profile(sampler: str) -> str:
-    return CFG_PP_PROFILE if sampler == CFG_PP else PROFILE
+def figures(server: Server, sampler: str, counts: dict[str, int]) -> dict[str, Any]:
+    """What is seen of one sampler with the lab model, as JSON has it."""
+    found: dict[str, Any] = {"sampler": sampler, "identical": True}
+    for group, count in counts.items():
+        total = dict.fromkeys(("images", "unscored", "triggered", "corrected", "copies", "left"), 0)
+        for prompts, seed in batches(group, count):
+            images, traces = server.sample(prompts, sampler, seed, "trace", PROFILE)
+            mitigated, corrected = server.sample(prompts, sampler, seed, "mitigate", PROFILE)
+            if group == "exact":
+                plain, _ = server.sample(prompts, sampler, seed)
+                found["identical"] &= [each.tobytes() for each in plain] == [each.tobytes() for each in images]
+                found["steps"] = f"{len(traces[0].steps)} of {server.settings['steps']}"
+            total["images"] += len(prompts)
+            total["unscored"] += sum(trace.verdict == "unscored" for trace in traces)
+            total["triggered"] += sum(trace.trigger_step is not None for trace in traces)
+            total["corrected"] += sum(bool(trace.mitigated.any()) for trace in corrected)
+            if group != "ordinary":
+                total["copies"] += copies(images, prompts)
+                total["left"] += copies(mitigated, prompts)
+        found[group] = total
+    return found
 
 
-def _copies(images: Any, prompts: list[str]) -> int:
+def copies(images: list[Image.Image], prompts: list[str]) -> int:
     scores = [lab.copy_score(image.reduce(2), prompt) for image, prompt in zip(images, prompts, strict=True)]
     return sum(score > lab.COPY_THRESHOLD for score in scores)
 
 
-def other_row(server: Server, sampler: str) -> list[str]:
+def other_figures(server: Server, sampler: str) -> dict[str, Any]:
     """The same for a model of which no training image is known."""
-    prompt = lab.prompts("ordinary", "tuning")[0]
-    plain, _ = server.sample(prompt, sampler, 100)
-    traced, trace = server.sample(prompt, sampler, 100, "trace", "None")
-    row = [sampler, f"{trace.steps} of {server.settings['steps']}", "yes" if plain.tobytes() == traced.tobytes() else "**no**"]
-    everything = Thresholds(false_alarms=0.999)
-    image, trace = server.sample(prompt, sampler, 100, "mitigate", _profile(sampler), *constants(everything))
-    changed = "yes" if trace.mitigated.any() and image.tobytes() != plain.tobytes() else "**no**"
-    return [*row, "**no**" if trace.verdict == "unscored" else "yes", changed]
+    prompts = lab.prompts("ordinary", "tuning")[:2]
+    plain, _ = server.sample(prompts, sampler, 100)
+    traced, traces = server.sample(prompts, sampler, 100, "trace", "None")
+    mitigated, corrected = server.sample(prompts, sampler, 100, "mitigate", PROFILE, *constants(EVERYTHING))
+    pixels = [[image.tobytes() for image in images] for images in (plain, traced, mitigated)]
+    return {
+        "sampler": sampler,
+        "steps": f"{len(traces[0].steps)} of {server.settings['steps']}",
+        "identical": pixels[0] == pixels[1],
+        "judged": all(trace.verdict != "unscored" for trace in corrected),
+        "first": max(int(trace.evaluations.corrected.argmax()) for trace in corrected),
+        "reaches": all(trace.mitigated.any() for trace in corrected)
+        and all(a != b for a, b in zip(pixels[0], pixels[2], strict=True)),
+    }
 
 
-LAB_HEAD = ["triggered", "corrected", "copies without", "with mitigation", "ordinary touched"]
-OTHER_HEAD = ["scored", "correction reaches the image"]
+def row(found: dict[str, Any]) -> list[str]:
+    """A line of the table."""
+    yes = {True: "yes", False: "**no**"}
+    first = [found["sampler"], found["steps"], yes[found["identical"]]]
+    if "reaches" in found:
+        return [*first, yes[found["judged"]], str(found["first"]), yes[found["reaches"]]]
+
+    def share(group: str, what: str) -> str:
+        return f"{found[group][what]} of {found[group]['images']}"
+
+    memorized = ("exact", "template")
+    return [
+        *first,
+        *(share(group, "triggered") for group in (*memorized, "ordinary")),
+        *(share(group, "copies") for group in memorized),
+        *(share(group, "left") for group in memorized),
+        share("ordinary", "corrected"),
+    ]
+
+
+def write(host: str, said: str, lines: list[str]) -> None:
+    """Puts the table into its place in the document."""
+    place = re.compile(rf"(<!-- samplers {host}: begin -->\n).*(\n<!-- samplers {host}: end -->)", re.DOTALL)
+    text, found = place.subn(
+        lambda edges: "\n".join([edges[1], said, "", *lines, edges[2]]), DOCUMENT.read_text(encoding="utf-8")
+    )
+    if not found:
+        raise SystemExit(f"{DOCUMENT} has no place for a table of {host!r}")
+    DOCUMENT.write_text(text, encoding="utf-8")
 
 
 def main() -> None:
-    """Measures every sampler, printing rows as they come, and puts the table into the document if it is told to."""
+    """Measures what is missing, prints the lines as they come, and writes the table where it is told to."""
     parser = argparse.ArgumentParser()
     parser.add_argument("url")
-    parser.add_argument("samplers", nargs="*", help="all, if none is named")
-    parser.add_argument("--images", type=int, default=IMAGES, help="memorized images, and ordinary ones")
-    parser.add_argument("--references", type=int, default=REFERENCES, help="reference prompts of the profile")
-    parser.add_argument("--false-alarms", type=float, default=Thresholds().false_alarms)
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--size", type=int, default=SIZE)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--samplers", nargs="*", help="all, if none is named")
+    parser.add_argument("--exact", type=int, default=30)
+    parser.add_argument("--template", type=int, default=16)
+    parser.add_argument("--ordinary", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--write", metavar="HOST", help="the document's table to replace: webui, forge or reforge")
     arguments = parser.parse_args()
+    arguments.folder.mkdir(parents=True, exist_ok=True)
     server = Server(arguments.url, arguments.steps, arguments.size)
-    model = server.ask("/sdapi/v1/options")["sd_model_checkpoint"]
-    of_lab = LAB in (model or "")
-    head = ["sampler", "steps seen", "bit-identical", *(LAB_HEAD if of_lab else OTHER_HEAD)]
+    of_lab = LAB in (server.ask("/sdapi/v1/options")["sd_model_checkpoint"] or "")
+    counts = {group: getattr(arguments, group) for group in FIRST_SEED}
+    if not (calibrated := arguments.folder / "calibrated").exists():
+        server.calibrate()
+        calibrated.touch()
+    head = LAB_HEAD if of_lab else OTHER_HEAD
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    thresholds = Thresholds(false_alarms=arguments.false_alarms)
-    samplers = arguments.samplers or [each["name"] for each in server.ask("/sdapi/v1/samplers")]
-    references = lab.prompts("reference")[: arguments.references]
-    server.calibrate(PROFILE_SAMPLER, references, PROFILE)
-    if CFG_PP in samplers:
-        server.calibrate(CFG_PP, references, CFG_PP_PROFILE)
-    for sampler in samplers:
-        row = lab_row(server, sampler, arguments.images, thresholds) if of_lab else other_row(server, sampler)
-        lines.append("| " + " | ".join(row) + " |")
+    for sampler in arguments.samplers or [each["name"] for each in server.ask("/sdapi/v1/samplers")]:
+        file = arguments.folder / f"{sampler}.json"
+        if not file.exists():
+            found = figures(server, sampler, counts) if of_lab else other_figures(server, sampler)
+            file.write_text(json.dumps(found, indent=1), encoding="utf-8")
+        lines.append("| " + " | ".join(row(json.loads(file.read_text(encoding="utf-8")))) + " |")
         print(lines[-1], flush=True)
-    if arguments.write is None:
-        return
-    begin, end = (f"<!-- samplers {arguments.write}: {edge} -->" for edge in ("begin", "end"))
-    said = (
-        f"{arguments.steps} steps, CFG {CFG}, one profile from {arguments.references} reference prompts under "
-        f"{PROFILE_SAMPLER} for all ({CFG_PP}: its own)"
-    )
-    if of_lab:
-        said += f"; lab model, {arguments.images} memorized and {arguments.images} ordinary images of the tuning split"
-    text = DOCUMENT.read_text(encoding="utf-8")
-    before, found, rest = text.partition(begin)
-    _, closed, after = rest.partition(end)
-    if not (found and closed):
-        raise SystemExit(f"{DOCUMENT} has no place for a table of {arguments.write!r}")
-    DOCUMENT.write_text(f"{before}{begin}\n\n{said}.\n\n" + "\n".join(lines) + f"\n\n{end}{after}", encoding="utf-8")
+    if arguments.write is not None:
+        said = f"{arguments.steps} steps, CFG {CFG}; one profile, from {REFERENCES} reference prompts under Euler, for all."
+        write(arguments.write, said, lines)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import html
+import operator
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,21 +15,24 @@ from modules.infotext_utils import PasteField
 from modules.ui_common import create_refresh_button
 from modules.ui_components import FormRow, InputAccordion
 
-from ..memorization_guard import ProfileError, RunSettings, Thresholds
+from ..memorization_guard import ProfileError, RunSettings
+from ..memorization_guard.core.settings import MODES
 from ..memorization_guard.lab import prompts
 from . import hosts, lab, profiles, sampling
-from .session import MODES, PUBLISHED, STEER, TITLE, Options, pasted_result
+from .session import CONSTANTS, TITLE, Options, pasted_result
 
 COMPARE, CALIBRATE = "compare", "calibrate"
 SECTION = ("memorization_guard", TITLE)
 
+_ON = tuple(mode for mode in MODES if mode != "off")
+
 #: Inputs of the host that a profile can be held against before a run, by the end of their element id.
-HOST_INPUTS = ("sampling", "steps", "cfg_scale", "width", "height")
+HOST_INPUTS = ("sampling", "cfg_scale", "width", "height")
 
 _ABOUT = {
     "trace": "trace: watch and judge; the image is bit-identical to one without the guard",
-    "mitigate": "mitigate: also steer away where the run leaves its region; needs a profile that fits",
-    "stop": "stop: end a run as soon as every image of its batch counts as memorized; needs a profile too",
+    "mitigate": "mitigate: also replace the predictions of an image that is taken for a copy; needs a profile that fits",
+    "stop": "stop: end a run as soon as every image of its batch is taken for a copy; needs a profile too",
     COMPARE: "compare: every image twice from the same seed, without and with mitigation, side by side",
     CALIBRATE: "calibrate: make a stability profile for the current model, sampler, steps, CFG and size",
 }
@@ -46,14 +50,13 @@ class Controls:
         self._elem_id = elem_id
         if accordion:
             with InputAccordion(False, label=TITLE, elem_id=elem_id("enabled")) as enabled:
-                self.inputs = [enabled, *self._common(MODES, host_inputs)]
+                self.inputs = [enabled, *self._common(_ON, host_inputs)]
             # What the dropdown's script made comes back there.
             self.infotext_fields = [PasteField(enabled, lambda fields: TITLE in fields and fields.get("Script") != TITLE)]
         else:
-            self.inputs = self._common((*MODES, COMPARE, CALIBRATE), host_inputs)
+            self.inputs = self._common((*_ON, COMPARE, CALIBRATE), host_inputs)
             self.infotext_fields = []
-        constants = dataclasses.fields(Thresholds)
-        mode, profile, correction, *values = self.inputs[-3 - len(constants) :]
+        mode, profile, *values = self.inputs[-2 - len(CONSTANTS) :]
         if not accordion:
             self.inputs += self._calibration()
             if not hosts.HAS_UNET_PATCHER:
@@ -61,8 +64,10 @@ class Controls:
         self.infotext_fields += [
             PasteField(mode, _pasted(lambda options: options.mode)),
             PasteField(profile, _pasted(_pasted_profile)),
-            PasteField(correction, _pasted(lambda o: PUBLISHED if o.thresholds.steering_guidance is None else STEER)),
-            *(PasteField(value, _pasted(_pasted_constant(field))) for field, value in zip(constants, values, strict=True)),
+            *(
+                PasteField(value, _pasted(operator.attrgetter(f"thresholds.{field.name}")))
+                for field, value in zip(CONSTANTS, values, strict=True)
+            ),
             PasteField(self._pasted_result, lambda fields: gr.update(value=(r := pasted_result(fields)), visible=bool(r))),
         ]
 
@@ -93,18 +98,10 @@ class Controls:
             label="The pasted image", interactive=False, visible=False, elem_id=self._elem_id("pasted_result")
         )
         with gr.Accordion("Constants of detection and mitigation", open=False):
-            correction = gr.Radio(
-                [STEER, PUBLISHED],
-                value=STEER,
-                label="Correction",
-                elem_id=self._elem_id("correction"),
-                info="published: detection and norm correction of Huang et al. (KDD 2026), which need a profile of this very "
-                "sampler, schedule and CFG. steer by guidance: ours; where CFG is 1 it corrects as published.",
-            )
-            values = [self._threshold(field) for field in dataclasses.fields(Thresholds)]
-        return [mode, profile, correction, *values]
+            values = [self._constant(field) for field in CONSTANTS]
+        return [mode, profile, *values]
 
-    def _threshold(self, field: dataclasses.Field[Any]) -> Any:
+    def _constant(self, field: dataclasses.Field[Any]) -> Any:
         low, high, step = field.metadata["bounds"]
         return gr.Slider(
             low,
@@ -121,8 +118,7 @@ class Controls:
             gr.HTML(
                 "<p>For the mode 'calibrate'. The profile is made with what is set now: model, sampler, schedule, steps, CFG, "
                 "size, negative prompt and styles, and the LoRAs that the prompt names. It holds for the model with these "
-                "LoRAs and this size, and is carried over to other samplers, steps and similar CFG. No image is decoded or "
-                "saved.</p>"
+                "LoRAs and this size, under every sampler, schedule and CFG. No image is decoded or saved.</p>"
             )
             prompts = gr.Textbox(
                 label="Reference prompts",
@@ -177,9 +173,7 @@ def _add_lab_model() -> str:
     )
 
 
-def _describe_fit(
-    name: str, sampler: Any = None, steps: Any = None, cfg: Any = None, width: Any = None, height: Any = None
-) -> str:
+def _describe_fit(name: str, sampler: Any = None, cfg: Any = None, width: Any = None, height: Any = None) -> str:
     """Whether a profile fits what is set in the page, as far as that is known before a run."""
     if name in (None, "", profiles.NONE):
         return ""
@@ -187,21 +181,17 @@ def _describe_fit(
         profile = profiles.load(name)
     except (ProfileError, OSError) as error:
         return f"<p class='error'>{html.escape(str(error))}</p>"
-    function = sampling.sampler_function_name(str(sampler)) if sampler else None
-    # Timestep samplers take other numbers of steps than they are asked for.
-    exact = function is not None and function not in ("ddim", "ddim_cfgpp", "plms", "unipc")
     shape = profile.settings.latent_shape
     model = sd_models.model_data.sd_model
     planned = RunSettings(
         model_hash=sampling.checkpoint_hash(model) if model is not None and hasattr(model, "sd_checkpoint_info") else None,
-        sampler=function,
-        steps=int(steps) if steps and exact else None,
-        guidance_scale=sampling.guidance_scale(function, cfg) if cfg else None,
+        sampler=sampling.sampler_function_name(str(sampler)) if sampler else None,
+        guidance_scale=float(cfg) if cfg else None,
         latent_shape=(shape[0], int(height) // 8, int(width) // 8) if shape and width and height else None,
     )
     check = profile.check(planned)
     verdict = ""
-    if not check.valid or check.carried or check.weakened:
+    if not check.valid or check.transferred or check.weakened:
         kind = "" if check.valid else " class='error'"
         verdict = f"<p{kind}>{html.escape(str(check))}</p>"
     return f"<p>{html.escape(profiles.describe(profile))}.</p>{verdict}"
@@ -220,11 +210,3 @@ def _pasted(get: Callable[[Options], Any]) -> Callable[[Mapping[str, str]], Any]
 def _pasted_profile(options: Options) -> Any:
     name, offered = options.profile or profiles.NONE, profiles.names()
     return gr.update(value=name, choices=offered) if name in offered else None  # it may be another computer's
-
-
-def _pasted_constant(field: dataclasses.Field[Any]) -> Callable[[Options], Any]:
-    def constant(options: Options) -> Any:
-        value = getattr(options.thresholds, field.name)
-        return field.default if value is None else value
-
-    return constant

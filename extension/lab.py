@@ -11,6 +11,7 @@ import functools
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save
@@ -44,8 +45,9 @@ def write(folder: Path) -> Path:
 
 
 @functools.cache  # asked for at every weight
-def _config(part: str) -> dict:
-    return json.loads((MODEL / part / "config.json").read_text(encoding="utf-8"))
+def _config(part: str) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((MODEL / part / "config.json").read_text(encoding="utf-8"))
+    return config
 
 
 def _unet_name(name: str) -> str:
@@ -122,7 +124,7 @@ def unet(**_: object) -> nn.Module:
 
     config = _config("unet")
     first, *_ = channels = config["block_out_channels"]
-    model = UNetModel(
+    model: nn.Module = UNetModel(
         image_size=config["sample_size"],
         in_channels=config["in_channels"],
         out_channels=config["out_channels"],
@@ -191,7 +193,8 @@ class TextEncoder(nn.Module):
         tokens = self.tokenizer(
             list(texts), padding="max_length", max_length=config.max_position_embeddings, truncation=True, return_tensors="pt"
         )
-        return self.model(tokens.input_ids.to(self.model.device)).last_hidden_state
+        states: torch.Tensor = self.model(tokens.input_ids.to(self.model.device)).last_hidden_state
+        return states
 
     encode = forward
 

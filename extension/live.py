@@ -45,7 +45,7 @@ class LiveRuns:
             return
         kind, run, text = event["kind"], event["run"], json.dumps(event, allow_nan=False)
         with self._lock:
-            log = self._tasks[task] = self._tasks.pop(task, None) or _Task()
+            log = self._tasks[task] = self._tasks.pop(task, _Task())
             if kind == "begin":
                 log.runs.pop(run, None)
             events = log.runs.setdefault(run, [])
@@ -89,15 +89,15 @@ def add_route(app: FastAPI, runs: LiveRuns, is_running: Callable[[str], bool]) -
         app: the host's app, as ``on_app_started`` gives it.
         is_running: whether a task, by its id, is under way or waits for its turn.
     """
-    checks = {getattr(route, "path", ""): route for route in app.routes}
+    checks: dict[str, Any] = {getattr(route, "path", ""): route for route in app.routes}
     if ROUTE in checks or "/login_check" not in checks:
         return
 
-    async def live(task: str = Query(..., min_length=1, max_length=100), cursor: int = Query(0, ge=0)):
+    async def live(task: str = Query(..., min_length=1, max_length=100), cursor: int = Query(0, ge=0)) -> Response:
         running = is_running(task)  # before the events are read, so that after a no there are none left
         events, at = runs.since(task, cursor)
         body = f'{{"cursor": {at}, "running": {json.dumps(running)}, "events": [{", ".join(events)}]}}'
         return Response(body, media_type="application/json", headers={"Cache-Control": "no-store"})
 
     check = Depends(checks["/login_check"].endpoint)
-    app.add_api_route(ROUTE, live, methods=["GET"], dependencies=[check], include_in_schema=False)
+    app.add_api_route(ROUTE, live, methods=["GET"], response_model=None, dependencies=[check], include_in_schema=False)

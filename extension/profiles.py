@@ -10,7 +10,7 @@ from typing import Any
 from modules import paths, processing, shared
 
 from ..memorization_guard import CalibrationError, StabilityProfile, Trace
-from ..memorization_guard.core.calibration import ReferenceRuns, told_left_out, unscheduled
+from ..memorization_guard.core.calibration import ReferenceRuns, told_left_out
 from ..memorization_guard.core.profile import EXTENSION, ProfileError, name_problem
 from ..memorization_guard.files import write_whole
 from ..memorization_guard.prompts import reference_prompts, typed_prompts
@@ -118,8 +118,6 @@ def _sample(p: Any, prompts: list[str], seed: int) -> list[Trace]:
     setattr(one, CALIBRATING, True)
     processing.process_images(one)
     session = getattr(one, SESSION)
-    if any(run.monitor.off_schedule for run in session.runs):
-        raise unscheduled(p.sampler_name)
     return [trace for run in session.runs for trace in run.traces]
 
 

@@ -10,22 +10,16 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from modules import shared
+from torch import Tensor
 
-from ..memorization_guard import NoiseLevel, RunSettings, StabilityMonitor
-from ..memorization_guard.adapters.kdiffusion import SamplerWatch, sampler_name, watched
-from ..memorization_guard.adapters.timesteps import TimestepScale, TimestepWatch
+from ..memorization_guard import NoiseLevel, RunSettings
+from ..memorization_guard.adapters.kdiffusion import SamplerRun, sampler_name, watched
 from ..memorization_guard.fingerprint import content_hash, fingerprint
-from . import hosts
+from . import hosts, predictions
+from .session import Session
+from .timesteps import TimestepRun, timestep_levels
 
 log = logging.getLogger(__name__)
-
-# What these samplers hand to the model is not what they go on with; every other sampler of the host goes on with that tensor.
-_KEEP_ANOTHER_LATENT = ("lcm", "unipc")
-
-# DDIM CFG++ maps the page's scale, up to 12.5, to one of up to 1.
-_CFG_PP, _CFG_PP_SCALE = "ddim_cfgpp", 12.5
 
 # Arguments that say which part of a schedule is sampled, and not how.
 _SCHEDULE = ("n", "sigma_min", "sigma_max", "is_img2img", "disable")
@@ -33,13 +27,12 @@ _SCHEDULE = ("n", "sigma_min", "sigma_max", "is_img2img", "disable")
 _MARK = "memorization_guard"
 
 
-def watch_next_run(p: Any, new_monitor: Callable[[RunSettings], StabilityMonitor], ended: Callable[[], None]) -> None:
+def watch_next_run(p: Any, session: Session) -> None:
     """Has the next run of ``p.sampler`` watched. Nothing is left on the sampler when that run ends, in whatever way.
 
     Args:
         p: the host's processing object, with its sampler.
-        new_monitor: gives the monitor of a run with these settings; what it raises is logged, and the run not watched.
-        ended: called when a watched run has ended.
+        session: is told of the run, and of what keeps it from being watched.
     """
     sampler = p.sampler
     function = sampler.func
@@ -48,95 +41,75 @@ def watch_next_run(p: Any, new_monitor: Callable[[RunSettings], StabilityMonitor
 
     # Without its signature the host would hand it no schedule.
     @functools.wraps(function)
-    def run(denoiser: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def run(denoiser: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         sampler.func = function
         with contextlib.ExitStack() as hooks:
 
-            def new_watch(x: torch.Tensor, *args: Any, **kwargs: Any) -> SamplerWatch | None:
+            def new_run(x: Tensor, *args: Any, **arguments: Any) -> SamplerRun | None:
                 try:
-                    watch = _new_watch(p, function, denoiser, x, kwargs, new_monitor)
-                    hooks.enter_context(hosts.guidance_seen(denoiser, p.sd_model, watch))
-                except Exception:
+                    return _new_run(p, session, function, denoiser, x, arguments, hooks)
+                except Exception as error:
                     log.warning("Memorization Guard does not watch this run; the image is not affected.", exc_info=True)
+                    session.say(p, f"not watched: {type(error).__name__}: {error}")
                     return None
-                hooks.callback(ended)
-                return watch
 
-            return watched(function, new_watch)(denoiser, x, *args, **kwargs)
+            return watched(function, new_run)(denoiser, x, *args, **kwargs)
 
     setattr(run, _MARK, True)
     sampler.func = run
 
 
-def _new_watch(
+def _new_run(
     p: Any,
-    function: Callable[..., torch.Tensor],
+    session: Session,
+    function: Callable[..., Tensor],
     denoiser: Any,
-    x: torch.Tensor,
+    x: Tensor,
     arguments: dict[str, Any],
-    new_monitor: Callable[[RunSettings], StabilityMonitor],
-) -> SamplerWatch:
+    hooks: contextlib.ExitStack,
+) -> SamplerRun:
     kind = hosts.prediction_type(p.sd_model)
-    name = _name(function)
-    options = _options(function, arguments)
-    editable = name not in _KEEP_ANOTHER_LATENT
+    level: Callable[[float], NoiseLevel] = functools.partial(NoiseLevel.from_model, prediction_type=kind)
+    timestep = None
     if "timesteps" in arguments:
-        alphas_cumprod = denoiser.inner_model.inner_model.alphas_cumprod
-        scale = TimestepScale(alphas_cumprod)
-        if name == "unipc":
-            schedule = _unipc_schedule(alphas_cumprod, arguments)
-            options |= _unipc_options()
-        else:
-            schedule = arguments["timesteps"].flip(0).float().cpu()
-        levels = [scale.level(t) for t in schedule.tolist()]
-        monitor = new_monitor(_settings(p, kind, name, options, x, [level.model_sigma(kind) for level in levels]))
-        return TimestepWatch(monitor, schedule, scale, editable=editable, every_call=name == "unipc")
-    level = functools.partial(NoiseLevel.from_model, prediction_type=kind)
-    sigmas = arguments.get("sigmas")
-    if sigmas is None:  # DPM fast and DPM adaptive
-        ends = [float(arguments[end]) for end in ("sigma_max", "sigma_min")]
-        settings = _settings(p, kind, name, options, x, None, steps=arguments.get("n"))
-        return SamplerWatch(new_monitor(settings), torch.tensor(ends), level, editable=editable, fixed=False)
-    sigmas = sigmas.float().cpu()
-    monitor = new_monitor(_settings(p, kind, name, options, x, sigmas.tolist()))
-    watch = _GivesCopies if name == "lcm" else SamplerWatch
-    return watch(monitor, sigmas, level, editable=editable)
-
-
-class _GivesCopies(SamplerWatch):
-    """Of a sampler that adds its noise to the very tensor that was predicted, which is looked at later."""
-
-    def predict(self, x: torch.Tensor, sigma: torch.Tensor, evaluate: Callable[..., torch.Tensor]) -> torch.Tensor:
-        return super().predict(x, sigma, evaluate).clone()
-
-
-def guidance_scale(name: str | None, cfg: float) -> float:
-    """The scale that the predictions are mixed at by the sampler of this name, where the page says ``cfg``."""
-    return float(cfg) / _CFG_PP_SCALE if name == _CFG_PP else float(cfg)
+        timestep = timestep_levels(denoiser.inner_model.inner_model.alphas_cumprod)
+        levels = [timestep(t) for t in arguments["timesteps"].flip(0).tolist()]
+    elif "sigmas" in arguments:
+        levels = [level(sigma) for sigma in arguments["sigmas"].tolist()]
+    else:  # the sampler chooses its own, between these
+        levels = [level(float(arguments[end])) for end in ("sigma_max", "sigma_min")]
+    # The denoiser of Forge and reForge has sigmas and clean latents for all samplers.
+    noisy = timestep is not None and not hosts.HAS_UNET_PATCHER
+    settings = _settings(p, kind, function, arguments, x, levels)
+    monitor = session.new_monitor(p, settings, timestep if timestep is not None and noisy else level)
+    hooks.callback(session.end_run, p)
+    if timestep is None:
+        run: SamplerRun = SamplerRun(monitor, levels, level)
+        predicted: predictions.Predicted = run.predicted
+    else:
+        run = following = TimestepRun(monitor, levels, timestep, x)
+        hooks.enter_context(following.evaluations_of(denoiser))
+        predicted = following.predicted_noise if noisy else run.predicted
+    hooks.enter_context(predictions.judged(denoiser, monitor, predicted))
+    return run
 
 
 def _settings(
-    p: Any,
-    kind: str,
-    name: str,
-    options: dict[str, Any],
-    x: torch.Tensor,
-    levels: list[float] | None,
-    *,
-    steps: int | None = None,
+    p: Any, kind: str, function: Callable[..., Tensor], arguments: dict[str, Any], x: Tensor, levels: list[NoiseLevel]
 ) -> RunSettings:
-    *sigmas, end = levels or [None]
+    planned = "timesteps" in arguments or "sigmas" in arguments
+    sigmas = [level.model_sigma(kind) for level in levels] if planned else []
     cfg = getattr(p, "hr_cfg", p.cfg_scale) if getattr(p, "is_hr_pass", False) else p.cfg_scale  # Forge has one of its own
     return RunSettings(
         model=str(p.sd_model_name),
         model_hash=model_hash(p),
         prediction_type=kind,
-        sampler=sampler_name(name, options),
-        steps=len(sigmas) if levels else steps,
-        guidance_scale=guidance_scale(name, cfg),
+        sampler=sampler_name(_name(function), _options(function, arguments)),
+        steps=len(sigmas) - 1 if sigmas else arguments.get("n"),
+        guidance_scale=float(cfg),
         latent_shape=tuple(x.shape[1:]),
-        sigmas=tuple(sigmas) if levels else None,
-        end_sigma=end,
+        sigmas=tuple(sigmas[:-1]) if sigmas else None,
+        end_sigma=sigmas[-1] if sigmas else None,
     )
 
 
@@ -164,29 +137,6 @@ def _options(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[st
         for name, value in arguments.items()
         if isinstance(value, (bool, int, float, str)) and name not in _SCHEDULE and value != defaults.get(name)
     }
-
-
-def _unipc_schedule(alphas_cumprod: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
-    """The timesteps as the host's UniPC spaces them, and hands them to the model."""
-    from modules.models.diffusion.uni_pc import uni_pc
-
-    timesteps = arguments["timesteps"]
-    noise_schedule = uni_pc.NoiseScheduleVP("discrete", alphas_cumprod=alphas_cumprod)
-    start = float(timesteps[-1]) / 1000 + 1 / 1000 if arguments.get("is_img2img") else noise_schedule.T
-    times = uni_pc.UniPC(None, noise_schedule, predict_x0=True).get_time_steps(
-        skip_type=shared.opts.uni_pc_skip_type,
-        t_T=start,
-        t_0=1.0 / noise_schedule.total_N,
-        N=len(timesteps),
-        device=timesteps.device,
-    )
-    return ((times - 1.0 / noise_schedule.total_N) * 1000.0).float().cpu()
-
-
-def _unipc_options() -> dict[str, Any]:
-    names = ("variant", "order", "lower_order_final")
-    options = {name: getattr(shared.opts, f"uni_pc_{name}") for name in names}
-    return {name: value for name, value in options.items() if value != shared.opts.get_default(f"uni_pc_{name}")}
 
 
 _fingerprints: weakref.WeakKeyDictionary[Any, tuple[str, str | None]] = weakref.WeakKeyDictionary()

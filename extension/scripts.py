@@ -11,7 +11,7 @@ import modules.scripts
 import torch
 from modules import processing, progress, script_callbacks, shared
 
-from ..memorization_guard import StabilityProfile
+from ..memorization_guard import Mode, StabilityProfile
 from . import profiles, sampling, xyz
 from .controls import CALIBRATE, COMPARE, HOST_INPUTS, Controls, add_settings, setting
 from .live import LiveRuns, add_route
@@ -78,7 +78,7 @@ class MemorizationGuardAccordion(_WithControls):
         p.extra_generation_params = {name: value for name, value in fields if not name.startswith(TITLE)}
         try:
             options, profile = self._choice(p, enabled, args)
-            if options is not None:
+            if options is not None and options.mode != "off":
                 page = None if getattr(p, CALIBRATING, False) else progress.current_task
                 session = Session(options, profile, live=LIVE, task=page, label=getattr(p, LABEL, ""))
         except (ValueError, OSError) as error:
@@ -100,7 +100,7 @@ class MemorizationGuardAccordion(_WithControls):
 
     def process_before_every_sampling(self, p: Any, *args: Any, **kwargs: Any) -> None:
         if (session := getattr(p, SESSION, None)) is not None:
-            sampling.watch_next_run(p, lambda settings: session.new_monitor(p, settings), session.end_run)
+            sampling.watch_next_run(p, session)
 
     def post_sample(self, p: Any, ps: Any, *args: Any) -> None:
         if getattr(p, CALIBRATING, False):
@@ -115,6 +115,8 @@ class MemorizationGuardAccordion(_WithControls):
         if session is None or getattr(p, CALIBRATING, False):
             return
         said = len(p.comments)
+        if not session.runs:
+            session.say(p, "not watched: this sampler is not called as those of the host are")
         session.tell_verdicts(p)
         processed.comments += "".join(f"{comment}\n" for comment in list(p.comments)[said:])
         if getattr(p, "is_api", False):
@@ -158,7 +160,8 @@ class MemorizationGuardScript(_WithControls):
         p.do_not_save_grid = True
         shared.state.job_count = 2 * p.n_iter
         made = []
-        for label, mode in (("without mitigation", "trace"), ("with mitigation", "mitigate")):
+        labels: dict[Mode, str] = {"trace": "without mitigation", "mitigate": "with mitigation"}
+        for mode, label in labels.items():
             one = copy.copy(p)
             one.comments = {}
             one.extra_generation_params = dict(p.extra_generation_params)

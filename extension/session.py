@@ -6,24 +6,40 @@ import dataclasses
 import functools
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from ..memorization_guard import RunSettings, StabilityMonitor, StabilityProfile, StepEvent, Thresholds, Trace, evidence
+from ..memorization_guard import (
+    Mode,
+    NoiseLevel,
+    RunSettings,
+    StabilityMonitor,
+    StabilityProfile,
+    StepEvent,
+    Thresholds,
+    Trace,
+    evidence,
+)
+from ..memorization_guard.core.settings import MODES
 from ..memorization_guard.core.trace import rarity
 from ..memorization_guard.files import write_whole
 from ..memorization_guard.reports import graph
-from ..memorization_guard.reports.html import summary
+from ..memorization_guard.reports.words import summary
 
 if TYPE_CHECKING:
     from .live import LiveRuns
 
 log = logging.getLogger(__name__)
 
-MODES = ("trace", "mitigate", "stop")
-STEER, PUBLISHED = "steer by guidance", "published"
+#: The constants that a user can set here, in the order of the scripts' arguments.
+CONSTANTS = [
+    field
+    for field in dataclasses.fields(Thresholds)
+    if field.metadata["method"] in ("reference", "both") and "bounds" in field.metadata
+]
+_PUBLISHED = "the published method edits latents between solver steps, which only diffusers allows: it cannot be used here"
 
 #: Of the scripts; also begins the name of every field that we write into an image's infotext.
 TITLE = "Memorization Guard"
@@ -39,39 +55,38 @@ CALIBRATING = "memorization_guard_calibrating"
 class Options:
     """What a user can choose for the runs of one call."""
 
-    mode: str = "trace"
+    mode: Mode = "trace"
     profile: str | None = None
     thresholds: Thresholds = field(default_factory=Thresholds)
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise ValueError(f"the mode is {self.mode!r}; known: {', '.join(MODES)}")
+        if self.thresholds.method == "published":
+            raise ValueError(_PUBLISHED)
 
     @classmethod
-    def of(cls, mode: str, profile: str | None, correction: str, *values: float) -> Options:
-        """From the values of the controls; ``values`` are those of the thresholds, in their order."""
-        if correction not in (STEER, PUBLISHED):
-            raise ValueError(f"the correction is {correction!r}; known: {STEER}, {PUBLISHED}")
-        thresholds = {
-            each.name: type(each.default)(value)
-            for each, value in zip(dataclasses.fields(Thresholds), values, strict=False)
-            if value is not None
+    def of(cls, mode: str, profile: str | None, *values: float | str | None) -> Options:
+        """From the values of the controls; ``values`` are those of ``CONSTANTS``, or ``None`` for a default.
+
+        Raises:
+            ValueError: if a value is not known or out of bounds.
+        """
+        if "published" in values:
+            raise ValueError(_PUBLISHED)
+        constants: dict[str, Any] = {
+            each.name: float(value) for each, value in zip(CONSTANTS, values, strict=False) if value is not None
         }
-        if correction == PUBLISHED:
-            thresholds["steering_guidance"] = None
-        return cls(mode, None if profile in (None, "", "None") else profile, Thresholds(**thresholds))
+        return cls(cast(Mode, mode), None if profile in (None, "", "None") else profile, Thresholds(**constants))
 
     @classmethod
     def from_infotext(cls, fields: Mapping[str, str]) -> Options | None:
         """The choice that :meth:`infotext` wrote, from the fields of a pasted image; ``None`` where it is no image of ours."""
         if TITLE not in fields:
             return None
-        constants: dict[str, Any] = {}
         try:
-            for each in dataclasses.fields(Thresholds):
-                if (text := fields.get(f"{TITLE} {each.name}")) is not None:
-                    constants[each.name] = None if text == PUBLISHED else type(each.default)(text)
-            return cls(fields[TITLE], fields.get(f"{TITLE} profile"), Thresholds(**constants))
+            constants = [fields.get(f"{TITLE} {each.name}") for each in CONSTANTS]
+            return cls.of(fields[TITLE], fields.get(f"{TITLE} profile"), *constants)
         except ValueError:
             return None  # written by hand, or by another version
 
@@ -80,10 +95,9 @@ class Options:
         fields: dict[str, Any] = {TITLE: self.mode}
         if self.profile is not None:
             fields[f"{TITLE} profile"] = self.profile
-        default = Thresholds()
-        for name, value in self.thresholds.to_dict().items():
-            if value != getattr(default, name):
-                fields[f"{TITLE} {name}"] = PUBLISHED if value is None else value
+        for each in CONSTANTS:
+            if (value := getattr(self.thresholds, each.name)) != each.default:
+                fields[f"{TITLE} {each.name}"] = value
         return fields
 
 
@@ -110,6 +124,7 @@ class Run:
     batch: int
     hires: bool
     monitor: StabilityMonitor
+    known: str | None  # what its traces would say before it begins
     traces: list[Trace] = field(default_factory=list)
 
 
@@ -143,32 +158,37 @@ class Session:
         self.saving: tuple[int, int] | None = None
         self._saved: tuple[Any, _Evidence] | None = None
 
-    def new_monitor(self, p: Any, settings: RunSettings) -> StabilityMonitor:
-        """Begins a run of ``p``'s sampler."""
+    def new_monitor(self, p: Any, settings: RunSettings, level: Callable[[float], NoiseLevel]) -> StabilityMonitor:
+        """Begins a run of ``p``'s sampler; ``level`` gives the noise level that the host's number for one means."""
         batch, hires = int(getattr(p, "iteration", 0)), bool(getattr(p, "is_hr_pass", False))
         name = f"{self._label or 'run'} {len(self.runs)}"
         options = self.options
         monitor = StabilityMonitor(
             self._profile,
             options.thresholds,
-            options.mode == "mitigate",
+            options.mode,
             # Without a page nobody looks, and no step needs to be sent anywhere.
             (lambda event: self._send_step(name, event)) if self._task is not None else None,
             settings=settings,
-            stop=options.mode == "stop",
+            level=level,
         )
-        self.runs.append(Run(name, batch, hires, monitor))
-        if monitor.check is not None and monitor.check.invalid:
-            self.say(p, f"{'hires pass: ' if hires else ''}{monitor.check}")
+        outline = monitor.outline()
+        self.runs.append(Run(name, batch, hires, monitor, outline["note"]))
+        if self._profile is not None and not monitor.judges:
+            self.say(p, f"hires pass: {outline['note']}" if hires else outline["note"])
         first = batch * p.batch_size + 1
         images = f"image {first}" if p.batch_size == 1 else f"images {first}-{first + p.batch_size - 1}"
-        self._send("begin", name, title=self._title(images, hires), **monitor.outline())
+        self._send("begin", name, title=self._title(images, hires), **outline)
         return monitor
 
-    def end_run(self) -> None:
-        """The run that began last has ended."""
+    def end_run(self, p: Any) -> None:
+        """The run that began last has ended; what kept it from being judged is said."""
         run = self.runs[-1]
         run.traces = run.monitor.traces
+        notes = [trace.note for trace in run.traces] or [f"not watched: {run.monitor.error or 'the run ended at once'}"]
+        for note in notes:
+            if note is not None and note != run.known:
+                self.say(p, f"hires pass: {note}" if run.hires else note)
         self._send("end", run.name, traces=[trace.to_dict() for trace in run.traces])
 
     def say(self, p: Any, message: str) -> None:
@@ -206,7 +226,7 @@ class Session:
             return trace.verdict
         if name == "rarity":
             # The host puts quotes around a value with a comma, and takes them off again when it is pasted.
-            return None if trace.tail_probability is None else rarity(trace.tail_probability)
+            return None if trace.p_value is None else rarity(trace.p_value)
         if name == "score":
             return None if trace.score is None else f"{trace.score:.2f}"
         return None if trace.trigger_step is None else str(trace.trigger_step)

@@ -7,12 +7,11 @@ from typing import Any
 
 import modules.scripts
 
-from ..memorization_guard import Thresholds
+from ..memorization_guard.core.settings import MODES
 from . import profiles
-from .session import MODES, TITLE, Options
+from .session import CONSTANTS, TITLE, Options
 
 _AXES = "memorization_guard_axes"
-_OFF = "off"
 
 
 def add_axes() -> None:
@@ -21,11 +20,11 @@ def add_axes() -> None:
     if plot is None or any(axis.label.startswith(f"[{TITLE}]") for axis in plot.axis_options):
         return
     plot.axis_options += [
-        plot.AxisOption(f"[{TITLE}] Mode", str, _set("mode"), choices=lambda: [_OFF, *MODES]),
+        plot.AxisOption(f"[{TITLE}] Mode", str, _set("mode"), choices=lambda: list(MODES)),
         plot.AxisOption(f"[{TITLE}] Profile", str, _set("profile"), choices=profiles.names),
         *(
             plot.AxisOption(f"[{TITLE}] {field.name}", int if isinstance(field.default, int) else float, _set(field.name))
-            for field in dataclasses.fields(Thresholds)
+            for field in CONSTANTS
         ),
     ]
 
@@ -38,12 +37,9 @@ def _set(name: str) -> Any:
 
 
 def applied(p: Any, options: Options | None) -> Options | None:
-    """``options`` with what a plot's cell changes; the mode alone switches the guard on or off."""
+    """``options`` with what a plot's cell changes; the mode alone switches the guard on."""
     axes = dict(getattr(p, _AXES, {}))
-    mode = axes.pop("mode", None)
-    if mode == _OFF:
-        return None
-    if mode is not None:
+    if (mode := axes.pop("mode", None)) is not None:
         options = dataclasses.replace(options or Options(), mode=mode)
     if options is None:
         return None

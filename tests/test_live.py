@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from memorization_guard import StabilityMonitor
+from memorization_guard import NoiseLevel, StabilityMonitor
 
 pytest.importorskip("fastapi")
 from fastapi import Depends, FastAPI, HTTPException, Request
@@ -38,16 +38,17 @@ def begin(run="a", **changes):
 
 
 def step(number, run="a"):
-    none = {"corrected_latent_norm": [None], "corrected_update_norm": [None], "guidance_norm": [None]}
     norms = {
+        "guidance_norm": [None],
         "latent_norm": [30.0],
         "update_norm": [2.1],
         "denoised_norm": [20.0],
         "update_score": [1.0],
         "denoised_score": [0.0],
+        "p_value": [None],
     }
     told = {"sigma": 20.0 - number, "state": ["stable"], "mitigated": [False]}
-    return {"kind": "step", "run": run, "step": number, **norms, **told, **none}
+    return {"kind": "step", "run": run, "step": number, **norms, **told}
 
 
 def end(run="a", steps=20, verdict="stable"):
@@ -379,7 +380,9 @@ def test_what_the_monitor_tells_is_drawn(page, served):
     served.send("t", {"kind": "begin", **told, **monitor.outline()})
     latents = torch.randn(6, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     for number in range(5):
-        monitor.step(latents[number], latents[number + 1], latents[5], sigma=5.0 - number, x0_coefficient=0.5)
+        monitor.predicted(latents[number], 5.0 - number, latents[5])
+        monitor.latent(latents[number], NoiseLevel.from_sigma(5.0 - number), evaluated=True)
+    monitor.latent(latents[5], NoiseLevel.from_sigma(0.0), evaluated=False)
     see_steps(page, 5)
     served.send("t", {"kind": "end", **told, "traces": [trace.to_dict() for trace in monitor.traces]})
     finish(page, served, "t")

@@ -150,6 +150,11 @@ class Run:
         """The verdict up to an evaluation; by default the last."""
         return self.judge.verdict(sample, evaluation) if self.detector is None else self.detector.verdict(sample)
 
+    @property
+    def _unseen(self) -> int:
+        """Number of steps that no evaluation was seen of; a step has at least one."""
+        return max(0, len(self.steps) - self.taken) if self.detector is None else 0
+
     def judge_steps(self) -> None:
         """Judges the solver steps so far by the published method, waiting for the device."""
         for step in self.steps if self.detector is not None else ():
@@ -222,7 +227,7 @@ class Run:
         traces = []
         for sample in range(self.batch):
             verdict, trigger = self.verdict(sample), int(self.triggers[sample]) if len(self.triggers) else -1
-            if verdict == "stable" and (self.error is not None or self.ended is not None):
+            if verdict == "stable" and (self.error is not None or self.ended is not None or self._unseen):
                 verdict = "unscored"  # what was not watched to its end cannot be called stable
             trace = Trace(
                 verdict=verdict,
@@ -282,10 +287,10 @@ class Run:
             return f"Watching ended early: {self.error}"
         if self.ended is not None:
             return f"The run ended early: {self.ended}"
-        if self.steps and not self.taken and self.detector is None:
+        if self._unseen:
             return (
-                "No prediction of the network reached the guard, so that the run was not judged: another extension may stand "
-                "in its place."
+                f"In {self._unseen} of {len(self.steps)} steps no prediction of the network reached the guard, so that they "
+                "were not judged: another extension may stand in its place."
             )
         if self.detector is not None and self.detector.off_schedule is not None:
             return f"The run is not scored: {self.detector.off_schedule}. Calibrate a profile with the run's own schedule."

@@ -115,10 +115,8 @@ class Host:
 
     @staticmethod
     def constants(thresholds: Thresholds) -> list[Any]:
-        """Correction and thresholds in the order of the scripts' arguments."""
-        values = thresholds.to_dict()
-        correction = "published" if values["steering_guidance"] is None else "steer by guidance"
-        return [correction, *values.values()]
+        """Those that the scripts offer, in the order of their arguments."""
+        return [thresholds.false_positive_rate, thresholds.steering_guidance, thresholds.gamma]
 
     def calibrate(self, name: str, prompts: list[str], **settings: Any) -> None:
         settings = {"batch_size": 8, "seed": 1000, "prompt": "", **settings}
@@ -218,8 +216,8 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str]
 
         def host(kind: str) -> Host:
             if kind not in found:
-                decoys = {"decoys": HERE / "decoys", "z-decoys": HERE / "decoys"}
-                found[kind] = servers.enter_context(start(kind, tmp_path_factory.mktemp(kind), extensions=decoys))
+                others = {"decoys": HERE / "decoys", "z-decoys": HERE / "decoys", "guidance": HERE / "other_guidance"}
+                found[kind] = servers.enter_context(start(kind, tmp_path_factory.mktemp(kind), extensions=others))
             return found[kind]
 
         yield host

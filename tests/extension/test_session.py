@@ -1,7 +1,5 @@
 """The WebUI half without a host: how it is loaded beside others, and what an image's infotext brings back."""
 
-import importlib
-import importlib.util
 import json
 import subprocess
 import sys
@@ -11,9 +9,9 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from memorization_guard import RunSettings, Thresholds, evidence
+from memorization_guard import NoiseLevel, RunSettings, Thresholds, evidence
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 #: A host of mock modules, and other extensions' modules in the places where theirs would be.
 LOAD = """
@@ -60,13 +58,9 @@ print(json.dumps({
 
 
 @pytest.fixture(scope="module")
-def session():
-    """``extension/session.py``, loaded as the script loads it; it needs no host."""
-    name = "memorization_guard_pack_of_tests"
-    spec = importlib.util.spec_from_file_location(name, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
-    sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules[name])
-    return importlib.import_module(f"{name}.extension.session")
+def session(load_extension):
+    """``extension/session.py``; it needs no host."""
+    return load_extension("session")
 
 
 def test_the_script_loads_under_a_name_of_its_own_beside_others():
@@ -97,10 +91,10 @@ def test_each_folder_that_the_host_reads_holds_one_thin_file():
 @pytest.mark.parametrize(
     "chosen",
     [
-        ("trace", "None", "steer by guidance"),
-        ("mitigate", "folder/model euler 20, cfg 7.5", "steer by guidance", 2.5, 20, 2.0, 5, 0.01, 0.5),
-        ("mitigate", "a: b", "published", 3, 14, 3, 10, 0.001, -1),
-        ("stop", "model", "steer by guidance", 3, 14, 3, 10, 0.0001, -1),
+        ("trace", "None"),
+        ("mitigate", "folder/model euler 20, cfg 7.5", 0.01, 0.5, 2.0),
+        ("mitigate", "a: b", None, 0.5),
+        ("stop", "model", 0.0001, -1, 3),
     ],
 )
 def test_an_infotext_brings_the_choice_back(session, chosen):
@@ -112,18 +106,18 @@ def test_an_infotext_brings_the_choice_back(session, chosen):
 
 def test_only_what_differs_is_written(session):
     assert session.Options().infotext() == {"Memorization Guard": "trace"}
-    options = session.Options(thresholds=Thresholds(tau_mild=2.5))
-    assert options.infotext() == {"Memorization Guard": "trace", "Memorization Guard tau_mild": 2.5}
+    options = session.Options(thresholds=Thresholds(false_positive_rate=0.01))
+    assert options.infotext() == {"Memorization Guard": "trace", "Memorization Guard false_positive_rate": 0.01}
 
 
 @pytest.mark.parametrize(
     "fields",
     [
         {},
-        {"Steps": "20", "Memorization Guard verdict": "mild"},
+        {"Steps": "20", "Memorization Guard verdict": "likely copy"},
         {"Memorization Guard": "guess"},
-        {"Memorization Guard": "trace", "Memorization Guard tau_mild": "a lot"},
-        {"Memorization Guard": "trace", "Memorization Guard tau_mild": "-1"},
+        {"Memorization Guard": "trace", "Memorization Guard false_positive_rate": "a lot"},
+        {"Memorization Guard": "trace", "Memorization Guard false_positive_rate": "-1"},
     ],
 )
 def test_an_infotext_of_others_or_written_by_hand_brings_nothing(session, fields):
@@ -131,26 +125,31 @@ def test_an_infotext_of_others_or_written_by_hand_brings_nothing(session, fields
 
 
 def test_the_result_of_a_pasted_image_is_told(session):
-    fields = {"Memorization Guard": "trace", "Memorization Guard verdict": "mild", "Memorization Guard score": "5.21"}
+    fields = {"Memorization Guard": "trace", "Memorization Guard verdict": "likely copy", "Memorization Guard score": "5.21"}
     fields |= {"Memorization Guard trigger step": "3", "Memorization Guard hires verdict": "unscored"}
-    assert session.pasted_result(fields) == "mild, score 5.21, trigger step 3; hires unscored"
+    assert session.pasted_result(fields) == "likely copy, score 5.21, trigger step 3; hires unscored"
     fields["Memorization Guard rarity"] = "1 in 20,000"
-    assert session.pasted_result(fields) == "mild, rarity 1 in 20,000, score 5.21, trigger step 3; hires unscored"
+    assert session.pasted_result(fields) == "likely copy, rarity 1 in 20,000, score 5.21, trigger step 3; hires unscored"
     assert session.pasted_result({"Steps": "20"}) == ""
 
 
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
-        (("guess", "None", "published"), "the mode is 'guess'; known: trace, mitigate, stop"),
-        (("trace", "None", "a bit"), "the correction is 'a bit'; known: steer by guidance, published"),
-        (("trace", "None", "published", 0), "tau_mild is 0"),
-        (("trace", "None", "published", 3, 2), "tau_strong"),
+        (("guess", "None"), "the mode is 'guess'; known: off, trace, mitigate, stop"),
+        (("trace", "None", 0), "false_positive_rate is 0"),
+        (("trace", "None", "published", 3, 14), "the published method edits latents between solver steps"),
     ],
 )
 def test_bad_choices_say_what_is_wrong(session, arguments, why):
     with pytest.raises(ValueError, match=why):
         session.Options.of(*arguments)
+
+
+def test_the_published_method_is_refused_and_its_constants_are_not_offered(session):
+    assert [field.name for field in session.CONSTANTS] == ["false_positive_rate", "steering_guidance", "gamma"]
+    with pytest.raises(ValueError, match="which only diffusers allows"):
+        session.Options(thresholds=Thresholds(method="published"))
 
 
 class Processing:
@@ -172,11 +171,13 @@ def sample(session_, p, scale=1.0):
     """A run of three steps of every image of a batch."""
     import torch
 
-    monitor = session_.new_monitor(p, RunSettings(steps=3, prediction_type="epsilon"))
-    z = [torch.randn(p.batch_size, 4, 8, 8, generator=torch.Generator().manual_seed(i)) * scale for i in range(4)]
+    monitor = session_.new_monitor(p, RunSettings(steps=3, prediction_type="epsilon"), NoiseLevel.from_sigma)
+    x = [torch.randn(p.batch_size, 4, 8, 8, generator=torch.Generator().manual_seed(i)) * scale for i in range(4)]
     for i in range(3):
-        monitor.step(z[i], z[i + 1], z[i], sigma=10.0 - i, x0_coefficient=0.5)
-    session_.end_run()
+        monitor.predicted(x[i], 10.0 - i, x[i] / 2, x[i] / 3)
+        monitor.latent(x[i], NoiseLevel.from_sigma(10.0 - i), evaluated=True)
+    monitor.latent(x[3], NoiseLevel.from_sigma(0.0), evaluated=False)
+    session_.end_run(p)
 
 
 def infotext(p, **scope):
@@ -257,7 +258,7 @@ def test_evidence_is_saved_in_the_image_that_is_being_saved_and_beside_it(sessio
     assert json.loads(beside.read_text(encoding="utf-8")) == json.loads(Image.open(file).text[evidence.KEY])
     found = evidence.verify(file)
     assert (found.pixels, found.settings, found.unaltered, found.image, found.batch) == ("match", "match", True, 0, 1)
-    assert found.traces[0].update_norm == pytest.approx(one.runs[0].traces[1].update_norm, rel=1e-6)
+    assert found.traces[0].steps.update_norm == pytest.approx(one.runs[0].traces[1].steps.update_norm, rel=1e-6)
     mask = Saving(p, tmp_path / "00001-1-mask.png").save(one)
     assert evidence.KEY not in Image.open(mask).text
     assert len(list(tmp_path.iterdir())) == 4
