@@ -39,7 +39,7 @@ def audit(
     mode: Mode = "trace",
     false_positive_rate: Annotated[
         float, typer.Option(min=1e-6, max=0.5, help="Share of ordinary images that may trigger.")
-    ] = 0.001,
+    ] = 0.005,
     ray: Annotated[
         str | None, typer.Option(metavar="ADDRESS", help="Work on a Ray cluster: its address, auto, or local to start one.")
     ] = None,

@@ -121,9 +121,9 @@ class Thresholds:
     )
     false_positive_rate: float = _constant(
         "reference",
-        0.001,
+        0.005,
         (0.0001, 0.5, 0.0001),
-        "Share of ordinary images that may be taken for copies: 0.001 is one in a thousand. Larger finds more.",
+        "Share of ordinary images that may be taken for copies: 0.005 is one in 200. Larger finds more.",
     )
     steering_guidance: float = _constant(
         "reference",
