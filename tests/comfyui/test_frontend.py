@@ -205,7 +205,7 @@ def test_nothing_but_a_message_where_the_cache_left_nothing(page):
     ids = build(page, {"seed": 4})
     queue(page)
     build(page, {"seed": 4})  # new nodes of the same ids, as in a workflow that is opened again from an image
-    assert "draws itself" in label(page, ids["guard"])
+    assert "is drawn while" in label(page, ids["guard"])
     queue(page)
     assert "cache" in label(page, ids["guard"]) or points(page, ids["guard"]) == 30
     assert points(page, ids["report"]) == 30
