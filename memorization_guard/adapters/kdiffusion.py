@@ -25,10 +25,11 @@ _TOLERANCE = 2e-3
 
 
 class Stopped(Exception):  # noqa: N818 (nothing went wrong)
-    """Leaves a sampler function in the middle; ``denoised`` is the clean latent as predicted so far."""
+    """Leaves a sampler function in the middle of a run; ``denoised`` is the clean latent as predicted so far."""
 
-    def __init__(self, denoised: Tensor) -> None:
+    def __init__(self, run: SamplerRun, denoised: Tensor) -> None:
         super().__init__(STOPPED)
+        self.run = run
         self.denoised = denoised
 
 
@@ -71,6 +72,8 @@ class SamplerRun:
             result = sampler_function(model, x, *args, **(kwargs | {"callback": self._callback(kwargs.get("callback"))}))
         except Stopped as stopped:
             self.monitor.end(STOPPED)
+            if stopped.run is not self:
+                raise  # another guard around the same sampler
             return stopped.denoised.to(x.dtype)
         except BaseException as error:
             name = type(error).__name__
@@ -91,7 +94,7 @@ class SamplerRun:
             except Exception as error:
                 self.monitor.fail(error)
             if self.monitor.should_stop and self._denoised is not None:
-                raise Stopped(self._denoised)
+                raise Stopped(self, self._denoised)
             return callback(info) if callback is not None else None
 
         return stepped
