@@ -32,7 +32,7 @@ def test_calibrate_then_trace(call, model, prompts, tmp_path):
     profile = tmp_path / "tiny.safetensors"
     result = call("calibrate", model, "--prompts", prompts, "-o", profile, *QUICK)
     assert result.exit_code == 0, result.output
-    assert "4 steps from 9 reference runs" in result.output  # PNDM takes one step more than it is asked for
+    assert "3 steps from 9 reference runs" in result.output
     assert StabilityProfile.load(profile).settings.model == "model"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "prompts.jsonl", "tiny.safetensors"]
 

@@ -137,11 +137,7 @@ def test_one_command_trains_a_pipeline_and_a_seed_repeats_it(trained):
 def test_a_trained_folder_is_calibrated_as_it_was_written(trained):
     train.write_profile(lab.Lab(trained[0]), "cpu", steps=2)
     stability = StabilityProfile.load(trained[0] / lab.PROFILE.name)
-    assert (stability.count, stability.steps, stability.settings.guidance_scale) == (
-        50,
-        3,
-        7.5,
-    )  # PNDM evaluates the second of its two steps twice
+    assert (stability.count, stability.steps, stability.settings.guidance_scale) == (50, 2, 7.5)
 
 
 def test_duplicates_are_a_small_part_of_training():

@@ -190,7 +190,7 @@ def test_the_counts_are_those_of_going_through_them_by_hand(audits, first, secon
         ({"prompts": {"file": "other.txt", "sha256": "aa", "rows": 2}}, None),
         ({"prompts": {"file": "prompts.txt", "sha256": "bb", "rows": 2}}, "the list of prompts: aa in A, bb in B"),
         ({"profile": {"sha256": "dd", "reference_runs": 50}}, "profile: sha256: cc in A, dd in B"),
-        ({"thresholds": {"false_positive_rate": 0.01}}, "thresholds: false positive rate: 0.001 in A, 0.01 in B"),
+        ({"thresholds": {"false_positive_rate": 0.01}}, "thresholds: false positive rate: 0.005 in A, 0.01 in B"),
         ({"finished": None}, "Audit B is not finished"),
         ({"model": {"name": "other"}}, None),
     ],

@@ -133,10 +133,10 @@ def test_what_came_out_is_counted(audit):
     assert (found["triggered"]["count"], found["triggered"]["of"], found["triggered"]["chance"]) == (
         4,
         60,
-        pytest.approx(0.06),
+        pytest.approx(60 * 0.005),
     )
     assert (found["prompts_triggered"]["count"], found["prompts_triggered"]["of"]) == (3, 30)
-    assert found["prompts_triggered"]["chance"] == pytest.approx(30 * (1 - 0.999**2))
+    assert found["prompts_triggered"]["chance"] == pytest.approx(30 * (1 - 0.995**2))
     assert {name: rate["count"] for name, rate in found["verdicts"].items()} == {
         "stable": 56,
         "likely copy": 4,

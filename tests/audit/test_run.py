@@ -40,7 +40,7 @@ def test_an_audit_is_a_row_an_image_that_everybody_can_read(run, recipe, prompts
     assert [row["row"] for row in found] == [n // 2 for n in range(18)]
     assert list(found[0]) == SCHEMA.names
     trace = Trace.from_dict(json.loads(found[3]["trace"]))
-    assert (trace.verdict, len(trace.steps), trace.reference_count) == (found[3]["verdict"], 3, 10)  # PNDM takes one step more
+    assert (trace.verdict, len(trace.steps), trace.reference_count) == (found[3]["verdict"], 2, 10)
     assert found[3]["p_value"] == pytest.approx(trace.p_value, rel=1e-6)
     kinds = duckdb.sql(
         f"select kind, count(*), any_value(settings.sampler) from '{folder}/results/*.parquet' group by 1 order by 1"
@@ -103,8 +103,9 @@ def test_stop_ends_a_batch_once_all_of_it_has_triggered(run, recipe, tmp_path):
     found = rows(tmp_path / "audit")
     stopped = [row for row in found if row["verdict"] != "stable"]
     assert stopped
-    assert all(row["steps"] == row["trigger_step"] + 1 for row in stopped)
-    assert all(row["steps"] == 5 for row in found if row["verdict"] == "stable")  # PNDM takes one step more
+    # PNDM evaluates its first step twice, so that a run can end within it.
+    assert all(row["trigger_step"] <= row["steps"] <= row["trigger_step"] + 1 for row in stopped)
+    assert all(row["steps"] == 4 for row in found if row["verdict"] == "stable")
 
 
 def test_a_finished_audit_does_nothing_when_called_again(run, tmp_path):

@@ -194,7 +194,7 @@ def test_a_run_whose_predictions_never_arrive_says_so(world, profile):
         monitor.latent(torch.randn(2, *world.shape), NoiseLevel.from_sigma(sigma), evaluated=False)
     for trace in monitor.traces:
         assert trace.verdict == "unscored"
-        assert "No prediction of the network reached the guard" in trace.note
+        assert "In 2 of 2 steps no prediction of the network reached the guard" in trace.note
         assert len(trace.steps) == 2
 
 
