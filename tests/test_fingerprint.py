@@ -45,3 +45,24 @@ def test_names_and_shapes_are_seen(model):
     renamed = {name.replace("0.", "lora."): value for name, value in state.items()}
     reshaped = {name: value[None] for name, value in state.items()}
     assert len({fingerprint(state), fingerprint(renamed), fingerprint(reshaped)}) == 3
+
+
+def test_a_module_is_hashed_again_once_its_weights_were_written_to():
+    module = torch.nn.Linear(8, 8)
+    first = fingerprint(module)
+    assert fingerprint(module) == first == fingerprint(module.state_dict())
+    with torch.no_grad():
+        module.weight.neg_()
+    written = fingerprint(module)
+    assert written != first
+    assert written == fingerprint(module.state_dict())
+    module.weight = torch.nn.Parameter(torch.randn(8, 8, generator=torch.Generator().manual_seed(1)))
+    assert fingerprint(module) == fingerprint(module.state_dict()) != written
+
+
+def test_weights_exchanged_at_the_same_place_are_seen(monkeypatch):
+    """Where nothing but the content tells: the same address, and no write that torch counts."""
+    module = torch.nn.Linear(8, 8)
+    first = fingerprint(module)
+    module.weight.data.numpy()[:] = -module.weight.data.numpy()
+    assert fingerprint(module) != first
