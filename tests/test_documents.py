@@ -74,9 +74,13 @@ def test_the_figures_of_the_readme_are_those_of_their_file(docs):
     p_value = [found["detection"][group]["p-value, -log10"] for group in ("exact", "template")]
     copies = [found["copies"][group] for group in ("exact", "template")]
     ordinary = found["triggered"]["ordinary"]
+
+    def with_interval(name, digits):
+        return [f"{row[name]:.{digits}f} ({'-'.join(f'{end:.{digits}f}' for end in row[f'{name}_95'])})" for row in p_value]
+
     cells = {
-        "AUC of the p-value": [f"{row['auc']:.3f} ({row['auc_95'][0]:.3f}-{row['auc_95'][1]:.3f})" for row in p_value],
-        "TPR at 1 % FPR": [f"{row['tpr_at_1_fpr']:.2f} ({row['tpr_at_1_fpr_95'][0]:.2f}-{row['tpr_at_1_fpr_95'][1]:.2f})" for row in p_value],
+        "AUC of the p-value": with_interval("auc", 3),
+        "TPR at 1 % FPR": with_interval("tpr_at_1_fpr", 2),
         "copies without mitigation": [f"{row['traced']['count']} of {row['traced']['of']}" for row in copies],
         "copies left": [f"{row['mitigated']['count']} of {row['mitigated']['of']}" for row in copies],
     }
