@@ -159,7 +159,7 @@ for name in ("CFG", "PerpNeg"):
     joined, apart = result["CFG"], result["PerpNeg"]
     assert (joined["evaluations"], joined["verdict"], joined["copies"]) == (12, "likely copy", [True, False])
     assert (apart["evaluations"], apart["verdict"], apart["copies"]) == (0, "unscored", [True, True])
-    assert apart["note"].startswith("No prediction of the network reached the guard")
+    assert apart["note"].startswith("In 12 of 12 steps no prediction of the network reached the guard")
 
 
 def test_two_guards_in_a_row_both_work(in_comfyui: Any) -> None:
