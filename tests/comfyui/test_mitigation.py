@@ -34,14 +34,13 @@ def row(trace=True, **how):
         plain, _ = sample(prompts, **how)
         mitigated, corrected = sample(prompts, **how, mode="mitigate", profile=lab.profile)
         traced, traces = sample(prompts, **how, mode="trace", profile=lab.profile) if trace else (plain, corrected)
-        evaluations = [trace.evaluations for trace in corrected]
         found["identical"] &= torch.equal(plain, traced)
         found["finite"] &= bool(torch.isfinite(mitigated).all())
         found[name] = {
             "first p-values": [float(trace.evaluations.p_value[0]) for trace in traces],
             "verdicts": sorted({trace.verdict for trace in (*traces, *corrected)}),
-            "triggered": [earliest(e.p_value <= 0.001) for e in evaluations],
-            "corrected": [earliest(e.corrected) for e in evaluations],
+            "triggered": [earliest(t.evaluations.p_value <= t.thresholds.false_positive_rate) for t in corrected],
+            "corrected": [earliest(t.evaluations.corrected) for t in corrected],
             "untouched": torch.equal(plain, mitigated),
             "note": traces[0].note,
         }
@@ -160,7 +159,7 @@ for name in ("CFG", "PerpNeg"):
     joined, apart = result["CFG"], result["PerpNeg"]
     assert (joined["evaluations"], joined["verdict"], joined["copies"]) == (12, "likely copy", [True, False])
     assert (apart["evaluations"], apart["verdict"], apart["copies"]) == (0, "unscored", [True, True])
-    assert apart["note"].startswith("No prediction of the network reached the guard")
+    assert apart["note"].startswith("In 12 of 12 steps no prediction of the network reached the guard")
 
 
 def test_two_guards_in_a_row_both_work(in_comfyui: Any) -> None:
