@@ -142,7 +142,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keeps the tests of a host together under ``--dist loadgroup``, and sorts them by host."""
     for item in items:
         if HERE in item.path.parents:
-            kind = "forge" if "[forge" in item.name else "webui"
+            # What asks for the fixture ``webui`` has no parameter.
+            kind = item.callspec.params.get("host", "webui") if hasattr(item, "callspec") else "webui"
             item.add_marker(pytest.mark.xdist_group(f"host-{kind}"))
             if not os.environ.get(HOSTS[kind][0]):
                 item.add_marker(pytest.mark.skip(reason=f"{HOSTS[kind][0]} is not set: no host to run in"))
