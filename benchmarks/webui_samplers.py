@@ -28,6 +28,8 @@ from memorization_guard import Thresholds, Trace, lab
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "webui.md"
 
 CFG, BATCH, REFERENCES = 7.5, 10, 50
+#: Samplers that need more steps than asked for: below 20 Restart never goes back.
+FEWEST_STEPS = {"Restart": 20}
 FIRST_SEED = {"exact": 100, "template": 1100, "ordinary": 2100}
 PROFILE = "benchmark"
 TITLE = "Memorization Guard"
@@ -46,8 +48,11 @@ class Server:
     """A running host, and the settings of all its generations."""
 
     def __init__(self, url: str, steps: int, size: int) -> None:
-        self._url = url.rstrip("/")
-        self.settings = {"steps": steps, "width": size, "height": size, "cfg_scale": CFG}
+        self._url, self._steps = url.rstrip("/"), steps
+        self.settings = {"width": size, "height": size, "cfg_scale": CFG}
+
+    def steps(self, sampler: str) -> int:
+        return max(self._steps, FEWEST_STEPS.get(sampler, 0))
 
     def ask(self, path: str, body: Any = None) -> Any:
         data = None if body is None else json.dumps(body).encode()
@@ -58,7 +63,7 @@ class Server:
     def sample(self, prompts: list[str], sampler: str, seed: int, *guard: Any) -> tuple[list[Image.Image], list[Trace]]:
         """Images of a batch and their traces; unguarded without arguments of the accordion."""
         batch = {"script_name": "Batch of prompts", "script_args": ["\n".join(prompts)]}
-        body = {"prompt": "", "sampler_name": sampler, "seed": seed, **self.settings, **batch}
+        body = {"prompt": "", "sampler_name": sampler, "seed": seed, "steps": self.steps(sampler), **self.settings, **batch}
         if guard:
             body["alwayson_scripts"] = {TITLE: {"args": [True, *guard]}}
         answer = self.ask("/sdapi/v1/txt2img", body)
@@ -68,8 +73,8 @@ class Server:
 
     def calibrate(self) -> None:
         arguments = ["calibrate", "None", *constants(Thresholds()), "\n".join(lab.prompts("reference")[:REFERENCES]), PROFILE]
-        body = {"prompt": "", "sampler_name": "Euler", "seed": 1000, "batch_size": BATCH, **self.settings}
-        self.ask("/sdapi/v1/txt2img", {**body, "script_name": TITLE, "script_args": [*arguments, True]})
+        body = {"prompt": "", "sampler_name": "Euler", "seed": 1000, "steps": self._steps, **self.settings}
+        self.ask("/sdapi/v1/txt2img", {**body, "batch_size": BATCH, "script_name": TITLE, "script_args": [*arguments, True]})
 
 
 def constants(thresholds: Thresholds) -> list[Any]:
@@ -95,7 +100,7 @@ def figures(server: Server, sampler: str, counts: dict[str, int]) -> dict[str, A
             if group == "exact":
                 plain, _ = server.sample(prompts, sampler, seed)
                 found["identical"] &= [each.tobytes() for each in plain] == [each.tobytes() for each in images]
-                found["steps"] = f"{len(traces[0].steps)} of {server.settings['steps']}"
+                found["steps"] = f"{len(traces[0].steps)} of {server.steps(sampler)}"
             total["images"] += len(prompts)
             total["unscored"] += sum(trace.verdict == "unscored" for trace in traces)
             total["triggered"] += sum(trace.trigger_step is not None for trace in traces)
@@ -121,7 +126,7 @@ def other_figures(server: Server, sampler: str) -> dict[str, Any]:
     pixels = [[image.tobytes() for image in images] for images in (plain, traced, mitigated)]
     return {
         "sampler": sampler,
-        "steps": f"{len(traces[0].steps)} of {server.settings['steps']}",
+        "steps": f"{len(traces[0].steps)} of {server.steps(sampler)}",
         "identical": pixels[0] == pixels[1],
         "judged": all(trace.verdict != "unscored" for trace in corrected),
         "first": max(int(trace.evaluations.corrected.argmax()) for trace in corrected),
@@ -183,7 +188,9 @@ def main() -> None:
         calibrated.touch()
     head = LAB_HEAD if of_lab else OTHER_HEAD
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    for sampler in arguments.samplers or [each["name"] for each in server.ask("/sdapi/v1/samplers")]:
+    every = [each["name"] for each in server.ask("/sdapi/v1/samplers")]
+    chosen = arguments.samplers or every
+    for sampler in chosen:
         file = arguments.folder / f"{sampler}.json"
         if not file.exists():
             found = figures(server, sampler, counts) if of_lab else other_figures(server, sampler)
@@ -191,7 +198,10 @@ def main() -> None:
         lines.append("| " + " | ".join(row(json.loads(file.read_text(encoding="utf-8")))) + " |")
         print(lines[-1], flush=True)
     if arguments.write is not None:
-        said = f"{arguments.steps} steps, CFG {CFG}; one profile, from {REFERENCES} reference prompts under Euler, for all."
+        said = f"{arguments.steps} steps, and where a sampler needs more, as many as the table says, CFG {CFG}; "
+        said += f"one profile, from {REFERENCES} reference prompts under Euler with {arguments.steps} steps, for all."
+        if missing := [sampler for sampler in every if sampler not in chosen]:
+            said += f" Not run: {', '.join(missing)}."
         write(arguments.write, said, lines)
 
 

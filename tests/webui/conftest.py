@@ -142,7 +142,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keeps the tests of a host together under ``--dist loadgroup``, and sorts them by host."""
     for item in items:
         if HERE in item.path.parents:
-            kind = "forge" if "[forge" in item.name else "webui"
+            # By its parameters: the name of a test that gives each of them an id does not have the host's.
+            parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+            kind = "forge" if "forge" in parameters else "webui"
             item.add_marker(pytest.mark.xdist_group(f"host-{kind}"))
             if not os.environ.get(HOSTS[kind][0]):
                 item.add_marker(pytest.mark.skip(reason=f"{HOSTS[kind][0]} is not set: no host to run in"))
