@@ -35,10 +35,17 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 @contextmanager
 def calls_of(module: torch.nn.Module, after: AfterCall) -> Iterator[None]:
     """Calls ``after`` after every call of the module for the time of a block."""
+
+    def hook(module: torch.nn.Module, arguments: tuple[Any, ...], *rest: Any) -> None:
+        # torch notes apart from the hook that it wants keywords. A call in another thread can come between the two, while the
+        # hook is set or taken away: that call is not one of the block's.
+        if len(rest) == 2:
+            after(module, arguments, *rest)
+
     compiled: Callable[..., Any] | None = module._compiled_call_impl
     if compiled is None:
         with _counting:
-            handle = module.register_forward_hook(after, with_kwargs=True)
+            handle = module.register_forward_hook(hook, with_kwargs=True)
         try:
             yield
         finally:

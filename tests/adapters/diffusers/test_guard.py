@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from memorization_guard import Thresholds
+from memorization_guard.adapters.hooks import calls_of
 from memorization_guard.diffusers import copy_sharing_weights, guard
 
 from .conftest import STEPS, Network, Sampler, images_of, profile_around
@@ -265,6 +266,16 @@ def test_runs_side_by_side_are_those_one_after_the_other(mitigate):
     verdicts = [trace["verdict"] for _, trace in alone]
     assert verdicts[0] == verdicts[2] == "likely copy"
     assert not pipe.unet._forward_hooks
+
+
+def test_a_call_that_finds_a_hook_half_set_goes_through():
+    """torch keeps the wish for keywords apart from the hook: a call in another thread can come between the two."""
+    module, seen = torch.nn.Linear(2, 2), []
+    with calls_of(module, lambda *call: seen.append(call)):
+        module(input=torch.zeros(1, 2))
+        module._forward_hooks_with_kwargs.clear()
+        module(torch.zeros(1, 2))
+    assert [keywords.keys() for _, _, keywords, _ in seen] == [{"input"}]
 
 
 def test_several_images_a_prompt_and_several_calls_come_in_image_order(tiny_pipe):
