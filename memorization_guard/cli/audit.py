@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, get_args
 import typer
 
 from ..audit import Keep
+from ..core.settings import Thresholds
 from .errors import UsageError, resumable
 from .options import BatchSize, Mode, Model, Sampling, SeedsPerPrompt, one_of
 from .report import print_audit
@@ -39,7 +40,7 @@ def audit(
     mode: Mode = "trace",
     false_positive_rate: Annotated[
         float, typer.Option(min=1e-6, max=0.5, help="Share of ordinary images that may trigger.")
-    ] = 0.005,
+    ] = Thresholds().false_positive_rate,
     ray: Annotated[
         str | None, typer.Option(metavar="ADDRESS", help="Work on a Ray cluster: its address, auto, or local to start one.")
     ] = None,
@@ -67,7 +68,6 @@ def audit(
     from ..audit.run import Local
     from ..audit.run import audit as run_audit
     from ..audit.summary import summarize
-    from ..core.settings import Thresholds
     from ..prompts import enough, read_prompts, reference_prompts
     from ..reports.audit import write_report
 

@@ -58,7 +58,6 @@ class Judge:
         self._critical = None if region is None else region.critical(false_positive_rate)[:, None]
         self._guided = guided
         self._level = level
-        self._finite = np.zeros(0, dtype=bool)
         self._highest = np.zeros((len(Statistics._fields), 0))
 
     @np.errstate(divide="ignore", invalid="ignore")
@@ -74,16 +73,13 @@ class Judge:
         if not self.evaluations:
             batch = block.shape[1]
             self.trigger, self.broken = np.full(batch, -1), np.full(batch, -1)
-            self._finite = np.ones(batch, dtype=bool)
             self._highest = np.full((len(Statistics._fields), batch), -np.inf)
         # A sample that was NaN or infinite once has lost its trajectory: what comes later means nothing.
-        finite = np.isfinite(block[1:4]).all(axis=0)
-        self.broken[~finite & (self.broken < 0)] = len(self.evaluations)
-        self._finite &= finite
+        self.broken[~np.isfinite(block[1:4]).all(axis=0) & (self.broken < 0)] = len(self.evaluations)
         if self._region is None or self._critical is None:
             statistics = np.full_like(self._highest, np.nan)
         else:
-            statistics = np.where(self._finite, np.array(self._region.statistics(level.angle, found)), np.nan)
+            statistics = np.where(self.broken < 0, np.array(self._region.statistics(level.angle, found)), np.nan)
             self._highest = np.fmax(self._highest, statistics)
             fresh = (self._highest > self._critical).any(axis=0) & (self.trigger < 0)
             self.trigger[fresh] = len(self.evaluations)
@@ -93,7 +89,7 @@ class Judge:
         """Samples ``[B]`` whose last evaluation is to be corrected: those that have triggered, and are not back for good."""
         last = self.evaluations[-1]
         away = (last.statistics > BACK).any(axis=0) | (math.tan(last.level.angle) > HOLD_SIGMA)
-        return (self.trigger >= 0) & self._finite & away
+        return (self.trigger >= 0) & (self.broken < 0) & away
 
     def usual_norm(self) -> float:
         """The norm that ordinary images' x0 has at the last evaluation."""
@@ -105,7 +101,7 @@ class Judge:
         trigger = int(self.trigger[sample]) if len(self.trigger) else -1
         if trigger >= 0 and (evaluation is None or trigger <= evaluation):
             return "likely copy"
-        return "stable" if self.judged and self._finite[sample] else "unscored"
+        return "stable" if self.judged and self.broken[sample] < 0 else "unscored"
 
     @property
     def judged(self) -> bool:

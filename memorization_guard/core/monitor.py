@@ -97,11 +97,6 @@ class StabilityMonitor:
         return self._run.judges
 
     @property
-    def corrects(self) -> bool:
-        """Whether this run is corrected where it triggers."""
-        return self.mode == "mitigate" and self.judges
-
-    @property
     def steps(self) -> int:
         """Number of solver steps so far."""
         return len(self._run.steps)

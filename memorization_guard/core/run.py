@@ -222,7 +222,7 @@ class Run:
         of_step = np.maximum(np.searchsorted(firsts, np.arange(len(judge.evaluations)), side="right") - 1, 0)
         p_values = judge.p_values()
         norms = [step.norms(judge) for step in self.steps]
-        scores = self._scores(norms)
+        scores, mitigated, note = self._scores(norms), [self._mitigated(step) for step in self.steps], self.note()
         bands = self._bands([step.start for step in self.steps] + [step.end for step in self.steps[-1:]])
         traces = []
         for sample in range(self.batch):
@@ -232,8 +232,8 @@ class Run:
             trace = Trace(
                 verdict=verdict,
                 trigger_step=None if trigger < 0 else trigger if self.detector is not None else int(of_step[trigger]),
-                note=self.note(),
-                steps=self._traced(sample, norms, scores, p_values),
+                note=note,
+                steps=self._traced(sample, norms, scores, p_values, mitigated),
                 evaluations=judge.traced(sample, of_step, p_values, self.settings.prediction_type),
                 local_map=judge.map(sample, self.grid),
                 bands=bands,
@@ -266,7 +266,14 @@ class Run:
             scores.append(None if row is None else self.profile.scores(row, found))
         return scores
 
-    def _traced(self, sample: int, norms: list[Norms], scores: list[Norms | None], p_values: np.ndarray) -> Steps:
+    def _traced(
+        self,
+        sample: int,
+        norms: list[Norms],
+        scores: list[Norms | None],
+        p_values: np.ndarray,
+        mitigated: list[np.ndarray],
+    ) -> Steps:
         def column(values: list[Any]) -> np.ndarray:
             return np.array([np.nan if value is None else value[sample] for value in values], dtype=np.float64)
 
@@ -278,7 +285,7 @@ class Run:
             update_score=column([score and score.update for score in scores]),
             denoised_score=column([score and score.denoised for score in scores]),
             p_value=column([p_values[step.last] if step.last < len(p_values) else None for step in self.steps]),
-            mitigated=np.array([self._mitigated(step)[sample] for step in self.steps], dtype=bool),
+            mitigated=column(mitigated).astype(bool),
         )
 
     def note(self) -> str | None:
