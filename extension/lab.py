@@ -144,16 +144,9 @@ def unet(**_: object) -> nn.Module:
 
 
 def autoencoder(**_: object) -> nn.Module:
-    """CompVis' autoencoder in the lab's size, its pictures of 64 x 64 doubled: the host counts on a compression by 8."""
+    """CompVis' autoencoder in the lab's size."""
     from ldm.models.autoencoder import AutoencoderKL
     from ldm.modules.diffusionmodules import model as parts
-
-    class Doubled(AutoencoderKL):
-        def encode(self, x: torch.Tensor) -> object:
-            return super().encode(nn.functional.avg_pool2d(x, 2))
-
-        def decode(self, z: torch.Tensor) -> torch.Tensor:
-            return nn.functional.interpolate(super().decode(z), scale_factor=2, mode="nearest")
 
     config = _config("vae")
     first, *_ = channels = config["block_out_channels"]
@@ -171,7 +164,7 @@ def autoencoder(**_: object) -> nn.Module:
     }
     normalize, parts.Normalize = parts.Normalize, lambda width: nn.GroupNorm(config["norm_num_groups"], width, eps=1e-6)
     try:
-        model = Doubled(sizes, {"target": "torch.nn.Identity"}, config["latent_channels"])
+        model: nn.Module = AutoencoderKL(sizes, {"target": "torch.nn.Identity"}, config["latent_channels"])
     finally:
         parts.Normalize = normalize
     model.encoder.mid.attn_1 = model.decoder.mid.attn_1 = nn.Identity()

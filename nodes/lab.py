@@ -48,16 +48,15 @@ class LoadLabModel(io.ComfyNode):
             description=(
                 "Loads the small Stable Diffusion that comes with Memorization Guard. It knows a world of coloured shapes, "
                 "and has really memorized some of its training images: something to try the guard on, without a GPU.\n\n"
-                "Set Empty Latent Image to 128 x 128 for its pictures of 64 x 64 pixels: this model compresses by 4, while "
-                "that node counts on 8. Prompts are captions of up to 30 tokens in the style of its training."
+                "Set Empty Latent Image to 128 x 128, the size of its pictures. Prompts are captions of up to 30 tokens in the "
+                "style of its training."
             ),
             outputs=[
                 io.Model.Output("model", tooltip="The denoiser. Like Stable Diffusion 1.5 it predicts noise."),
                 io.Clip.Output("clip", tooltip="The text encoder. It knows the words of the lab's captions."),
                 io.Vae.Output(
                     "vae",
-                    tooltip="The autoencoder. It compresses by 4, while Empty Latent Image counts on 8: set that node to "
-                    "128 x 128 for a picture of 64 x 64. VAE Encode gives the right size by itself.",
+                    tooltip="The autoencoder. Like Stable Diffusion's it compresses by 8.",
                 ),
                 StabilityProfileType.Output(
                     "profile",
@@ -254,7 +253,7 @@ class _Autoencoder(nn.Module):
         self.post_quant_conv = ops.Conv2d(latent, latent, 1)
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """Mean of the latents of ``pixels`` ``[B, 3, H, W]`` in [-1, 1]: ``[B, 4, H / 4, W / 4]``, unscaled."""
+        """Mean of the latents of ``pixels`` ``[B, 3, H, W]`` in [-1, 1]: ``[B, 4, H / 8, W / 8]``, unscaled."""
         return self.quant_conv(self.encoder(pixels)).chunk(2, dim=1)[0]
 
     def decode(self, latents: Tensor, **_: Any) -> Tensor:

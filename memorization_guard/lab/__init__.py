@@ -13,18 +13,16 @@ import numpy as np
 from PIL import Image
 
 from ..core.profile import StabilityProfile
-from .world import DATA, SIZE, captions, duplicates, read_sheet
+from .copies import Images
+from .world import COUNTS, DATA, SPLITS, captions, duplicates
 
 MODEL = Path(__file__).parent / "model"
 PROFILE = MODEL / "profile.safetensors"
-#: The duplicated training images as a model's autoencoder reconstructs them, in the model's folder.
-DECODED = "decoded_duplicates.png"
 
-#: Copy score from which an image counts as a copy. Of 1,000 fresh ordinary images none comes nearer than 0.67 to any of the
-#: 70 duplicated ones (99 % stay below 0.61); see "Copy score" in docs/lab.md.
+#: Copy score from which an image counts as a copy; see "Copy score" in docs/lab.md.
 COPY_THRESHOLD = 0.75
 
-GROUPS = ("reference", "ordinary", "rare", "exact", "template")
+GROUPS = ("reference", *COUNTS)
 
 
 class Lab:
@@ -39,7 +37,7 @@ class Lab:
         self.model, self.world = Path(model), Path(world)
 
     def pipeline(self) -> Any:
-        """The model as a ``diffusers.StableDiffusionPipeline``: 64 x 64 pixels, latents ``[4, 16, 16]``, on the CPU.
+        """The model as a ``diffusers.StableDiffusionPipeline``: 128 x 128 pixels, latents ``[4, 16, 16]``, on the CPU.
 
         Raises:
             ImportError: if diffusers or transformers is missing; says how to install them.
@@ -60,9 +58,15 @@ class Lab:
         """Prompts of a group; no prompt is in two groups or splits.
 
         Args:
-            group: ``"reference"`` and ``"ordinary"`` (captions never trained on), ``"rare"`` (trained on, with names as rare
-                as in the next two groups, each time with another image), ``"exact"`` (one image, seen many hundred
-                times), ``"template"`` (as exact, but part of the image varies).
+            group: one of these.
+
+                - ``"reference"`` and ``"ordinary"``: captions never trained on.
+                - ``"settled"``: never trained on; they leave little of the image open.
+                - ``"near"``: never trained on; all words of an exact caption but the maker's.
+                - ``"rare"``: trained on, with names as rare as in the groups below, each time with another image.
+                - ``"exact"``: one image, seen many hundred times.
+                - ``"template"``: as exact, but part of the image varies.
+                - ``"quarter"``, ``"sixteenth"``: as exact, seen a fourth and a sixteenth as often.
             split: ``"evaluation"`` for figures, ``"tuning"`` for whatever is chosen; reference prompts have no split.
 
         Raises:
@@ -70,8 +74,8 @@ class Lab:
         """
         if group not in GROUPS:
             raise ValueError(f"there is no group {group!r}; there are {', '.join(GROUPS)}")
-        if split not in ("evaluation", "tuning"):
-            raise ValueError(f"there is no split {split!r}; there are evaluation and tuning")
+        if split not in SPLITS:
+            raise ValueError(f"there is no split {split!r}; there are {' and '.join(SPLITS)}")
         return [caption.text for caption in captions(self.world)[group if group == "reference" else f"{group}/{split}"]]
 
     def training_image(self, prompt: str) -> Image.Image:
@@ -80,65 +84,46 @@ class Lab:
         Raises:
             KeyError: if no image was duplicated under it.
         """
-        return Image.fromarray(self._duplicate(prompt)[0])
+        return Image.fromarray(duplicates(self.world)[self._duplicated(prompt)][0])
 
     def training_mask(self, prompt: str) -> np.ndarray:
-        """Which pixels of the training image never varied, ``[64, 64]`` bool: all of an exact one, part of a template."""
-        return self._duplicate(prompt)[1] > 250
+        """Which pixels of the training image never varied, ``[128, 128]`` bool: all of an exact one, part of a template."""
+        return duplicates(self.world)[self._duplicated(prompt)][1] > 250
 
     def copy_score(self, image: Image.Image | np.ndarray, prompt: str) -> float:
         """Similarity in [0, 1] of an image with the training image of ``prompt``.
 
         The correlation of the pixels that never varied in training, each colour channel's own mean removed; negative values
-        count as 0. Brightness and contrast do not matter, so a faded copy is a copy. The image is compared with the training
-        image itself and with its reconstruction by the model's autoencoder, which is the nearest that the model can come; the
-        higher of the two counts.
+        count as 0. Brightness and contrast do not matter, so a faded copy is a copy.
 
         Args:
-            image: 64 x 64 RGB, as an image or an array ``[64, 64, 3]`` of any number type and range.
-            prompt: of the exact or template group.
+            image: 128 x 128 RGB, as an image or an array ``[128, 128, 3]`` of any number type and range.
+            prompt: of a group with training images of its own.
 
         Raises:
             KeyError: if no image was duplicated under ``prompt``.
             ValueError: if the image has another size.
         """
-        original, _ = self._duplicate(prompt)
-        return _similarity(_pixels(image), original, self._decoded[prompt], self.training_mask(prompt))
+        number = list(duplicates(self.world)).index(self._duplicated(prompt))
+        return float(self._references.similarity(image, slice(number, number + 1))[0])
 
     def nearest_copy(self, image: Image.Image | np.ndarray) -> tuple[float, str]:
         """The highest copy score of an image over all duplicated training images, and the prompt it belongs to."""
-        pixels = _pixels(image)
-        return max(
-            (_similarity(pixels, original, self._decoded[text], mask > 250), text)
-            for text, (original, mask) in duplicates(self.world).items()
-        )
+        scores = self._references.similarity(image)
+        best = int(scores.argmax())
+        return float(scores[best]), list(duplicates(self.world))[best]
 
     @cached_property
-    def _decoded(self) -> dict[str, np.ndarray]:
-        """Every duplicated training image as the model's autoencoder reconstructs it, ``[64, 64, 3]`` uint8."""
-        return dict(zip(duplicates(self.world), read_sheet(self.model / DECODED), strict=False))
+    def _references(self) -> Images:
+        images, masks = zip(*duplicates(self.world).values(), strict=True)
+        return Images(np.stack(images), np.stack(masks) > 250)
 
-    def _duplicate(self, prompt: str) -> tuple[np.ndarray, np.ndarray]:
+    def _duplicated(self, prompt: str) -> str:
         if prompt not in duplicates(self.world):
-            raise KeyError(f"no training image was duplicated under {prompt!r}: it is no exact or template prompt of the lab")
-        return duplicates(self.world)[prompt]
-
-
-def _pixels(image: Image.Image | np.ndarray) -> np.ndarray:
-    pixels = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image, dtype=np.float64)
-    if pixels.shape != (SIZE, SIZE, 3):
-        raise ValueError(f"the image has shape {pixels.shape}; the lab's images are {SIZE} x {SIZE} RGB")
-    return pixels
-
-
-def _similarity(pixels: np.ndarray, original: np.ndarray, decoded: np.ndarray, mask: np.ndarray) -> float:
-    return max(_correlation(pixels, original, mask), _correlation(pixels, decoded, mask))
-
-
-def _correlation(a: np.ndarray, b: np.ndarray, mask: np.ndarray) -> float:
-    a, b = (x[mask].astype(np.float64) for x in (a, b))
-    a, b = a - a.mean(0), b - b.mean(0)
-    return float(max(0.0, (a * b).sum() / max(np.linalg.norm(a) * np.linalg.norm(b), 1e-12)))
+            raise KeyError(
+                f"no training image was duplicated under {prompt!r}: it is no prompt of a duplicated group of the lab"
+            )
+        return prompt
 
 
 #: The bundled model; its methods are this module's functions.

@@ -21,29 +21,27 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from . import MODEL, Lab
-from .world import COLORS, DATA, PATTERNS, SETTINGS, SHAPES, Caption, captions, more_captions, render, to_uint8
+from .autoencoder import to_float
+from .scene import COLORS, SETTINGS, SHAPES, SIZE, render
+from .world import DATA, Caption, captions, more_captions, to_uint8
 
 FILE = "attributes.safetensors"
 
 #: The values of each attribute; those of a second object count as further shapes and colours of the image.
-VALUES: dict[str, tuple[str, ...]] = {
-    "shape": SHAPES,
-    "color": tuple(COLORS),
-    "pattern": PATTERNS,
-    "setting": tuple(SETTINGS),
-}
+VALUES: dict[str, tuple[str, ...]] = {"shape": SHAPES, "color": tuple(COLORS), "setting": SETTINGS}
 
 
 class Classifier(nn.Module):
-    """``[B, 3, 64, 64]`` in [-1, 1] -> one score a value of every attribute, ``[B, 32]``."""
+    """``[B, 3, 128, 128]`` in [-1, 1] -> one score a value of every attribute, ``[B, 21]``."""
 
     def __init__(self) -> None:
         super().__init__()
-        widths = (3, 32, 64, 128, 160)
+        widths = (3, 24, 48, 96, 128)
         layers: list[nn.Module] = []
         for before, after in pairwise(widths):
             layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.GroupNorm(8, after), nn.SiLU()]
-            layers += [nn.Conv2d(after, after, 3, padding=1), nn.GroupNorm(8, after), nn.SiLU()]
+            if before > 3:
+                layers += [nn.Conv2d(after, after, 3, padding=1), nn.GroupNorm(8, after), nn.SiLU()]
         self.body = nn.Sequential(*layers)
         self.head = nn.Linear(2 * widths[-1], sum(map(len, VALUES.values())))
 
@@ -65,18 +63,21 @@ def _targets(members: Sequence[Caption]) -> Tensor:
     return torch.tensor(rows)
 
 
-def train(lab: Lab, *, images: int = 16_000, epochs: int = 4, batch: int = 64, seed: int = 0) -> Classifier:
+def train(lab: Lab, *, images: int = 12_000, epochs: int = 4, batch: int = 32, seed: int = 0) -> Classifier:
     """Trains a classifier on renderings of the world's ordinary captions."""
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     autoencoder = lab.pipeline().vae
     members = [*captions(lab.world)["ordinary/trained"], *more_captions(4000, 1, lab.world)]
     chosen = [members[i % len(members)] for i in range(images)]
-    pool = torch.empty((images, 3, 64, 64), dtype=torch.uint8)
-    for start in range(0, images, 200):
-        part = slice(start, start + 200)
-        with torch.no_grad():
-            seen = autoencoder.decode(autoencoder.encode(render(chosen[part], generator)).latent_dist.sample(generator)).sample
+    pool = torch.empty((images, 3, SIZE, SIZE), dtype=torch.uint8)
+    for start in range(0, images, 100):
+        part = slice(start, start + 100)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            latents = autoencoder.encode(render(chosen[part], generator)).latent_dist.mean
+            # A diffusion model's latents are never quite those of an image.
+            noise = torch.randn(latents.shape, generator=generator) * torch.rand(len(latents), 1, 1, 1, generator=generator)
+            seen = autoencoder.decode(latents + 0.15 / autoencoder.config.scaling_factor * noise).sample.float()
         pool[part] = ((seen.clamp(-1, 1) + 1) * 127.5).round().byte()
     targets = _targets(chosen)
     model = Classifier().train()
@@ -85,7 +86,9 @@ def train(lab: Lab, *, images: int = 16_000, epochs: int = 4, batch: int = 64, s
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
     for _ in range(steps):
         rows = torch.randint(images, (batch,), generator=generator)
-        loss = F.binary_cross_entropy_with_logits(model(pool[rows].float() / 127.5 - 1), targets[rows])
+        with torch.autocast("cpu", torch.bfloat16):
+            scores = model(to_float(pool[rows]))
+        loss = F.binary_cross_entropy_with_logits(scores.float(), targets[rows])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -109,7 +112,7 @@ def load(lab: Lab) -> Classifier:
 
 @torch.no_grad()
 def attribute_accuracy(images: np.ndarray, texts: Sequence[str], lab: Lab, *, model: Any = None) -> np.ndarray:
-    """Share of the attributes in its caption that each image is seen to have: ``[N, 64, 64, 3]`` uint8 -> ``[N]``.
+    """Share of the attributes in its caption that each image is seen to have: ``[N, 128, 128, 3]`` uint8 -> ``[N]``.
 
     Of every attribute as many values are taken as the caption names, those with the highest scores.
 
@@ -118,8 +121,8 @@ def attribute_accuracy(images: np.ndarray, texts: Sequence[str], lab: Lab, *, mo
     """
     model = model or load(lab)
     known = {caption.text: caption for members in captions(lab.world).values() for caption in members}
-    pixels = torch.from_numpy(np.asarray(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
-    scores = torch.cat([model(part) for part in pixels.split(256)])
+    pixels = torch.from_numpy(np.asarray(images)).permute(0, 3, 1, 2)
+    scores = torch.cat([model(to_float(part)) for part in pixels.split(64)])
     result = []
     for row, text in zip(scores, texts, strict=True):
         if text not in known:
@@ -143,12 +146,15 @@ def main() -> None:
     lab = Lab(arguments.model, arguments.world)
     model = train(lab)
     save_file({name: value.half() for name, value in model.state_dict().items()}, lab.model / FILE)
-    held_out = captions(lab.world)["ordinary/tuning"] + captions(lab.world)["ordinary/evaluation"]
-    images = render(held_out, torch.Generator().manual_seed(99))
-    with torch.no_grad():
-        autoencoder = lab.pipeline().vae
-        seen = autoencoder.decode(autoencoder.encode(images).latent_dist.mode()).sample
-    accuracy = attribute_accuracy(to_uint8(seen), [caption.text for caption in held_out], lab)
+    held_out = (captions(lab.world)["ordinary/tuning"] + captions(lab.world)["ordinary/evaluation"])[:400]
+    generator = torch.Generator().manual_seed(99)
+    autoencoder = lab.pipeline().vae
+    seen = []
+    for start in range(0, len(held_out), 50):
+        with torch.no_grad():
+            images = render(held_out[start : start + 50], generator)
+            seen.append(to_uint8(autoencoder.decode(autoencoder.encode(images).latent_dist.mode()).sample))
+    accuracy = attribute_accuracy(np.concatenate(seen), [caption.text for caption in held_out], lab)
     print(f"accuracy on renderings of {len(held_out)} captions never trained on: {accuracy.mean():.3f}")
 
 

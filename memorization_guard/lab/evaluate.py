@@ -28,15 +28,16 @@ from ..evaluation.signals import SIGNALS
 from ..files import write_whole
 from ..statistics import detection, detection_with_intervals
 from . import COPY_THRESHOLD, MODEL, Lab
-from .world import DATA, captions, duplicates, render, to_uint8
+from .attributes import attribute_accuracy
+from .scene import render
+from .world import DATA, DUPLICATED, SPLITS, captions, duplicates, to_uint8
 
 STEPS, GUIDANCE = 50, 7.5
 
-#: Images a prompt, by split and group: at least 200 exact, 400 ordinary, 100 rare and 200 template ones for the figures.
-SEEDS = {
-    "evaluation": {"exact": 7, "template": 9, "rare": 4, "ordinary": 1},
-    "tuning": {"exact": 8, "template": 12, "rare": 4, "ordinary": 2},
-}
+#: Images a prompt, by group, on either split.
+SEEDS = {"exact": 2, "template": 2, "quarter": 3, "sixteenth": 3, "rare": 1, "near": 1, "settled": 1, "ordinary": 1}
+#: Of the ordinary prompts, so many are sampled.
+ORDINARY = 200
 FIRST_SEED = {"evaluation": 1_000_000, "tuning": 2_000_000}
 
 
@@ -51,7 +52,7 @@ class Sampled:
 
     def copy_scores(self, group: str) -> np.ndarray:
         """``[N]``: similarity with the prompt's training image; for groups without one, the highest with any."""
-        own = group in ("exact", "template")
+        own = group in DUPLICATED
         return np.array(
             [
                 self.lab.copy_score(image, prompt) if own else self.lab.nearest_copy(image)[0]
@@ -111,9 +112,12 @@ def figures(plain: dict[str, Sampled], mitigated: dict[str, Sampled]) -> dict[st
             "verdicts": dict(Counter(trace.verdict for trace in before.traces)),
             "copies_before": float((copies_before > COPY_THRESHOLD).mean()),
             "copies_after": float((copies_after > COPY_THRESHOLD).mean()),
+            "correlated_above_0.9_before": float((copies_before > 0.9).mean()),
             "median_copy_score_before": float(np.median(copies_before)),
             "median_copy_score_after": float(np.median(copies_after)),
             "touched": float(touched.mean()),
+            "attributes_seen_before": float(attribute_accuracy(before.images, before.prompts, before.lab).mean()),
+            "attributes_seen_after": float(attribute_accuracy(after.images, after.prompts, after.lab).mean()),
             "similarity_to_unmitigated": float(alike.mean()),
             "similarity_to_unmitigated_if_touched": float(alike[touched].mean()) if touched.any() else None,
             "medians": {},
@@ -140,12 +144,14 @@ def world_figures(lab: Lab, count: int = 200, renders: int = 16) -> dict[str, An
     """
     generator = torch.Generator().manual_seed(0)
     chosen = captions(lab.world)["ordinary/evaluation"][:count]
-    pixels = np.stack([to_uint8(render([caption] * renders, generator)).reshape(renders, -1) for caption in chosen])
-    pixels = pixels.astype(np.float32)
-    within = pixels.var(axis=1, ddof=1).mean(axis=0).sum()
-    between = pixels.mean(axis=1).var(axis=0, ddof=1).sum() - within / renders
-    ordinary = pixels[:, 0].reshape(-1, 64, 64, 3)
-    nearest = np.array([lab.nearest_copy(image)[0] for image in pixels[:, :5].reshape(-1, 64, 64, 3)])
+    within, means, ordinary = 0.0, [], []
+    for caption in chosen:
+        pixels = to_uint8(render([caption] * renders, generator))
+        within += float(pixels.reshape(renders, -1).var(axis=0, ddof=1).sum()) / count
+        means.append(pixels.reshape(renders, -1).mean(axis=0))
+        ordinary += list(pixels[:5].astype(np.float32))
+    between = float(np.stack(means).var(axis=0, ddof=1).sum()) - within / renders
+    nearest = np.array([lab.nearest_copy(image)[0] for image in ordinary])
 
     statistics: dict[str, Callable[[np.ndarray], float]] = {
         "norm": lambda image: float(np.linalg.norm(image / 127.5 - 1)),
@@ -154,15 +160,14 @@ def world_figures(lab: Lab, count: int = 200, renders: int = 16) -> dict[str, An
         "edges": lambda image: float(np.abs(np.diff(image, axis=0)).mean() + np.abs(np.diff(image, axis=1)).mean()),
     }
     groups: dict[str, Any] = {}
-    for group in ("exact", "template"):
-        images = [duplicates(lab.world)[text][0].astype(np.float32) for split in SEEDS for text in lab.prompts(group, split)]
+    for group in DUPLICATED:
+        images = [duplicates(lab.world)[text][0].astype(np.float32) for split in SPLITS for text in lab.prompts(group, split)]
         groups[group] = {
             name: detection(np.array([f(i) for i in images]), np.array([f(i) for i in ordinary]))["auc"]
             for name, f in statistics.items()
         }
     words = {
-        group: float(np.mean([len(text.split()) for split in SEEDS for text in lab.prompts(group, split)]))
-        for group in SEEDS["tuning"]
+        group: float(np.mean([len(text.split()) for split in SPLITS for text in lab.prompts(group, split)])) for group in SEEDS
     }
     return {
         "caption_variance_share": float(between / (between + within)),
@@ -175,25 +180,24 @@ def world_figures(lab: Lab, count: int = 200, renders: int = 16) -> dict[str, An
 
 
 def contact_sheet(group: str, *columns: Sampled, rows: int = 8, seeds: int = 4) -> Image.Image:
-    """A row a prompt: its training image if it has one, then up to ``seeds`` images of each column; twice as large."""
+    """A row a prompt: its training image if it has one, then up to ``seeds`` images of each column."""
     blocks = []
     for text in list(dict.fromkeys(columns[0].prompts))[:rows]:
-        row = [np.asarray(columns[0].lab.training_image(text))] if group in ("exact", "template") else []
+        row = [np.asarray(columns[0].lab.training_image(text))] if group in DUPLICATED else []
         for sampled in columns:
             row += [sampled.images[i] for i, prompt in enumerate(sampled.prompts) if prompt == text][:seeds]
         blocks.append(np.concatenate([np.pad(image, ((2, 2), (2, 2), (0, 0)), constant_values=255) for image in row], axis=1))
-    sheet = Image.fromarray(np.concatenate(blocks))
-    return sheet.resize((sheet.width * 2, sheet.height * 2), Image.Resampling.LANCZOS)
+    return Image.fromarray(np.concatenate(blocks))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--world", type=Path, default=DATA)
-    parser.add_argument("--split", default="evaluation", choices=list(SEEDS))
+    parser.add_argument("--split", default="evaluation", choices=SPLITS)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--groups", nargs="+", default=list(SEEDS["evaluation"]), choices=list(SEEDS["evaluation"]))
+    parser.add_argument("--groups", nargs="+", default=list(SEEDS), choices=list(SEEDS))
     parser.add_argument("--published", action="store_true", help="judge and mitigate by the published method")
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--sheets", type=Path, help="write a contact sheet of each group into this folder")
@@ -202,20 +206,20 @@ def main() -> None:
     lab = Lab(arguments.model, arguments.world)
     pipe = lab.pipeline().to(arguments.device)
     texts = {
-        group: [text for text in lab.prompts(group, arguments.split) for _ in range(count)]
-        for group, count in SEEDS[arguments.split].items()
+        group: [text for text in lab.prompts(group, arguments.split)[:ORDINARY] for _ in range(count)]
+        for group, count in SEEDS.items()
         if group in arguments.groups
     }
     thresholds = Thresholds(method="published" if arguments.published else "reference")
     # One more image of some ordinary prompts, from other seeds, to see how far two images of one caption differ.
-    again = texts.get("ordinary", [])[:64]
+    again = texts.get("ordinary", [])[:32]
     plain: dict[str, Sampled] = {}
     mitigated: dict[str, Sampled] = {}
     first_seed = FIRST_SEED[arguments.split]
     with tqdm(total=2 * sum(map(len, texts.values())) + len(again), unit="image") as bar:
         keywords: dict[str, Any] = {"thresholds": thresholds, "batch": arguments.batch, "progress": bar.update}
         for group, group_texts in texts.items():
-            seed = first_seed + 10_000 * list(SEEDS["evaluation"]).index(group)
+            seed = first_seed + 10_000 * list(SEEDS).index(group)
             plain[group] = sample(lab, pipe, group_texts, seed, lab.profile(), **keywords)
             mitigated[group] = sample(lab, pipe, group_texts, seed, lab.profile(), mode="mitigate", **keywords)
         second = sample(lab, pipe, again, first_seed + 90_000, lab.profile(), **keywords) if again else None

@@ -22,8 +22,8 @@ SWITCHES = [
     "--no-first-run",
 ]
 VUE_NODES = os.environ.get("COMFYUI_VUE_NODES") == "1"
-MEMORIZED = "a checkered blue flower near a white cross in fog, by fesil deindon"
-ORDINARY = "indoors, a checkered red disc near a teal ring, by balox valouth"
+MEMORIZED = "a picture of a red heart on stripes, from vaerkum pouthousk"
+ORDINARY = "a red cross alone on stripes, by stouxon koroun"
 #: What frontends complain of by themselves: files that a fresh server lacks, routes that an older one lacks.
 OF_THE_HOST = re.compile(r"Failed to load resource|Jobs API|JobsApiError|fetch(ing)? jobs")
 

@@ -82,7 +82,7 @@ def test_the_map_is_laid_over_the_image_and_shows_a_copy_more_than_an_ordinary_i
     reds = []
     for plain, mapped in rows:
         before, after = (np.asarray(run.images(node)[0].convert("RGB"), dtype=int) for node in (plain, mapped))
-        assert before.shape == after.shape == (64, 64, 3)
+        assert before.shape == after.shape == (128, 128, 3)
         reds.append(float((after[..., 0] - after[..., 2]).mean()))
     assert reds[0] > reds[1] + 10
     assert reds[1] < 20

@@ -68,11 +68,6 @@ def traces(run, node):
     return found
 
 
-def small(image):
-    """The picture as the model made it; the workflows enlarge it."""
-    return image.convert("RGB").resize((64, 64), Image.Resampling.NEAREST)
-
-
 def settings(prompt, class_type, names):
     inputs = prompt[only(prompt, class_type)]["inputs"]
     return {name: inputs[name] for name in names}
@@ -97,7 +92,7 @@ def test_quick_start_finds_a_copy_and_steers_away_on_request(server, load):
     assert trace["trigger_step"] == 0
     assert trace["note"] is None
     (image,) = run.images(save)
-    assert lab.copy_score(small(image), text) > 0.9
+    assert lab.copy_score(image, text) > 0.9
 
     prompt[guard]["inputs"]["mode"] = "mitigate"
     run = server.queue(prompt)
@@ -105,7 +100,7 @@ def test_quick_start_finds_a_copy_and_steers_away_on_request(server, load):
     (trace,) = traces(run, only(prompt, "MemorizationGuardReport"))
     assert any(trace["steps"]["mitigated"])
     (image,) = run.images(save)
-    assert lab.copy_score(small(image), text) < 0.75
+    assert lab.copy_score(image, text) < 0.75
 
 
 def test_quick_starts_ordinary_prompt_is_stable(server, load):
@@ -129,10 +124,10 @@ def test_side_by_side_differs_in_the_mode_alone_and_shows_a_copy_and_none(server
     run = server.queue(prompt)
     run.wait()
     (plain,), (steered,) = (run.images(name) for name in nodes(prompt, "SaveImage"))
-    assert lab.copy_score(small(plain), text) > 0.75
-    assert lab.copy_score(small(steered), text) < 0.75
-    assert lab.nearest_copy(small(steered))[0] < 0.75
-    assert np.asarray(small(steered)).std() > 10
+    assert lab.copy_score(plain, text) > 0.75
+    assert lab.copy_score(steered, text) < 0.75
+    assert lab.nearest_copy(steered)[0] < 0.75
+    assert np.asarray(steered).std() > 10
     (watched,), (corrected,) = (traces(run, name) for name in nodes(prompt, "MemorizationGuardReport"))
     assert not any(watched["steps"]["mitigated"])
     assert any(corrected["steps"]["mitigated"])
@@ -168,7 +163,7 @@ def test_report_and_gate_hold_back_the_memorized_and_pass_the_ordinary(server, l
     assert [trace["verdict"] for trace in found] == ["likely copy"] * 4
     images = run.images(save)
     text = prompt[memorized]["inputs"]["text"]
-    assert min(lab.copy_score(small(image), text) for image in images) > 0.75
+    assert min(lab.copy_score(image, text) for image in images) > 0.75
     for image in images:
         (record,) = json.loads(image.text["memorization_guard"]).values()
         assert record["runs"] == [f"sampler {sampler}"] * 4

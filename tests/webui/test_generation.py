@@ -684,4 +684,4 @@ def corrected_from_the_first(trace):
 
 
 def is_copy(answer, prompt):
-    return lab.copy_score(answer.images[0].reduce(2), prompt) > lab.COPY_THRESHOLD
+    return lab.copy_score(answer.images[0], prompt) > lab.COPY_THRESHOLD

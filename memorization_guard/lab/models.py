@@ -1,0 +1,161 @@
+"""The parts of a lab model with fresh weights: a whole Stable Diffusion in small, with the file layout of the large ones."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .scene import SIZE
+
+TOKENS = 32
+WIDTH = 128  # of the text encoder and of cross attention
+HEAD = 32  # width of an attention head
+#: Channels of the three levels of the bundled model's UNet.
+CHANNELS = (32, 96, 160)
+
+
+def make_tokenizer(folder: Path, texts: Sequence[str]) -> Any:
+    """A CLIP tokenizer whose byte-pair merges are learned from ``texts``; it is written to ``folder``."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+    from transformers import CLIPTokenizer
+
+    learner = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
+    learner.normalizer = normalizers.Lowercase()
+    learner.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=4000, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False, min_frequency=1
+    )
+    learner.train_from_iterator(texts, trainer)
+    merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
+    # CLIP's order: bytes, bytes that end a word, merges, the two special tokens.
+    words = alphabet + [letter + "</w>" for letter in alphabet] + ["".join(pair) for pair in merges]
+    vocabulary = {word: i for i, word in enumerate(dict.fromkeys([*words, "<|startoftext|>", "<|endoftext|>"]))}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
+    (folder / "merges.txt").write_text(
+        "#version: 0.2\n" + "\n".join(" ".join(pair) for pair in merges) + "\n", encoding="utf-8"
+    )
+    tokenizer = CLIPTokenizer.from_pretrained(folder, model_max_length=TOKENS)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def make_text_encoder(vocabulary: int) -> Any:
+    """A CLIP text encoder of two layers: ``[B, 32]`` tokens -> ``[B, 32, 128]``."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=vocabulary,
+            hidden_size=WIDTH,
+            intermediate_size=4 * WIDTH,
+            projection_dim=WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=TOKENS,
+            bos_token_id=vocabulary - 2,
+            eos_token_id=vocabulary - 1,
+            pad_token_id=vocabulary - 1,
+        )
+    )
+
+
+def make_autoencoder() -> Any:
+    """Stable Diffusion's autoencoder in small: ``[B, 3, 128, 128]`` <-> ``[B, 4, 16, 16]``."""
+    from diffusers import AutoencoderKL
+
+    model = AutoencoderKL(
+        block_out_channels=(16, 32, 64, 64),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=SIZE,
+        mid_block_add_attention=False,
+    )
+    _start_linear(model)
+    return model
+
+
+@torch.no_grad()
+def _start_linear(model: Any) -> None:
+    """Weights with which the autoencoder is a blur at first: averages on the way down, interpolation on the way up.
+
+    From the usual random weights it gives back grey for the first thousand steps.
+    """
+    from diffusers.models.downsampling import Downsample2D
+    from diffusers.models.resnet import ResnetBlock2D
+    from diffusers.models.upsampling import Upsample2D
+
+    tent = torch.tensor([0.25, 0.5, 0.25])
+    single = torch.zeros(3, 3)
+    single[1, 1] = 1.0
+    kernels = {1: torch.ones(1, 1), 2: torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 0.0]]) / 4, 3: single}
+
+    def start(conv: nn.Conv2d, kernel: Tensor) -> None:
+        out, into = conv.weight.shape[:2]
+        size = max(out, into)
+        mix = torch.linalg.qr(torch.randn(size, size))[0][:out, :into]
+        conv.weight.copy_(mix[:, :, None, None] * kernel + 0.02 * conv.weight)
+        nn.init.zeros_(conv.bias)
+
+    for module in model.modules():
+        if isinstance(module, ResnetBlock2D):
+            nn.init.zeros_(module.conv2.weight)  # the block adds nothing yet
+            if module.conv_shortcut is not None:
+                start(module.conv_shortcut, kernels[1])
+        elif isinstance(module, Downsample2D):
+            start(module.conv, kernels[2])
+        elif isinstance(module, Upsample2D):
+            start(module.conv, tent[:, None] * tent)
+    for conv in (model.encoder.conv_in, model.encoder.conv_out, model.decoder.conv_in):
+        start(conv, kernels[3])
+    for conv in (model.quant_conv, model.post_quant_conv):
+        start(conv, kernels[1])
+    # Little noise in the latents: their logarithmic variance.
+    model.quant_conv.weight[4:] *= 0.1
+    model.quant_conv.bias[4:] = -6.0
+
+
+def make_unet(channels: Sequence[int] = CHANNELS, layers: int = 1) -> Any:
+    """Stable Diffusion's UNet in small, with cross attention at its two lower levels."""
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=SIZE // 8,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=tuple(channels),
+        layers_per_block=layers,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=WIDTH,
+        # This argument is the number of heads. CompVis' UNet knows one width of a head for all levels.
+        attention_head_dim=tuple(width // HEAD for width in channels),
+        norm_num_groups=16,
+    )
+
+
+def make_scheduler(prediction_type: str = "epsilon") -> Any:
+    """Stable Diffusion 1.x: PNDM (PLMS) over its betas."""
+    from diffusers import PNDMScheduler
+
+    return PNDMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        num_train_timesteps=1000,
+        skip_prk_steps=True,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type=prediction_type,
+    )
