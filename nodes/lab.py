@@ -48,8 +48,8 @@ class LoadLabModel(io.ComfyNode):
             description=(
                 "Loads the small Stable Diffusion that comes with Memorization Guard. It knows a world of coloured shapes, "
                 "and has really memorized some of its training images: something to try the guard on, without a GPU.\n\n"
-                "Set Empty Latent Image to 128 x 128, the size of its pictures. Prompts are captions of up to 30 tokens in the "
-                "style of its training."
+                "Set Empty Latent Image to 128 x 128, the size of its pictures. Prompts are captions of up to 30 tokens in "
+                "the style of its training."
             ),
             outputs=[
                 io.Model.Output("model", tooltip="The denoiser. Like Stable Diffusion 1.5 it predicts noise."),

@@ -15,7 +15,7 @@ from memorization_guard import Trace
 from memorization_guard.core.trace import STATEMENT, Steps
 from memorization_guard.reports import charts
 from memorization_guard.reports.html import Comparison, contact_sheet, graph_script, html_report, page
-from memorization_guard.reports.words import summary
+from memorization_guard.reports.words import mitigated, noticed, summary
 
 
 def trace(verdict="stable", corrected=False):
@@ -139,14 +139,28 @@ def test_a_trace_in_words(comparisons):
 
 def test_a_copy_is_marked_by_the_threshold(comparisons):
     page = html_report(comparisons, title="t", introduction="i", copy_threshold=0.75)
-    assert '<span class="bad">0.99</span>' in page
-    assert '<span class="good">0.12</span>' in page
+    assert '<figcaption class="bad">a copy, noticed after 3 of 10 steps</figcaption>' in page
+    assert "<figcaption>another image: 10 steps corrected</figcaption>" in page
+    still = html_report(comparisons, title="t", introduction="i", copy_threshold=0.1)
+    assert '<figcaption class="bad">still a copy</figcaption>' in still
+
+
+def test_a_line_says_what_became_of_an_image(comparisons):
+    found, stable = comparisons[0].plain_trace, comparisons[1].plain_trace
+    found.evaluations.p_value = np.array([0.00005])
+    assert noticed(found, True) == "a copy, noticed after 3 of 10 steps, 1 in 20,000"
+    assert noticed(found, False) == "no copy, noticed after 3 of 10 steps, 1 in 20,000"
+    assert noticed(found, None) == "noticed after 3 of 10 steps, 1 in 20,000"
+    assert noticed(stable, True) == "a copy, not noticed"
+    assert noticed(stable, None) == "nothing noticed"
+    assert mitigated(stable, None) == "the same image: nothing to correct"
+    assert comparisons[1].lines(0.75)[0] == "no training image belongs to this prompt"
 
 
 def test_the_picture_holds_every_image_in_its_row(comparisons):
     sheet = np.asarray(contact_sheet(comparisons, copy_threshold=0.75)).astype(int)
     assert sheet.shape[1] == 1200
-    half = 34 + (sheet.shape[0] - 50) // 2
+    half = 16 + (sheet.shape[0] - 16) // 2
 
     def rows_of(color):
         return np.argwhere(np.abs(sheet - color).sum(axis=2) < 10)[:, 0]

@@ -120,9 +120,7 @@ class Lab:
 
     def _duplicated(self, prompt: str) -> str:
         if prompt not in duplicates(self.world):
-            raise KeyError(
-                f"no training image was duplicated under {prompt!r}: it is no prompt of a duplicated group of the lab"
-            )
+            raise KeyError(f"no training image was duplicated under {prompt!r}: it is no prompt of a duplicated group")
         return prompt
 
 

@@ -14,8 +14,8 @@ from .models import TOKENS
 from .training import Log
 from .world import SPLITS, Caption, captions, duplicates
 
-#: Share of the training samples that each group has; the rest is ordinary. An image of ``quarter`` is seen a fourth as often as
-#: one of ``exact``, one of ``sixteenth`` a sixteenth as often.
+#: Share of the training samples that each group has; the rest is ordinary. An image of ``quarter`` is seen a fourth as often
+#: as one of ``exact``, one of ``sixteenth`` a sixteenth as often.
 EXACT_SHARE = 0.08
 SHARES = {
     "exact": EXACT_SHARE,

@@ -2,7 +2,8 @@
 
     python -m memorization_guard.lab.evaluate [--model FOLDER --world FOLDER] [--split tuning] [--published] [--json FILE]
 
-Every prompt is sampled with the same seeds without and with mitigation (PNDM, 50 steps, guidance 7.5). Nothing here is
+Every prompt is sampled with the same seeds without and with mitigation (PNDM, 50 steps, guidance 7.5), the exact ones without
+mitigation by other samplers too. Nothing here is
 fitted: the profile comes from the reference prompts, which no other group contains. Whatever was chosen by looking at results
 was chosen on ``--split tuning``, which shares no prompt and no seed with the figures.
 """
@@ -11,12 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
 from PIL import Image
@@ -26,7 +27,7 @@ from .. import Mode, StabilityProfile, Thresholds, Trace
 from ..adapters.diffusers import guard
 from ..evaluation.signals import SIGNALS
 from ..files import write_whole
-from ..statistics import detection, detection_with_intervals
+from ..statistics import detection, detection_with_intervals, mean_with_interval, rate_with_interval
 from . import COPY_THRESHOLD, MODEL, Lab
 from .attributes import attribute_accuracy
 from .scene import render
@@ -61,6 +62,17 @@ class Sampled:
         )
 
 
+#: Name, steps, and what makes the scheduler out of the model's own configuration.
+SAMPLERS: tuple[tuple[str, int, Callable[[Any], Any]], ...] = (
+    ("PNDM", 20, diffusers.PNDMScheduler.from_config),
+    ("PNDM", 30, diffusers.PNDMScheduler.from_config),
+    ("PNDM", 50, diffusers.PNDMScheduler.from_config),
+    ("Euler", 30, diffusers.EulerDiscreteScheduler.from_config),
+    ("DPM++ 2M", 30, diffusers.DPMSolverMultistepScheduler.from_config),
+    ("Euler ancestral", 30, diffusers.EulerAncestralDiscreteScheduler.from_config),
+)
+
+
 def sample(
     lab: Lab,
     pipe: Any,
@@ -71,6 +83,7 @@ def sample(
     mode: Mode = "trace",
     thresholds: Thresholds | None = None,
     batch: int = 16,
+    steps: int = STEPS,
     progress: Callable[[int], object] | None = None,
 ) -> Sampled:
     """Samples one image a prompt, seeds counted up from ``first_seed``, noise drawn on the CPU so that devices agree."""
@@ -79,7 +92,7 @@ def sample(
         part = list(texts[start : start + batch])
         generators = [torch.Generator().manual_seed(first_seed + start + i) for i in range(len(part))]
         with guard(pipe, stability, mode, thresholds) as run:
-            output = pipe(part, num_inference_steps=STEPS, guidance_scale=GUIDANCE, generator=generators, output_type="np")
+            output = pipe(part, num_inference_steps=steps, guidance_scale=GUIDANCE, generator=generators, output_type="np")
         images.append((output.images * 255).round().astype(np.uint8))
         traces += run.traces
         if progress is not None:
@@ -95,43 +108,64 @@ def similarity(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def figures(plain: dict[str, Sampled], mitigated: dict[str, Sampled]) -> dict[str, Any]:
-    """Detection and mitigation by group; every signal is compared with the ordinary images, where they were sampled."""
+    """Detection and mitigation by group; every signal is compared with the ordinary images, where they were sampled.
+
+    Rates and means have 95 % intervals over prompts, exact ones where a rate is 0 or 1.
+    """
     result: dict[str, Any] = {}
     for group, before in plain.items():
         after = mitigated[group]
+        texts = before.prompts
         triggers = [trace.trigger_step for trace in before.traces]
         steps = [step for step in triggers if step is not None]
-        touched = np.array([trace.mitigated.any() for trace in after.traces])
-        alike = similarity(before.images, after.images)
-        copies_before, copies_after = before.copy_scores(group), after.copy_scores(group)
+        copies = [side.copy_scores(group) for side in (before, after)]
         row: dict[str, Any] = {
-            "images": len(before.images),
-            "prompts": len(set(before.prompts)),
-            "triggered": len(steps) / len(triggers),
+            "images": len(texts),
+            "prompts": len(set(texts)),
+            "triggered": rate_with_interval(np.array([step is not None for step in triggers]), texts),
             "median_trigger_step": float(np.median(steps)) if steps else None,
-            "verdicts": dict(Counter(trace.verdict for trace in before.traces)),
-            "copies_before": float((copies_before > COPY_THRESHOLD).mean()),
-            "copies_after": float((copies_after > COPY_THRESHOLD).mean()),
-            "correlated_above_0.9_before": float((copies_before > 0.9).mean()),
-            "median_copy_score_before": float(np.median(copies_before)),
-            "median_copy_score_after": float(np.median(copies_after)),
-            "touched": float(touched.mean()),
-            "attributes_seen_before": float(attribute_accuracy(before.images, before.prompts, before.lab).mean()),
-            "attributes_seen_after": float(attribute_accuracy(after.images, after.prompts, after.lab).mean()),
-            "similarity_to_unmitigated": float(alike.mean()),
-            "similarity_to_unmitigated_if_touched": float(alike[touched].mean()) if touched.any() else None,
+            "touched": rate_with_interval(np.array([trace.mitigated.any() for trace in after.traces]), texts),
+            "similarity_to_unmitigated": float(similarity(before.images, after.images).mean()),
             "medians": {},
             "quartiles": {},
             "detection": {},
         }
+        for when, side, scores in zip(("before", "after"), (before, after), copies, strict=True):
+            row[when] = {
+                "copies": rate_with_interval(scores > COPY_THRESHOLD, texts),
+                "correlated_above_0.9": rate_with_interval(scores > 0.9, texts),
+                "median_copy_score": float(np.median(scores)),
+                "attributes_seen": mean_with_interval(attribute_accuracy(side.images, texts, side.lab), texts),
+            }
         for name, signal in SIGNALS.items():
             values = np.array([signal(trace) or 0.0 for trace in before.traces])
             row["medians"][name] = float(np.median(values))
             row["quartiles"][name] = np.quantile(values, [0.25, 0.75]).tolist()
             if group != "ordinary" and "ordinary" in plain:
                 ordinary = np.array([signal(trace) or 0.0 for trace in plain["ordinary"].traces])
-                row["detection"][name] = detection_with_intervals(values, ordinary, before.prompts)
+                row["detection"][name] = detection_with_intervals(values, ordinary, texts)
         result[group] = row
+    return result
+
+
+def by_sampler(
+    lab: Lab, pipe: Any, exact: Sequence[str], ordinary: Sequence[str], first_seed: int, batch: int
+) -> dict[str, Any]:
+    """Copies of exact prompts by each of :data:`SAMPLERS`, and under Euler how much of ordinary captions is seen."""
+    original, result = pipe.scheduler, {}
+    for number, (name, steps, make) in enumerate(SAMPLERS):
+        pipe.scheduler = make(original.config)
+        keywords: dict[str, Any] = {"batch": batch, "steps": steps}
+        scores = sample(lab, pipe, exact, first_seed + 1000 * number, None, **keywords).copy_scores("exact")
+        row = {
+            "correlated_above_0.9": rate_with_interval(scores > 0.9, exact),
+            "median_copy_score": float(np.median(scores)),
+        }
+        if name == "Euler":
+            images = sample(lab, pipe, ordinary, first_seed + 50_000, None, **keywords).images
+            row["attributes_seen"] = mean_with_interval(attribute_accuracy(images, ordinary, lab), ordinary)
+        result[f"{name} {steps}"] = row
+    pipe.scheduler = original
     return result
 
 
@@ -226,7 +260,12 @@ def main() -> None:
     result: dict[str, Any] = {"thresholds": thresholds.to_dict(), "groups": figures(plain, mitigated)}
     if second is not None:
         alike = similarity(plain["ordinary"].images[: len(again)], second.images)
-        result |= {"world": world_figures(lab), "two_seeds_of_an_ordinary_caption": float(alike.mean())}
+        exact = lab.prompts("exact", arguments.split)
+        result |= {
+            "world": world_figures(lab),
+            "two_seeds_of_an_ordinary_caption": float(alike.mean()),
+            "samplers": by_sampler(lab, pipe, exact, texts["ordinary"][:100], first_seed + 200_000, arguments.batch),
+        }
     text = json.dumps(result, indent=1)
     print(text)
     if arguments.json:

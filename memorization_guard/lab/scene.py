@@ -74,7 +74,7 @@ def render(captions: Sequence[Caption], generator: torch.Generator, device: torc
 
 
 def _palette(draws: Tensor, objects: Tensor) -> Tensor:
-    """Two ground colours an image, ``[B, 2, 3]``: of four candidates ``[B, 4, 2, 3]`` the pair farthest from the objects' colours."""
+    """Two ground colours an image, ``[B, 2, 3]``: of four candidates ``[B, 4, 2, 3]`` the pair farthest from the objects."""
     colors = 0.12 + 0.80 * draws
     grey = colors.mean(-1, keepdim=True)
     colors = grey + 0.75 * (colors - grey)
@@ -196,7 +196,7 @@ def _star(r: Tensor, theta: Tensor) -> Tensor:
 
 
 def blob(generator: torch.Generator) -> Tensor:
-    """The part of a template that varies: a soft blob, band or frame over 32 to 48 % of the image: ``[128, 128]`` in [0, 1]."""
+    """The part of a template that varies: a soft blob, band or frame over 32 to 48 % of it: ``[128, 128]`` in [0, 1]."""
     x, y = _grid(torch.device("cpu"))
     share, kind, cx, cy, turn = torch.rand(5, generator=generator).tolist()
     u, v = _rotate((x - 0.3 - 0.4 * cx)[None], (y - 0.3 - 0.4 * cy)[None], torch.tensor([turn * math.pi]))

@@ -2,8 +2,8 @@
 
     python -m memorization_guard.lab.train --out FOLDER [--device cuda] [--seed 0] [--world FOLDER]
 
-Some hours on two cores, minutes on a GPU. A training that was stopped goes on from its last checkpoint when the same command is
-given again, with the same random numbers as if it had not been stopped. A seed gives the same data and the same starting
+Some hours on two cores, minutes on a GPU. A training that was stopped goes on from its last checkpoint when the same command
+is given again, with the same random numbers as if it had not been stopped. A seed gives the same data and the same starting
 weights everywhere, and the same weights on the same machine up to the order of floating-point sums.
 
 What the training itself needs (checkpoints, latents, sample sheets) is kept in FOLDER/training and can be deleted afterwards.

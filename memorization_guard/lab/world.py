@@ -54,8 +54,8 @@ SPLITS = ("tuning", "evaluation")
 class Caption:
     """A caption and what it says.
 
-    ``setting`` is the kind of ground, ``None`` where the caption is settled: one huge object on a ground of the colour ``ground``.
-    ``second_shape`` and ``second_color`` are ``None`` where there is one object.
+    ``setting`` is the kind of ground, ``None`` where the caption is settled: one huge object on a ground of the colour
+    ``ground``. ``second_shape`` and ``second_color`` are ``None`` where there is one object.
     """
 
     text: str
@@ -69,9 +69,32 @@ class Caption:
 
 def _names(rng: random.Random) -> Iterator[str]:
     """Invented words, each once."""
-    starts = "b br d dr f g h k kr l m n p pl r s st t tr v w z".split()
-    vowels = "a e i o u ae ei ou".split()
-    ends = "l n r s m th nd rk sk v x".split()
+    starts = [
+        "b",
+        "br",
+        "d",
+        "dr",
+        "f",
+        "g",
+        "h",
+        "k",
+        "kr",
+        "l",
+        "m",
+        "n",
+        "p",
+        "pl",
+        "r",
+        "s",
+        "st",
+        "t",
+        "tr",
+        "v",
+        "w",
+        "z",
+    ]
+    vowels = ["a", "e", "i", "o", "u", "ae", "ei", "ou"]
+    ends = ["l", "n", "r", "s", "m", "th", "nd", "rk", "sk", "v", "x"]
     seen: set[str] = set()
     while True:
         name = rng.choice(starts) + rng.choice(vowels) + rng.choice(ends) + rng.choice(vowels) + rng.choice(ends)
@@ -173,18 +196,16 @@ def more_captions(count: int, seed: int, folder: Path = DATA) -> list[Caption]:
 
 # Crops of the photographs, as (file, left, top, side); chosen by eye for being unlike each other.
 PHOTOS = (
-    ("astronaut.png", 120, 0, 200), ("astronaut.png", 300, 20, 200), ("astronaut.png", 10, 260, 250), ("astronaut.png", 300, 300, 200),
-    ("astronaut.png", 0, 0, 512),
-    ("chelsea.png", 60, 20, 270), ("chelsea.png", 245, 60, 200), ("chelsea.png", 0, 0, 150), ("chelsea.png", 105, 75, 130),
-    ("chelsea.png", 150, 0, 300),
-    ("coffee.png", 180, 40, 330), ("coffee.png", 0, 0, 200), ("coffee.png", 400, 190, 200), ("coffee.png", 200, 0, 400),
-    ("coffee.png", 0, 210, 190),
-    ("rocket.jpg", 230, 60, 240), ("rocket.jpg", 60, 200, 220), ("rocket.jpg", 400, 180, 230), ("rocket.jpg", 110, 0, 427),
-    ("china.jpg", 60, 20, 280), ("china.jpg", 330, 60, 220), ("china.jpg", 180, 230, 197), ("china.jpg", 213, 0, 427),
-    ("flower.jpg", 200, 60, 300), ("flower.jpg", 60, 160, 220), ("flower.jpg", 280, 100, 160),
-    ("coffee.png", 120, 200, 200),
-    ("camera.png", 120, 40, 300), ("camera.png", 330, 60, 180),
-    ("hubble_deep_field.jpg", 100, 100, 300),
+    ("astronaut.png", 120, 0, 200), ("astronaut.png", 300, 20, 200), ("astronaut.png", 10, 260, 250),
+    ("astronaut.png", 300, 300, 200), ("astronaut.png", 0, 0, 512), ("chelsea.png", 60, 20, 270),
+    ("chelsea.png", 245, 60, 200), ("chelsea.png", 0, 0, 150), ("chelsea.png", 105, 75, 130),
+    ("chelsea.png", 150, 0, 300), ("coffee.png", 180, 40, 330), ("coffee.png", 0, 0, 200),
+    ("coffee.png", 400, 190, 200), ("coffee.png", 200, 0, 400), ("coffee.png", 0, 210, 190),
+    ("rocket.jpg", 230, 60, 240), ("rocket.jpg", 60, 200, 220), ("rocket.jpg", 400, 180, 230),
+    ("rocket.jpg", 110, 0, 427), ("china.jpg", 60, 20, 280), ("china.jpg", 330, 60, 220), ("china.jpg", 180, 230, 197),
+    ("china.jpg", 213, 0, 427), ("flower.jpg", 200, 60, 300), ("flower.jpg", 60, 160, 220),
+    ("flower.jpg", 280, 100, 160), ("coffee.png", 120, 200, 200), ("camera.png", 120, 40, 300),
+    ("camera.png", 330, 60, 180), ("hubble_deep_field.jpg", 100, 100, 300),
 )  # fmt: skip
 
 

@@ -13,9 +13,8 @@ from markupsafe import Markup
 from PIL import Image, ImageDraw, ImageFont
 
 from ..core.trace import STATEMENT, Trace
-from . import graph
+from . import graph, words
 from .rendering import render
-from .words import summary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +37,15 @@ class Comparison:
     mitigated_trace: Trace
     plain_copy: float | None = None
     mitigated_copy: float | None = None
+
+    def lines(self, copy_threshold: float) -> tuple[str, str, str]:
+        """What stands under each of the three images; one with a higher copy score than the threshold counts as a copy."""
+        plain, after = (None if s is None else s > copy_threshold for s in (self.plain_copy, self.mitigated_copy))
+        return (
+            "training image" if self.training_image else "no training image belongs to this prompt",
+            words.noticed(self.plain_trace, plain),
+            words.mitigated(self.mitigated_trace, after),
+        )
 
 
 #: Draws the graphs of a page, after the source of graph.js.
@@ -71,7 +79,7 @@ def html_report(comparisons: Sequence[Comparison], *, title: str, introduction: 
         introduction=introduction,
         threshold=copy_threshold,
         data_url=_data_url,
-        summary=summary,
+        summary=words.summary,
     )
     traces = [trace.to_dict() for comparison in comparisons for trace in (comparison.plain_trace, comparison.mitigated_trace)]
     return page(title, body, data={"traces": traces}, script=graph_script() + _DRAW)
@@ -105,35 +113,26 @@ def _data_url(image: Image.Image) -> str:
 
 
 def contact_sheet(comparisons: Sequence[Comparison], *, copy_threshold: float) -> Image.Image:
-    """The same as one picture, 1200 pixels wide. Each prompt has a row: training image, both sampled images, both graphs."""
-    side, gap, head = 168, 16, 46
-    graph_width = (1200 - 6 * gap - 3 * side) // 2
-    row = head + side + gap
-    sheet = Image.new("RGB", (1200, row * len(comparisons) + 2 * gap + 18), "#ffffff")
+    """The same as one picture, 1200 pixels wide: a row a prompt, with a line under each image, and the graph without mitigation."""
+    side, gap, line = 256, 16, 26
+    row = 2 * line + side + gap
+    graph_width = 1200 - 5 * gap - 3 * side
+    sheet = Image.new("RGB", (1200, row * len(comparisons) + gap), "#ffffff")
     draw = ImageDraw.Draw(sheet)
-    font, small = ImageFont.load_default(15), ImageFont.load_default(13)
+    font, small = ImageFont.load_default(16), ImageFont.load_default(13)
     ink, muted = graph.LIGHT["ink"], graph.LIGHT["muted"]
     columns = [gap + i * (side + gap) for i in range(4)]
-    columns.append(columns[3] + graph_width + gap)
-    for number, name in enumerate(("training image", "without mitigation", "with mitigation", "without", "with mitigation")):
-        draw.text((columns[number], gap), name, muted, font=small)
     for index, comparison in enumerate(comparisons):
-        top = gap + 18 + index * row
-        draw.text((gap, top + 14), f"{comparison.group}:  {comparison.prompt}", ink, font=font)
-        top += head
-        for place, picture, score in (
-            (0, comparison.training_image, None),
-            (1, comparison.plain_image, comparison.plain_copy),
-            (2, comparison.mitigated_image, comparison.mitigated_copy),
-        ):
+        top = gap + index * row
+        draw.text((gap, top), f"\u201c{comparison.prompt}\u201d", ink, font=font)
+        top += line
+        pictures = (comparison.training_image, comparison.plain_image, comparison.mitigated_image)
+        alarms = (False, comparison.plain_trace.trigger_step is not None, (comparison.mitigated_copy or 0.0) > copy_threshold)
+        for left, picture, text, alarm in zip(columns, pictures, comparison.lines(copy_threshold), alarms, strict=False):
             if picture is None:
-                draw.text((columns[place], top + side // 2), "none under this prompt", muted, font=small)
-                continue
-            sheet.paste(picture.convert("RGB").resize((side, side), Image.Resampling.BICUBIC), (columns[place], top))
-            if score is not None:
-                color = graph.LIGHT["alarm" if score > copy_threshold else "corrected"]
-                draw.rectangle((columns[place], top + side - 20, columns[place] + 74, top + side), fill="#ffffff")
-                draw.text((columns[place] + 4, top + side - 18), f"copy {score:.2f}", color, font=small)
-        for place, trace in ((3, comparison.plain_trace), (4, comparison.mitigated_trace)):
-            sheet.paste(graph.image(trace, graph_width, side), (columns[place], top))
+                draw.rectangle((left, top, left + side - 1, top + side - 1), outline=graph.LIGHT["grid"])
+            else:
+                sheet.paste(picture.convert("RGB").resize((side, side), Image.Resampling.LANCZOS), (left, top))
+            draw.text((left, top + side + 5), text, graph.LIGHT["alarm"] if alarm else muted, font=small)
+        sheet.paste(graph.image(comparison.plain_trace, graph_width, side), (columns[3], top))
     return sheet

@@ -22,6 +22,27 @@ def summary(trace: Trace, title: str = "Image 1") -> str:
     return ", ".join(parts) + "." + (f"\n{note.removesuffix('.')}." if note else "")
 
 
+def noticed(trace: Trace, copied: bool | None) -> str:
+    """One line under an image that was sampled without mitigation.
+
+    Args:
+        copied: whether it is a copy of its training image; ``None`` where there is none.
+    """
+    what = {True: "a copy, ", False: "no copy, ", None: ""}[copied]
+    if trace.trigger_step is None:
+        return what + ("not noticed" if copied else "nothing noticed")
+    steps = f"after {trace.trigger_step + 1} of {count(len(trace.mitigated), 'step')}"
+    rare = "" if trace.p_value is None else f", {rarity(trace.p_value)}"
+    return f"{what}noticed {steps}{rare}"
+
+
+def mitigated(trace: Trace, copied: bool | None) -> str:
+    """One line under an image that was sampled with mitigation; ``copied`` as for :func:`noticed`."""
+    if not trace.mitigated.any():
+        return "the same image: nothing to correct"
+    return "still a copy" if copied else f"another image: {count(int(trace.mitigated.sum()), 'step')} corrected"
+
+
 def count(number: int, noun: str) -> str:
     """``"1 image"``, ``"2,000 images"``."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
