@@ -59,6 +59,73 @@ def mitigation_rows(docs):
             yield f"| {title}, {sampler.replace(':', ' ')} | {' | '.join(cells)} |"
 
 
+def with_interval(row, name="mean", digits=2):
+    """A figure and its 95 % interval."""
+    low, high = row[f"{name}_95"]
+    return f"{row[name]:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
+
+
+def lab_figures(docs):
+    return json.loads((docs / "lab.json").read_text(encoding="utf-8"))
+
+
+def lab_model_rows(docs):
+    """What the model must show."""
+    found = lab_figures(docs)
+    groups = found["groups"]
+    euler = found["samplers"]["Euler 30"]
+    vae = found["autoencoder"]
+    exact = groups["exact"]["detection"]
+    for name, value in (
+        ("autoencoder, PSNR on fresh ordinary renderings, worst channel", f"{min(vae['psnr_ordinary']):.1f} dB"),
+        ("autoencoder, PSNR on the exact images, worst channel", f"{min(vae['psnr_exact']):.1f} dB"),
+        ("classifier on fresh renderings through the autoencoder", f"{found['classifier']:.3f}"),
+        ("attributes seen in ordinary samples, Euler 30", with_interval(euler["attributes_seen"])),
+        ("AUC of the guidance norm on exact", with_interval(exact["guidance norm, mean"], "auc", 4)),
+        ("AUC of S_mem on exact", with_interval(exact["S_mem"], "auc", 4)),
+        ("correlation of two seeds of one ordinary caption", f"{found['two_seeds_of_an_ordinary_caption']:.2f}"),
+        ("share of the pixel variance that a caption explains", f"{found['world']['caption_variance_share']:.2f}"),
+    ):
+        yield f"| {name} | {value} |"
+
+
+def lab_sampler_rows(docs):
+    """Copies of exact prompts by sampler."""
+    for name, row in lab_figures(docs)["samplers"].items():
+        yield f"| {name} | {with_interval(row['correlated_above_0.9'])} | {row['median_copy_score']:.2f} |"
+
+
+def lab_detection_rows(docs):
+    """Every group with anything to detect, by signal."""
+    for group, row in lab_figures(docs)["groups"].items():
+        for signal, found in row["detection"].items():
+            cells = [with_interval(found, "auc", 4), with_interval(found, "tpr_at_1_fpr")]
+            yield f"| {group} | {signal} | {' | '.join(cells)} |"
+
+
+def lab_mitigation_rows(docs):
+    """By group: what triggers, copies without and with mitigation, attributes seen without and with."""
+    for group, row in lab_figures(docs)["groups"].items():
+        before, after = row["before"], row["after"]
+        cells = [
+            f"{row['images']} of {row['prompts']}",
+            with_interval(row["triggered"]),
+            with_interval(before["copies"]),
+            with_interval(after["copies"]),
+            with_interval(before["attributes_seen"]),
+            with_interval(after["attributes_seen"]),
+        ]
+        yield f"| {group} | {' | '.join(cells)} |"
+
+
+@pytest.mark.parametrize("rows", [lab_model_rows, lab_sampler_rows, lab_detection_rows, lab_mitigation_rows])
+def test_the_tables_of_the_lab_are_those_of_its_file(rows, docs):
+    text = (docs / "lab.md").read_text(encoding="utf-8")
+    expected = list(rows(docs))
+    assert expected
+    assert [row for row in expected if row not in text] == []
+
+
 @pytest.mark.parametrize("rows", [detection_rows, verdict_rows, mitigation_rows])
 def test_the_tables_of_the_rebuilt_core_are_those_of_their_files(rows, docs):
     text = (docs / "evaluation.md").read_text(encoding="utf-8")
@@ -75,12 +142,9 @@ def test_the_figures_of_the_readme_are_those_of_their_file(docs):
     copies = [found["copies"][group] for group in ("exact", "template")]
     ordinary = found["triggered"]["ordinary"]
 
-    def with_interval(name, digits):
-        return [f"{row[name]:.{digits}f} ({'-'.join(f'{end:.{digits}f}' for end in row[f'{name}_95'])})" for row in p_value]
-
     cells = {
-        "AUC of the p-value": with_interval("auc", 3),
-        "TPR at 1 % FPR": with_interval("tpr_at_1_fpr", 2),
+        "AUC of the p-value": [with_interval(row, "auc", 3) for row in p_value],
+        "TPR at 1 % FPR": [with_interval(row, "tpr_at_1_fpr") for row in p_value],
         "copies without mitigation": [f"{row['traced']['count']} of {row['traced']['of']}" for row in copies],
         "copies left": [f"{row['mitigated']['count']} of {row['mitigated']['of']}" for row in copies],
     }

@@ -138,6 +138,19 @@ def attribute_accuracy(images: np.ndarray, texts: Sequence[str], lab: Lab, *, mo
     return np.array(result)
 
 
+@torch.no_grad()
+def accuracy_on_renderings(lab: Lab, count: int = 400) -> float:
+    """Share of attributes seen in fresh renderings of captions never trained on, as the autoencoder gives them back."""
+    held_out = (captions(lab.world)["ordinary/tuning"] + captions(lab.world)["ordinary/evaluation"])[:count]
+    generator = torch.Generator().manual_seed(99)
+    autoencoder = lab.pipeline().vae
+    seen = []
+    for start in range(0, len(held_out), 50):
+        images = render(held_out[start : start + 50], generator)
+        seen.append(to_uint8(autoencoder.decode(autoencoder.encode(images).latent_dist.mode()).sample))
+    return float(attribute_accuracy(np.concatenate(seen), [caption.text for caption in held_out], lab).mean())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=MODEL)
@@ -146,16 +159,7 @@ def main() -> None:
     lab = Lab(arguments.model, arguments.world)
     model = train(lab)
     save_file({name: value.half() for name, value in model.state_dict().items()}, lab.model / FILE)
-    held_out = (captions(lab.world)["ordinary/tuning"] + captions(lab.world)["ordinary/evaluation"])[:400]
-    generator = torch.Generator().manual_seed(99)
-    autoencoder = lab.pipeline().vae
-    seen = []
-    for start in range(0, len(held_out), 50):
-        with torch.no_grad():
-            images = render(held_out[start : start + 50], generator)
-            seen.append(to_uint8(autoencoder.decode(autoencoder.encode(images).latent_dist.mode()).sample))
-    accuracy = attribute_accuracy(np.concatenate(seen), [caption.text for caption in held_out], lab)
-    print(f"accuracy on renderings of {len(held_out)} captions never trained on: {accuracy.mean():.3f}")
+    print(f"accuracy on renderings of captions never trained on: {accuracy_on_renderings(lab):.3f}")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ from .world import Caption, captions, duplicates
 
 #: Share of a batch that are duplicated images: without them, photographs would come out as clouds.
 DUPLICATES_SHARE = 0.25
+#: Fresh renderings with which a trained autoencoder is measured.
+MEASURED = 256
 
 
 def render_pool(members: list[Caption], count: int, seed: int, device: str) -> Tensor:
@@ -84,7 +86,7 @@ def train_autoencoder(
         weights = {name: value.clone() for name, value in model.state_dict().items()}
     model.load_state_dict(weights)
     model.eval()
-    fresh = render_pool(captions(world)["ordinary/trained"], 512, seed + 3, device)
+    fresh = render_pool(captions(world)["ordinary/trained"], MEASURED, seed + 3, device)
     with torch.no_grad():
         means = torch.cat([model.encode(to_float(part)).latent_dist.mean for part in fresh.split(64)])
     model.register_to_config(scaling_factor=round(1 / means.std().item(), 5))
@@ -93,11 +95,11 @@ def train_autoencoder(
 
 @torch.no_grad()
 def reconstruction(model: Any, world: Path, seed: int, device: str) -> dict[str, list[float]]:
-    """PSNR in dB of red, green and blue, over 256 fresh ordinary images and over the exact group's images."""
-    held_out = [*captions(world)["ordinary/evaluation"], *captions(world)["ordinary/tuning"]][:256]
+    """PSNR in dB of red, green and blue, over fresh ordinary images and over the exact group's images."""
+    held_out = [*captions(world)["ordinary/evaluation"], *captions(world)["ordinary/tuning"]][:MEASURED]
     result = {}
     for name, images in (
-        ("psnr_ordinary", render_pool(held_out, 256, seed + 99, device)),
+        ("psnr_ordinary", render_pool(held_out, MEASURED, seed + 99, device)),
         ("psnr_exact", duplicated_images(world, "exact").to(device)),
     ):
         wanted = to_float(images)

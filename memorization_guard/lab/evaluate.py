@@ -29,7 +29,8 @@ from ..evaluation.signals import SIGNALS
 from ..files import write_whole
 from ..statistics import detection, detection_with_intervals, mean_with_interval, rate_with_interval
 from . import COPY_THRESHOLD, MODEL, Lab
-from .attributes import attribute_accuracy
+from .attributes import accuracy_on_renderings, attribute_accuracy
+from .autoencoder import reconstruction
 from .scene import render
 from .world import DATA, DUPLICATED, SPLITS, captions, duplicates, to_uint8
 
@@ -263,6 +264,8 @@ def main() -> None:
         exact = lab.prompts("exact", arguments.split)
         result |= {
             "world": world_figures(lab),
+            "autoencoder": reconstruction(pipe.vae, lab.world, 0, arguments.device),
+            "classifier": accuracy_on_renderings(lab),
             "two_seeds_of_an_ordinary_caption": float(alike.mean()),
             "samplers": by_sampler(lab, pipe, exact, texts["ordinary"][:100], first_seed + 200_000, arguments.batch),
         }

@@ -130,7 +130,7 @@ def make_unet(channels: Sequence[int] = CHANNELS, layers: int = 1) -> Any:
     """Stable Diffusion's UNet in small, with cross attention at its two lower levels."""
     from diffusers import UNet2DConditionModel
 
-    return UNet2DConditionModel(
+    model = UNet2DConditionModel(
         sample_size=SIZE // 8,
         in_channels=4,
         out_channels=4,
@@ -143,6 +143,11 @@ def make_unet(channels: Sequence[int] = CHANNELS, layers: int = 1) -> Any:
         attention_head_dim=tuple(width // HEAD for width in channels),
         norm_num_groups=16,
     )
+    # Every residual branch adds nothing at first, as in CompVis' UNet; diffusers starts them at random.
+    for name, parameter in model.named_parameters():
+        if name.startswith("conv_out.") or ".conv2." in name or ".proj_out." in name:
+            nn.init.zeros_(parameter)
+    return model
 
 
 def make_scheduler(prediction_type: str = "epsilon") -> Any:

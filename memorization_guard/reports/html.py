@@ -113,7 +113,7 @@ def _data_url(image: Image.Image) -> str:
 
 
 def contact_sheet(comparisons: Sequence[Comparison], *, copy_threshold: float) -> Image.Image:
-    """The same as one picture, 1200 pixels wide: a row a prompt, with a line under each image, and the graph without mitigation."""
+    """The same as one picture, 1200 pixels wide: a row a prompt, a line under each image, the graph without mitigation."""
     side, gap, line = 256, 16, 26
     row = 2 * line + side + gap
     graph_width = 1200 - 5 * gap - 3 * side
