@@ -153,7 +153,7 @@ def trained(tmp_path_factory):
 
     def saved(run):
         save(run)
-        if run.step == 2 and run.checkpoint.stem == "unet":
+        if run.step == 2 and run.checkpoint.stem == "denoiser":
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
@@ -177,7 +177,19 @@ def test_one_command_trains_a_pipeline_and_goes_on_where_it_was_stopped(trained)
         one, two = (load_file(folder / path) for folder in trained)
         assert all(torch.equal(one[name], two[name]) for name in one)
     stages = [json.loads(line)["stage"] for line in (trained[0] / "train_log.jsonl").read_text().splitlines()]
-    assert {"models", "autoencoder", "data", "unet", "saved"} <= set(stages)
+    assert {"models", "autoencoder", "data", "denoiser", "saved"} <= set(stages)
+
+
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "flow_prediction"])
+def test_models_of_other_kinds_are_trained_and_judged(prediction_type, tmp_path):
+    folder = train_few(tmp_path, **{"prediction-type": prediction_type})
+    pipe = lab.Lab(folder).pipeline()
+    with guard(pipe, None) as run:
+        image = pipe("a red disc", num_inference_steps=2, height=128, width=128).images[0]
+    assert image.size == (128, 128)
+    (trace,) = run.traces
+    assert trace.settings.prediction_type == prediction_type
+    assert np.isfinite(trace.guidance_norm).sum() >= 2
 
 
 def test_a_trained_folder_is_calibrated_as_it_was_written(trained):

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -37,16 +38,21 @@ class Lab:
         self.model, self.world = Path(model), Path(world)
 
     def pipeline(self) -> Any:
-        """The model as a ``diffusers.StableDiffusionPipeline``: 128 x 128 pixels, latents ``[4, 16, 16]``, on the CPU.
+        """The model as a diffusers pipeline on the CPU, the bundled one a ``StableDiffusionPipeline``.
+
+        Its images have 128 x 128 pixels, its latents the shape ``[4, 16, 16]``.
 
         Raises:
             ImportError: if diffusers or transformers is missing; says how to install them.
         """
         try:
-            from diffusers import StableDiffusionPipeline
+            from diffusers import DiffusionPipeline
         except ImportError as error:
             raise ImportError('the lab model needs diffusers: pip install "memorization-guard[diffusers]"') from error
-        pipe = StableDiffusionPipeline.from_pretrained(self.model, local_files_only=True)
+        index = json.loads((self.model / "model_index.json").read_text(encoding="utf-8"))
+        # diffusers wants to be told of parts that are left out, such as SD 3's third text encoder.
+        left_out: dict[str, Any] = {name: None for name, value in index.items() if value == [None, None]}
+        pipe = DiffusionPipeline.from_pretrained(self.model, local_files_only=True, **left_out)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 

@@ -48,11 +48,11 @@ def make_tokenizer(folder: Path, texts: Sequence[str]) -> Any:
     return tokenizer
 
 
-def make_text_encoder(vocabulary: int) -> Any:
-    """A CLIP text encoder of two layers: ``[B, 32]`` tokens -> ``[B, 32, 128]``."""
-    from transformers import CLIPTextConfig, CLIPTextModel
+def make_text_encoder(vocabulary: int, *, projection: bool = False) -> Any:
+    """A CLIP text encoder of two layers: ``[B, 32]`` tokens -> ``[B, 32, 128]``; with a projection, SD 3's kind."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    return CLIPTextModel(
+    return (CLIPTextModelWithProjection if projection else CLIPTextModel)(
         CLIPTextConfig(
             vocab_size=vocabulary,
             hidden_size=WIDTH,
@@ -81,6 +81,7 @@ def make_autoencoder() -> Any:
         norm_num_groups=8,
         sample_size=SIZE,
         mid_block_add_attention=False,
+        shift_factor=0.0,
     )
     _start_linear(model)
     return model
@@ -148,6 +149,25 @@ def make_unet(channels: Sequence[int] = CHANNELS, layers: int = 1) -> Any:
         if name.startswith("conv_out.") or ".conv2." in name or ".proj_out." in name:
             nn.init.zeros_(parameter)
     return model
+
+
+def make_transformer() -> Any:
+    """SD 3's transformer in small: patches of 2 x 2, a width of 192."""
+    from diffusers import SD3Transformer2DModel
+
+    return SD3Transformer2DModel(
+        sample_size=SIZE // 8,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=6,
+        attention_head_dim=48,
+        num_attention_heads=4,
+        joint_attention_dim=2 * WIDTH,
+        caption_projection_dim=192,
+        pooled_projection_dim=2 * WIDTH,
+        pos_embed_max_size=16,
+    )
 
 
 def make_scheduler(prediction_type: str = "epsilon") -> Any:

@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
@@ -25,25 +24,19 @@ from ..adapters.calibrate import calibrate
 from . import PROFILE, Lab
 from .autoencoder import train_autoencoder
 from .data import Data
-from .models import CHANNELS, make_autoencoder, make_scheduler, make_text_encoder, make_tokenizer, make_unet
+from .diffusion import Process, RectifiedFlow, StableDiffusion
+from .models import CHANNELS, make_autoencoder, make_text_encoder, make_tokenizer
 from .training import Log, Run, generator, learning_rate
 from .world import DATA, captions, sheet
 
-#: Weight of a timestep's loss: its signal-to-noise ratio, at most this, over the ratio (Hang et al., ICCV 2023).
-MIN_SNR = 5.0
 #: Steps from one checkpoint to the next.
 SAVED_EVERY = 1000
 
 
-def train_unet(text: Any, unet: Any, scheduler: Any, data: Data, arguments: argparse.Namespace, log: Log, save: Any) -> None:
-    """Noise (or v) prediction, the text encoder trained along; what is kept is the moving average of the weights."""
+def train_denoiser(process: Process, data: Data, arguments: argparse.Namespace, log: Log, save: Callable[[int], None]) -> None:
+    """The denoiser, its text encoder trained along; what is kept is the moving average of the weights."""
     device, steps = arguments.device, arguments.steps
-    run = Run({"unet": unet, "text_encoder": text}, arguments.out / "training" / "unet.safetensors", lr=arguments.lr)
-    abar = scheduler.alphas_cumprod.to(device)
-    v_prediction = scheduler.config.prediction_type == "v_prediction"
-    ratio = abar / (1 - abar)
-    # The weight of a loss on x0 is min(SNR, 5); noise and v differ from x0 by these factors.
-    weights = ratio.clamp_max(MIN_SNR) / (ratio + 1 if v_prediction else ratio)
+    run = Run(process.modules, arguments.out / "training" / "denoiser.safetensors", lr=arguments.lr)
     started, samples = time.time(), 0
     while run.step < steps:
         # A larger batch late, when the gradient is mostly noise.
@@ -51,19 +44,14 @@ def train_unet(text: Any, unet: Any, scheduler: Any, data: Data, arguments: argp
         draws = generator(arguments.seed + 5, run.step)
         latents, tokens = data.batch(size, draws)
         noise = torch.randn(latents.shape, generator=draws).to(device)
-        # Evenly spread timesteps: less noise in the gradient than independent ones.
-        t = ((torch.randperm(size, generator=draws) + torch.rand(size, generator=draws)) * (1000 / size)).long().to(device)
-        a = abar[t].view(-1, 1, 1, 1)
-        with torch.autocast(device, torch.bfloat16):
-            context = text(tokens)[0]
-            output = unet(a.sqrt() * latents + (1 - a).sqrt() * noise, t, encoder_hidden_states=context).sample
-        target = a.sqrt() * noise - (1 - a).sqrt() * latents if v_prediction else noise
-        loss = ((output.float() - target).square().mean(dim=(1, 2, 3)) * weights[t]).mean()
+        # Evenly spread levels: less noise in the gradient than independent ones.
+        level = ((torch.randperm(size, generator=draws) + torch.rand(size, generator=draws)) / size).to(device)
+        loss = process.loss(latents, tokens, noise, level).mean()
         run.update(loss, learning_rate(run.step, steps, 300, arguments.decay))
         samples += size
         if run.step % 100 == 0 or run.step == steps:
             rate = round(samples / (time.time() - started))
-            log(stage="unet", step=run.step, loss=round(loss.item(), 4), samples_a_second=rate)
+            log(stage="denoiser", step=run.step, loss=round(loss.item(), 4), samples_a_second=rate)
         if run.step % SAVED_EVERY == 0 or run.step == steps:
             run.save()
             with run.averaged():
@@ -87,10 +75,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--lr", type=float, default=8e-4)
     parser.add_argument("--channels", type=int, nargs=3, default=CHANNELS, help="of the UNet's three levels")
     parser.add_argument("--layers", type=int, default=1, help="of each of the UNet's blocks")
-    parser.add_argument("--prediction-type", default="epsilon", choices=("epsilon", "v_prediction"))
+    parser.add_argument("--prediction-type", default="epsilon", choices=("epsilon", "v_prediction", "flow_prediction"))
     arguments = parser.parse_args(argv)
 
-    from diffusers import StableDiffusionPipeline
     from diffusers.models.attention_processor import AttnProcessor
 
     scratch = arguments.out / "training"
@@ -100,16 +87,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     texts = [caption.text for members in captions(arguments.world).values() for caption in members]
     tokenizer = make_tokenizer(arguments.out / "tokenizer", texts)
     device = arguments.device
-    text, autoencoder, unet = (
-        make_text_encoder(len(tokenizer)),
-        make_autoencoder(),
-        make_unet(arguments.channels, arguments.layers),
-    )
-    log(stage="models", **{m.__class__.__name__: sum(p.numel() for p in m.parameters()) for m in (text, autoencoder, unet)})
-    for model in (text, autoencoder, unet):
+    kind, flow = arguments.prediction_type, arguments.prediction_type == "flow_prediction"
+    text_encoder, autoencoder = make_text_encoder(len(tokenizer), projection=flow), make_autoencoder()
+    process: Process
+    if flow:
+        process = RectifiedFlow(text_encoder)
+    else:
+        process = StableDiffusion(text_encoder, prediction_type=kind, channels=arguments.channels, layers=arguments.layers)
+    models = {"vae": autoencoder, **process.modules}
+    log(stage="models", **{name: sum(p.numel() for p in model.parameters()) for name, model in models.items()})
+    for model in models.values():
         model.to(device).train()
-    if device == "cpu":
-        unet.set_attn_processor(AttnProcessor())  # faster in bfloat16 than torch's fused attention there
+    if device == "cpu" and "unet" in models:
+        process.denoiser.set_attn_processor(AttnProcessor())  # faster in bfloat16 than torch's fused attention there
     train_autoencoder(
         autoencoder,
         arguments.world,
@@ -122,7 +112,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         lr=arguments.vae_lr,
         device=device,
     )
-    scheduler = make_scheduler(arguments.prediction_type)
     data = Data(
         tokenizer,
         autoencoder,
@@ -135,24 +124,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
 
     def save(step: int) -> None:
-        pipe: Any = StableDiffusionPipeline(
-            vae=autoencoder,
-            text_encoder=text,
-            tokenizer=tokenizer,
-            unet=unet,
-            scheduler=scheduler,
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
-        pipe.save_pretrained(arguments.out)
-        for path in arguments.out.glob("[!t]*/*.safetensors"):
-            _halve(path)
-        _halve(arguments.out / "text_encoder" / "model.safetensors")
+        process.write(autoencoder, tokenizer, arguments.out)
+        for path in arguments.out.glob("*/*.safetensors"):
+            if path.parent != scratch:
+                _halve(path)
         write_samples(Lab(arguments.out, arguments.world), scratch / f"samples-{step}.png")
         log(stage="saved", step=step)
 
-    train_unet(text, unet, scheduler, data, arguments, log, save)
+    train_denoiser(process, data, arguments, log, save)
     write_profile(Lab(arguments.out, arguments.world), device)
 
 
@@ -163,10 +142,7 @@ def _halve(path: Path) -> None:
 
 def write_samples(lab: Lab, path: Path, *, count: int = 15, steps: int = 20) -> None:
     """A sheet to look at while a training runs: ordinary captions never trained on, then exact ones."""
-    from diffusers import EulerDiscreteScheduler
-
     pipe = lab.pipeline()
-    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
     texts = lab.prompts("ordinary", "tuning")[:count] + lab.prompts("exact", "tuning")[:count]
     draws = [torch.Generator().manual_seed(i) for i in range(len(texts))]
     images = pipe(texts, num_inference_steps=steps, guidance_scale=7.5, generator=draws, output_type="np").images
