@@ -12,7 +12,7 @@ from torch import Tensor
 from .autoencoder import duplicated_images, render_pool, to_float
 from .models import TOKENS
 from .training import Log
-from .world import SPLITS, Caption, captions, duplicates
+from .world import DUPLICATED, SPLITS, Caption, captions, duplicates
 
 #: Share of the training samples that each group has; the rest is ordinary. An image of ``quarter`` is seen a fourth as often
 #: as one of ``exact``, one of ``sixteenth`` a sixteenth as often.
@@ -35,10 +35,21 @@ class Data:
     Args:
         file: where the latents are kept; made when it is missing.
         pool: number of ordinary images.
+        duplication: times the shares of the duplicated groups.
     """
 
     def __init__(
-        self, tokenizer: Any, autoencoder: Any, world: Path, file: Path, log: Log, *, pool: int, seed: int, device: str
+        self,
+        tokenizer: Any,
+        autoencoder: Any,
+        world: Path,
+        file: Path,
+        log: Log,
+        *,
+        pool: int,
+        duplication: float,
+        seed: int,
+        device: str,
     ) -> None:
         self._device = device
         groups = captions(world)
@@ -55,7 +66,8 @@ class Data:
             file.with_suffix(".part").replace(file)
         self._stored = load_file(file, device=device)
         self._names = list(members)
-        shares = torch.tensor([SHARES.get(name, 0.0) for name in self._names])
+        times = {name: duplication if name in DUPLICATED else 1.0 for name in self._names}
+        shares = torch.tensor([SHARES.get(name, 0.0) * times[name] for name in self._names])
         shares[0] = 1 - shares.sum()
         self._cumulative = shares.cumsum(0)
 

@@ -64,11 +64,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--world", type=Path, default=DATA, help="captions and duplicated images, as lab.world writes them")
+    parser.add_argument("--vae", type=Path, help="take the autoencoder of this pipeline folder instead of training one")
     parser.add_argument("--vae-steps", type=int, default=2000)
     parser.add_argument("--vae-batch", type=int, default=8)
     parser.add_argument("--vae-lr", type=float, default=1e-3)
     parser.add_argument("--vae-pool", type=int, default=8000)
     parser.add_argument("--pool", type=int, default=32_000, help="ordinary images")
+    parser.add_argument(
+        "--duplication", type=float, default=1.0, help="times as many duplicated images as in the bundled model"
+    )
     parser.add_argument("--steps", type=int, default=20_000)
     parser.add_argument("--decay", type=int, default=4000, help="steps at the end over which the learning rate goes down to 0")
     parser.add_argument("--batch", type=int, default=40)
@@ -78,6 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--prediction-type", default="epsilon", choices=("epsilon", "v_prediction", "flow_prediction"))
     arguments = parser.parse_args(argv)
 
+    from diffusers import AutoencoderKL
     from diffusers.models.attention_processor import AttnProcessor
 
     scratch = arguments.out / "training"
@@ -100,18 +105,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         model.to(device).train()
     if device == "cpu" and "unet" in models:
         process.denoiser.set_attn_processor(AttnProcessor())  # faster in bfloat16 than torch's fused attention there
-    train_autoencoder(
-        autoencoder,
-        arguments.world,
-        scratch / "vae.safetensors",
-        log,
-        steps=arguments.vae_steps,
-        batch=arguments.vae_batch,
-        pool=arguments.vae_pool,
-        seed=arguments.seed,
-        lr=arguments.vae_lr,
-        device=device,
-    )
+    if arguments.vae is not None:
+        autoencoder = AutoencoderKL.from_pretrained(arguments.vae, subfolder="vae").to(device).eval()
+    else:
+        train_autoencoder(
+            autoencoder,
+            arguments.world,
+            scratch / "vae.safetensors",
+            log,
+            steps=arguments.vae_steps,
+            batch=arguments.vae_batch,
+            pool=arguments.vae_pool,
+            seed=arguments.seed,
+            lr=arguments.vae_lr,
+            device=device,
+        )
     data = Data(
         tokenizer,
         autoencoder,
@@ -119,6 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         scratch / "latents.safetensors",
         log,
         pool=arguments.pool,
+        duplication=arguments.duplication,
         seed=arguments.seed,
         device=device,
     )
