@@ -146,8 +146,8 @@ def load_profile() -> StabilityProfile | ExecutionBlocker:
 class _LatentFormat(comfy.latent_formats.LatentFormat):
     """How the model's latents are scaled, and how ComfyUI's previews paint them: least squares over the reference captions."""
 
-    latent_rgb_factors = ((0.132, 0.072, 0.117), (-0.270, -0.051, 0.065), (0.008, 0.018, 0.114), (0.039, 0.078, 0.172))
-    latent_rgb_factors_bias = (-0.075, -0.122, -0.062)
+    latent_rgb_factors = ((-0.303, 0.004, 0.113), (0.220, 0.236, 0.215), (0.026, -0.059, 0.262), (-0.058, 0.283, 0.007))
+    latent_rgb_factors_bias = (-0.006, -0.039, -0.029)
 
     def __init__(self) -> None:
         self.scale_factor = _config("vae")["scaling_factor"]

@@ -63,7 +63,7 @@ def _targets(members: Sequence[Caption]) -> Tensor:
     return torch.tensor(rows)
 
 
-def train(lab: Lab, *, images: int = 12_000, epochs: int = 4, batch: int = 32, seed: int = 0) -> Classifier:
+def train(lab: Lab, *, images: int = 6000, epochs: int = 6, batch: int = 32, seed: int = 0) -> Classifier:
     """Trains a classifier on renderings of the world's ordinary captions."""
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
