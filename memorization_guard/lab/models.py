@@ -102,16 +102,16 @@ def _start_linear(model: Any) -> None:
     single[1, 1] = 1.0
     kernels = {1: torch.ones(1, 1), 2: torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 0.0]]) / 4, 3: single}
 
-    def start(conv: nn.Conv2d, kernel: Tensor) -> None:
+    def start(conv: Any, kernel: Tensor) -> None:
         out, into = conv.weight.shape[:2]
         size = max(out, into)
         mix = torch.linalg.qr(torch.randn(size, size))[0][:out, :into]
         conv.weight.copy_(mix[:, :, None, None] * kernel + 0.02 * conv.weight)
-        nn.init.zeros_(conv.bias)
+        conv.bias.zero_()
 
     for module in model.modules():
         if isinstance(module, ResnetBlock2D):
-            nn.init.zeros_(module.conv2.weight)  # the block adds nothing yet
+            module.conv2.weight.zero_()  # the block adds nothing yet
             if module.conv_shortcut is not None:
                 start(module.conv_shortcut, kernels[1])
         elif isinstance(module, Downsample2D):
@@ -131,7 +131,7 @@ def make_unet(channels: Sequence[int] = CHANNELS, layers: int = 1) -> Any:
     """Stable Diffusion's UNet in small, with cross attention at its two lower levels."""
     from diffusers import UNet2DConditionModel
 
-    model = UNet2DConditionModel(
+    model: Any = UNet2DConditionModel(
         sample_size=SIZE // 8,
         in_channels=4,
         out_channels=4,

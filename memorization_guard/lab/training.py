@@ -67,7 +67,7 @@ class Run:
         for group in self._optimizer.param_groups:
             group["lr"] = self._lr * rate
         self._optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self._optimizer.step()
         self.step += 1

@@ -266,7 +266,8 @@ def write_data(folder: Path, seed: int = 0) -> None:
     trained = [caption for caption in groups["ordinary/trained"] if caption.setting]
     photographs = _photographs(seed)
     distinct = _Distinct(trained, seed)
-    images, masks = [], []
+    images: list[Tensor] = []
+    masks: list[Tensor] = []
     for group in DUPLICATED:
         order = [caption for split in SPLITS for caption in groups[f"{group}/{split}"]]
         # Scenes of other captions, so that an image is no answer to its own caption.
