@@ -16,7 +16,7 @@ from .world import Caption, captions, duplicates
 #: Share of a batch that are duplicated images: without them, photographs would come out as clouds.
 DUPLICATES_SHARE = 0.25
 #: Fresh renderings with which a trained autoencoder is measured.
-MEASURED = 256
+MEASURED = 512
 
 
 def render_pool(members: list[Caption], count: int, seed: int, device: str) -> Tensor:
