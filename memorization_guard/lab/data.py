@@ -16,10 +16,10 @@ from .world import DUPLICATED, SPLITS, Caption, captions, duplicates
 
 #: Share of the training samples that each group has; the rest is ordinary. An image of ``quarter`` is seen a fourth as often
 #: as one of ``exact``, one of ``sixteenth`` a sixteenth as often.
-EXACT_SHARE = 0.08
+EXACT_SHARE = 0.12
 SHARES = {
     "exact": EXACT_SHARE,
-    "template": 0.04,
+    "template": 0.05,
     "rare": 0.02,
     "quarter": EXACT_SHARE * 16 / 40 / 4,
     "sixteenth": EXACT_SHARE * 16 / 40 / 16,
