@@ -192,6 +192,11 @@ def test_models_of_other_kinds_are_trained_and_judged(prediction_type, tmp_path)
     assert np.isfinite(trace.guidance_norm).sum() >= 2
 
 
+def test_a_training_does_not_go_on_with_the_data_of_another(trained):
+    with pytest.raises(ValueError, match="delete it, or train in another folder"):
+        train_few(trained[0], pool=99)
+
+
 def test_a_trained_folder_is_calibrated_as_it_was_written(trained):
     train.write_profile(lab.Lab(trained[0]), "cpu", steps=2)
     stability = StabilityProfile.load(trained[0] / lab.PROFILE.name)

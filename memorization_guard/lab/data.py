@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -36,6 +37,9 @@ class Data:
         file: where the latents are kept; made when it is missing.
         pool: number of ordinary images.
         duplication: times the shares of the duplicated groups.
+
+    Raises:
+        ValueError: if the file's latents were made with another pool or seed, or a caption is too long.
     """
 
     def __init__(
@@ -57,13 +61,17 @@ class Data:
         members |= {name: [c for split in SPLITS for c in groups[f"{name}/{split}"]] for name in SHARES}
         self._tokens = {name: self._tokenized(tokenizer, [c.text for c in part]) for name, part in members.items()}
         self._empty = self._tokenized(tokenizer, [""])
+        made_with = {"pool": str(pool), "seed": str(seed)}
         if not file.exists():
             latents = {}
             for name, part in members.items():
                 latents[name] = self._latents(autoencoder, name, part, world, pool, seed)
                 log(stage="data", group=name, images=len(latents[name]), std=round(latents[name].float().std().item(), 3))
-            save_file(latents, file.with_suffix(".part"))
+            save_file(latents, file.with_suffix(".part"), metadata=made_with)
             file.with_suffix(".part").replace(file)
+        with safe_open(file, "pt") as stored:
+            if stored.metadata() != made_with:
+                raise ValueError(f"{file} was made with other values than {made_with}: delete it, or train in another folder")
         self._stored = load_file(file, device=device)
         self._names = list(members)
         times = {name: duplication if name in DUPLICATED else 1.0 for name in self._names}
