@@ -152,3 +152,14 @@ def test_the_figures_of_the_readme_are_those_of_their_file(docs):
         assert f"| {name} | {' | '.join(values)} |" in text, name
     for rate, words in (("0.1", "10 %"), ("0.01", "1 %")):
         assert re.search(rf"{ordinary[rate]['count']} of 100 ordinary images[^.]*nominal {words}", text), words
+
+
+def test_the_readme_says_what_a_steered_image_loses(docs):
+    text = (docs.parent / "README.md").read_text(encoding="utf-8")
+    groups = lab_figures(docs)["groups"]
+    sides = (groups["exact"]["after"], groups["ordinary"]["before"], groups["exact"]["before"])
+    steered, ordinary, copied = (f"{100 * side['attributes_seen']['mean']:.0f} %" for side in sides)
+    assert (
+        f"it showed {steered} of the caption's attributes where ordinary images show {ordinary}, and the copies had "
+        f"shown {copied}"
+    ) in " ".join(text.split())

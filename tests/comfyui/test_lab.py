@@ -146,7 +146,7 @@ def test_lora(measure):
 import comfy.sd
 unet = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k"
 text = "lora_te_text_model_encoder_layers_0_mlp_fc1"
-up, down = torch.randn(64, 2), torch.randn(2, 128)
+up, down = torch.randn(96, 2), torch.randn(2, 128)
 lora = {f"{unet}.lora_up.weight": up, f"{unet}.lora_down.weight": down, f"{text}.lora_up.weight": torch.randn(512, 2),
         f"{text}.lora_down.weight": torch.randn(2, 128)}
 changed, changed_clip = comfy.sd.load_lora_for_models(model, clip, lora, 0.5, 0.5)

@@ -239,7 +239,7 @@ def test_a_lora_is_part_of_the_models_identity_while_it_is_there(webui):
     folder = webui.data / "models/Lora"
     folder.mkdir(exist_ok=True)
     layer = "diffusion_model_input_blocks_3_1_transformer_blocks_0_attn2_to_v"
-    down, up = torch.ones(4, 128), torch.ones(64, 4)
+    down, up = torch.ones(4, 128), torch.ones(96, 4)
     save_file({f"{layer}.lora_down.weight": down, f"{layer}.lora_up.weight": up}, folder / "guard-test.safetensors")
     webui.ask("/sdapi/v1/refresh-loras", {})
     plain = webui.make(*TRACE)

@@ -141,7 +141,7 @@ def lora(server: Any) -> None:
     """A small LoRA for the lab model, in the server's folder."""
     generator = torch.Generator().manual_seed(0)
     name = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k"
-    width = {"up": (64, 2), "down": (2, 128)}
+    width = {"up": (96, 2), "down": (2, 128)}
     weights = {f"{name}.lora_{part}.weight": torch.randn(shape, generator=generator) for part, shape in width.items()}
     (server.folder / "models" / "loras").mkdir(exist_ok=True)
     save_file(weights, server.folder / "models" / "loras" / "small.safetensors")
