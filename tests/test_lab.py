@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from memorization_guard import StabilityProfile, lab
 from memorization_guard.diffusers import guard
@@ -164,8 +165,6 @@ def trained(tmp_path_factory):
 
 
 def test_one_command_trains_a_pipeline_and_goes_on_where_it_was_stopped(trained):
-    from safetensors.torch import load_file
-
     pipe = lab.Lab(trained[0]).pipeline()
     image = pipe("a red disc", num_inference_steps=2).images[0]
     assert image.size == (128, 128)
@@ -178,6 +177,13 @@ def test_one_command_trains_a_pipeline_and_goes_on_where_it_was_stopped(trained)
         assert all(torch.equal(one[name], two[name]) for name in one)
     stages = [json.loads(line)["stage"] for line in (trained[0] / "train_log.jsonl").read_text().splitlines()]
     assert {"models", "autoencoder", "data", "denoiser", "saved"} <= set(stages)
+
+
+def test_a_training_begins_with_the_weights_of_another(trained, tmp_path):
+    folder = train_few(tmp_path, start=trained[0], lr=0.0)
+    for part in ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model"):
+        before, after = (load_file(path / f"{part}.safetensors") for path in (trained[0], folder))
+        assert all(torch.equal(before[name], after[name]) for name in before), part
 
 
 @pytest.mark.parametrize("prediction_type", ["v_prediction", "flow_prediction"])

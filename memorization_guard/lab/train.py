@@ -64,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--world", type=Path, default=DATA, help="captions and duplicated images, as lab.world writes them")
+    parser.add_argument("--start", type=Path, help="begin with the weights of this pipeline folder, of the same sizes")
     parser.add_argument("--vae", type=Path, help="take the autoencoder of this pipeline folder instead of training one")
     parser.add_argument("--vae-steps", type=int, default=2000)
     parser.add_argument("--vae-batch", type=int, default=8)
@@ -101,12 +102,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         process = StableDiffusion(text_encoder, prediction_type=kind, channels=arguments.channels, layers=arguments.layers)
     models = {"vae": autoencoder, **process.modules}
     log(stage="models", **{name: sum(p.numel() for p in model.parameters()) for name, model in models.items()})
-    for model in models.values():
+    for name, model in models.items():
+        if arguments.start is not None:
+            (file,) = (arguments.start / name).glob("*.safetensors")
+            model.load_state_dict({key: value.float() for key, value in load_file(file).items()})
         model.to(device).train()
     if device == "cpu" and "unet" in models:
         process.denoiser.set_attn_processor(AttnProcessor())  # faster in bfloat16 than torch's fused attention there
-    if arguments.vae is not None:
-        autoencoder = AutoencoderKL.from_pretrained(arguments.vae, subfolder="vae").to(device).eval()
+    if (given := arguments.vae or arguments.start) is not None:
+        autoencoder = AutoencoderKL.from_pretrained(given, subfolder="vae").to(device).eval()
     else:
         train_autoencoder(
             autoencoder,
