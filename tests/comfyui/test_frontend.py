@@ -22,7 +22,7 @@ SWITCHES = [
     "--no-first-run",
 ]
 VUE_NODES = os.environ.get("COMFYUI_VUE_NODES") == "1"
-MEMORIZED = "a picture of a red heart on stripes, from vaerkum pouthousk"
+MEMORIZED = "in the open, an orange triangle and a white star, by fouxeth beiskim"
 ORDINARY = "a red cross alone on stripes, by stouxon koroun"
 #: What frontends complain of by themselves: files that a fresh server lacks, routes that an older one lacks.
 OF_THE_HOST = re.compile(r"Failed to load resource|Jobs API|JobsApiError|fetch(ing)? jobs")
