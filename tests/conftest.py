@@ -21,7 +21,7 @@ hypothesis.settings.load_profile("gate")
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory):
     pytest.importorskip("diffusers")
-    from memorization_guard.lab.train import make_tokenizer
+    from memorization_guard.lab.models import make_tokenizer
 
     return make_tokenizer(tmp_path_factory.mktemp("tokenizer"), ["a red cat on a mat", "a blue dog in the sun"])
 
@@ -73,7 +73,7 @@ def tiny_pipe(tokenizer, tiny_parts):
     """A StableDiffusionPipeline for 16 x 16 images; latents are [4, 8, 8]."""
     from diffusers import StableDiffusionPipeline
 
-    from memorization_guard.lab.train import make_scheduler
+    from memorization_guard.lab.models import make_scheduler
 
     text, autoencoder, unet = tiny_parts
     pipe = StableDiffusionPipeline(

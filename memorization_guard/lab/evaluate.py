@@ -267,7 +267,7 @@ def main() -> None:
             "autoencoder": reconstruction(pipe.vae, lab.world, 0, arguments.device),
             "classifier": accuracy_on_renderings(lab),
             "two_seeds_of_an_ordinary_caption": float(alike.mean()),
-            "samplers": by_sampler(lab, pipe, exact, texts["ordinary"][:100], first_seed + 200_000, arguments.batch),
+            "samplers": by_sampler(lab, pipe, exact, texts["ordinary"][:60], first_seed + 200_000, arguments.batch),
         }
     text = json.dumps(result, indent=1)
     print(text)
