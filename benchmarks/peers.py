@@ -30,7 +30,7 @@ from memorization_guard import StabilityProfile
 from memorization_guard.core.noise_level import NoiseLevel, sample_norm
 from memorization_guard.diffusers import calibrate
 from memorization_guard.lab import MODEL, Lab
-from memorization_guard.lab.evaluate import FIRST_SEED, SEEDS
+from memorization_guard.lab.evaluate import FIRST_SEED
 from memorization_guard.lab.world import DATA
 
 GUIDANCE = 7.5
@@ -285,6 +285,10 @@ def watched(pipe: Any) -> Iterator[Watched]:
 SCHEDULERS = ("PNDM", "DDIM", "DPMSolverMultistep")
 
 
+#: Images a prompt, by group.
+IMAGES = {"exact": 8, "template": 12, "rare": 4, "ordinary": 2}
+
+
 @dataclass(frozen=True)
 class Shot:
     """One image to be sampled."""
@@ -295,11 +299,12 @@ class Shot:
 
 
 def shots(lab: Lab, split: str, groups: Sequence[str], per_group: int | None = None) -> list[Shot]:
-    """The images of ``lab.evaluate``, with its seeds. With a limit a group, as many prompts as possible come first."""
+    """Images of every prompt, seeds counted up from those of ``lab.evaluate``. With a limit a group, as many prompts as
+    possible come first."""
     result = []
     for group in groups:
-        count = SEEDS[split][group]
-        first = FIRST_SEED[split] + 10_000 * list(SEEDS["evaluation"]).index(group)
+        count = IMAGES[group]
+        first = FIRST_SEED[split] + 10_000 * list(IMAGES).index(group)
         texts = lab.prompts(group, split)
         members = [Shot(group, text, first + i * count + j) for j in range(count) for i, text in enumerate(texts)]
         result += members[:per_group]

@@ -259,7 +259,7 @@ def test_memorized_images_score_above_ordinary_ones_and_guidance_in_the_publishe
     for name in ("S_mem", "guidance norm, mean"):
         signal = SIGNALS[name]
         exact, ordinary = ([signal(trace) for trace in sampled[group, "trace"].traces] for group in ("exact", "ordinary"))
-        assert np.median(exact) > 2 * np.median(ordinary), name
+        assert np.median(exact) > 1.5 * np.median(ordinary), name
 
 
 def test_mitigation_takes_copies_away_and_leaves_ordinary_images_alone(sampled):

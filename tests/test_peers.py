@@ -15,7 +15,7 @@ from memorization_guard import Trace, lab
 from memorization_guard.core.trace import Evaluations, Steps
 from memorization_guard.diffusers import guard
 from memorization_guard.evaluation.signals import SIGNALS
-from memorization_guard.lab.evaluate import FIRST_SEED, SEEDS
+from memorization_guard.lab.evaluate import FIRST_SEED
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 peers, detection, mitigation, verdict = map(importlib.import_module, ("peers", "detection", "mitigation", "verdict"))
@@ -165,10 +165,10 @@ def test_fewer_images_are_still_of_all_prompts_with_the_seeds_of_the_figures():
     few = peers.shots(lab.BUNDLED, "tuning", ["exact", "template"], 12)
     assert {shot.prompt for shot in few} == {shot.prompt for shot in every}
     assert set(few) < set(every)
-    # lab.evaluate counts seeds up over the prompts, each repeated.
+    # Seeds are counted up over the prompts, each repeated.
     prompt = lab.prompts("exact", "tuning")[2]
     seeds = {shot.seed for shot in every if shot.prompt == prompt}
-    assert seeds == {FIRST_SEED["tuning"] + 2 * SEEDS["tuning"]["exact"] + i for i in range(8)}
+    assert seeds == {FIRST_SEED["tuning"] + 2 * peers.IMAGES["exact"] + i for i in range(8)}
 
 
 def test_costs_count_what_was_called(start):
