@@ -164,7 +164,7 @@ def autoencoder(**_: object) -> nn.Module:
     }
     normalize, parts.Normalize = parts.Normalize, lambda width: nn.GroupNorm(config["norm_num_groups"], width, eps=1e-6)
     try:
-        model: nn.Module = AutoencoderKL(sizes, {"target": "torch.nn.Identity"}, config["latent_channels"])
+        model: Any = AutoencoderKL(sizes, {"target": "torch.nn.Identity"}, config["latent_channels"])
     finally:
         parts.Normalize = normalize
     model.encoder.mid.attn_1 = model.decoder.mid.attn_1 = nn.Identity()
