@@ -119,7 +119,7 @@ def contact_sheet(comparisons: Sequence[Comparison], *, copy_threshold: float) -
     graph_width = 1200 - 5 * gap - 3 * side
     sheet = Image.new("RGB", (1200, row * len(comparisons) + gap), "#ffffff")
     draw = ImageDraw.Draw(sheet)
-    font, small = ImageFont.load_default(16), ImageFont.load_default(13)
+    font, small = ImageFont.load_default(16), ImageFont.load_default(12)
     ink, muted = graph.LIGHT["ink"], graph.LIGHT["muted"]
     columns = [gap + i * (side + gap) for i in range(4)]
     for index, comparison in enumerate(comparisons):

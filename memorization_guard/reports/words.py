@@ -38,9 +38,11 @@ def noticed(trace: Trace, copied: bool | None) -> str:
 
 def mitigated(trace: Trace, copied: bool | None) -> str:
     """One line under an image that was sampled with mitigation; ``copied`` as for :func:`noticed`."""
+    if copied:
+        return "still a copy"
     if not trace.mitigated.any():
         return "the same image: nothing to correct"
-    return "still a copy" if copied else f"another image: {count(int(trace.mitigated.sum()), 'step')} corrected"
+    return f"another image: {count(int(trace.mitigated.sum()), 'step')} corrected"
 
 
 def count(number: int, noun: str) -> str:
