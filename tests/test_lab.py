@@ -256,7 +256,7 @@ def test_the_bundled_model_reproduces_what_was_duplicated_and_nothing_else(sampl
 
 
 def test_memorized_images_score_above_ordinary_ones_and_guidance_in_the_published_direction(sampled):
-    for name in ("S_mem", "guidance norm, mean"):
+    for name in ("S_mem", "guidance norm, first evaluation"):
         signal = SIGNALS[name]
         exact, ordinary = ([signal(trace) for trace in sampled[group, "trace"].traces] for group in ("exact", "ordinary"))
         assert np.median(exact) > 1.5 * np.median(ordinary), name
