@@ -89,10 +89,10 @@ def test_quick_start_finds_a_copy_and_steers_away_on_request(server, load):
     run.wait()
     (trace,) = traces(run, only(prompt, "MemorizationGuardReport"))
     assert trace["verdict"] == "likely copy"
-    assert trace["trigger_step"] == 0
+    assert trace["trigger_step"] <= 2
     assert trace["note"] is None
     (image,) = run.images(save)
-    assert lab.copy_score(image, text) > 0.9
+    assert lab.copy_score(image, text) > lab.COPY_THRESHOLD
 
     prompt[guard]["inputs"]["mode"] = "mitigate"
     run = server.queue(prompt)
@@ -137,12 +137,13 @@ def test_calibrate_and_save_makes_the_labs_profile_anew(server, load):
     prompt = load("calibrate_and_save")
     run = server.queue(prompt)
     run.wait(300)
-    assert run.outputs(only(prompt, "PreviewAny"))["text"] == ["Profile from 50 of 50 reference prompts."]
+    # Of the references some are settled, and outliers.
+    assert run.outputs(only(prompt, "PreviewAny"))["text"][0].startswith("Profile from 47 of 50 reference prompts.")
     name = prompt[only(prompt, "MemorizationGuardSaveProfile")]["inputs"]["name"]
     made = StabilityProfile.load(server.folder / "models" / "stability_profiles" / f"{name}.safetensors")
     bundled = StabilityProfile.load(lab.MODEL / "profile-comfyui.safetensors")
     assert made.settings == bundled.settings
-    assert made.count == bundled.count == 50
+    assert made.count == bundled.count == 47
     np.testing.assert_allclose(made.mean, bundled.mean, rtol=1e-3, atol=1e-3)
     np.testing.assert_allclose(made.std, bundled.std, rtol=2e-2, atol=1e-3)
 
