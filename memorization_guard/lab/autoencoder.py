@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .scene import SIZE, render
 from .training import Log, Run, generator, learning_rate
-from .world import Caption, captions, duplicates
+from .world import Caption, captions, duplicates, members
 
 #: Share of a batch that are duplicated images: without them, photographs would come out as clouds.
 DUPLICATES_SHARE = 0.25
@@ -19,12 +19,12 @@ DUPLICATES_SHARE = 0.25
 MEASURED = 512
 
 
-def render_pool(members: list[Caption], count: int, seed: int, device: str) -> Tensor:
+def render_pool(shown: list[Caption], count: int, seed: int, device: str) -> Tensor:
     """``count`` fresh images, the captions taken in turn: ``[count, 3, 128, 128]`` uint8."""
     draws = torch.Generator().manual_seed(seed)
     pool = torch.empty((count, 3, SIZE, SIZE), dtype=torch.uint8, device=device)
     for start in range(0, count, 256):
-        chosen = [members[i % len(members)] for i in range(start, min(start + 256, count))]
+        chosen = [shown[i % len(shown)] for i in range(start, min(start + 256, count))]
         pool[start : start + len(chosen)] = ((render(chosen, draws, device) + 1) * 127.5).round().byte()
     return pool
 
@@ -33,7 +33,7 @@ def duplicated_images(world: Path, group: str | None = None) -> Tensor:
     """The images that are duplicated in training, all or those of one group: ``[N, 3, 128, 128]`` uint8."""
     texts = None
     if group is not None:
-        texts = {c.text for split in ("tuning", "evaluation") for c in captions(world)[f"{group}/{split}"]}
+        texts = {caption.text for caption in members(captions(world), group)}
     images = [image for text, (image, _) in duplicates(world).items() if texts is None or text in texts]
     return torch.stack([torch.from_numpy(image.copy()).permute(2, 0, 1) for image in images])
 

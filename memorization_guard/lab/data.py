@@ -13,7 +13,7 @@ from torch import Tensor
 from .autoencoder import duplicated_images, render_pool, to_float
 from .models import TOKENS
 from .training import Log
-from .world import DUPLICATED, SPLITS, Caption, captions, duplicates
+from .world import DUPLICATED, Caption, captions, duplicates, members
 
 #: Share of the training samples that each group has; the rest is ordinary. An image of ``quarter`` is seen a fourth as often
 #: as one of ``exact``, one of ``sixteenth`` a sixteenth as often.
@@ -57,14 +57,13 @@ class Data:
     ) -> None:
         self._device = device
         groups = captions(world)
-        members = {"ordinary": groups["ordinary/trained"]}
-        members |= {name: [c for split in SPLITS for c in groups[f"{name}/{split}"]] for name in SHARES}
-        self._tokens = {name: self._tokenized(tokenizer, [c.text for c in part]) for name, part in members.items()}
+        trained = {"ordinary": groups["ordinary/trained"], **{name: members(groups, name) for name in SHARES}}
+        self._tokens = {name: self._tokenized(tokenizer, [c.text for c in part]) for name, part in trained.items()}
         self._empty = self._tokenized(tokenizer, [""])
         made_with = {"pool": str(pool), "seed": str(seed)}
         if not file.exists():
             latents = {}
-            for name, part in members.items():
+            for name, part in trained.items():
                 latents[name] = self._latents(autoencoder, name, part, world, pool, seed)
                 log(stage="data", group=name, images=len(latents[name]), std=round(latents[name].float().std().item(), 3))
             save_file(latents, file.with_suffix(".part"), metadata=made_with)
@@ -73,7 +72,7 @@ class Data:
             if stored.metadata() != made_with:
                 raise ValueError(f"{file} was made with other values than {made_with}: delete it, or train in another folder")
         self._stored = load_file(file, device=device)
-        self._names = list(members)
+        self._names = list(trained)
         times = {name: duplication if name in DUPLICATED else 1.0 for name in self._names}
         shares = torch.tensor([SHARES.get(name, 0.0) * times[name] for name in self._names])
         shares[0] = 1 - shares.sum()
@@ -85,20 +84,20 @@ class Data:
             raise ValueError(f"a caption has {ids.shape[1]} tokens; the text encoder takes {TOKENS}")
         return ids.to(self._device)
 
-    def _latents(self, autoencoder: Any, name: str, members: list[Caption], world: Path, pool: int, seed: int) -> Tensor:
+    def _latents(self, autoencoder: Any, name: str, shown: list[Caption], world: Path, pool: int, seed: int) -> Tensor:
         """``[N, 4, 16, 16]`` float16; image ``i`` belongs to caption ``i`` modulo their number."""
         device = self._device
         if name == "ordinary":
             parts = []
             for start in range(0, pool, 4096):
                 count = min(4096, pool - start)
-                turned = members[start % len(members) :] + members[: start % len(members)]
+                turned = shown[start % len(shown) :] + shown[: start % len(shown)]
                 parts.append(_encode(autoencoder, render_pool(turned, count, seed + 1000 + start, device), device))
             return torch.cat(parts)
         if name == "rare":
-            images = render_pool(members, max(1, pool // 1000) * len(members), seed + 4, device)
+            images = render_pool(shown, max(1, pool // 1000) * len(shown), seed + 4, device)
         elif name == "template":
-            images = _variants(members, captions(world)["ordinary/trained"], world, seed, device)
+            images = _variants(shown, captions(world)["ordinary/trained"], world, seed, device)
         else:
             images = duplicated_images(world, name).to(device)
         return _encode(autoencoder, images, device)
@@ -118,15 +117,15 @@ class Data:
         return torch.cat(latents).float(), torch.where(dropped, self._empty, torch.cat(tokens))
 
 
-def _variants(members: list[Caption], ordinary: list[Caption], world: Path, seed: int, device: str) -> Tensor:
+def _variants(templates: list[Caption], ordinary: list[Caption], world: Path, seed: int, device: str) -> Tensor:
     """Variants of each template, the templates taken in turn."""
-    images = [duplicates(world)[caption.text] for caption in members]
-    base = torch.stack([torch.from_numpy(image.copy()).permute(2, 0, 1) for image, _ in images]).to(device).float()
-    fixed = torch.stack([torch.from_numpy(mask.copy()) for _, mask in images]).to(device).float()[:, None] / 255
+    base = duplicated_images(world, "template").to(device).float()
+    masks = [duplicates(world)[caption.text][1] for caption in templates]
+    fixed = torch.stack([torch.from_numpy(mask.copy()) for mask in masks]).to(device).float()[:, None] / 255
     parts = []
     for number in range(VARIANTS):
         first = number * 37 % len(ordinary)
-        fresh = render_pool(ordinary[first : first + len(members)], len(members), seed + 2000 + number, device)
+        fresh = render_pool(ordinary[first : first + len(templates)], len(templates), seed + 2000 + number, device)
         parts.append((base * fixed + fresh.float() * (1 - fixed)).round().byte())
     return torch.cat(parts)
 

@@ -3,9 +3,9 @@
     python -m memorization_guard.lab.evaluate [--model FOLDER --world FOLDER] [--split tuning] [--published] [--json FILE]
 
 Every prompt is sampled with the same seeds without and with mitigation (PNDM, 50 steps, guidance 7.5), the exact ones without
-mitigation by other samplers too. Nothing here is
-fitted: the profile comes from the reference prompts, which no other group contains. Whatever was chosen by looking at results
-was chosen on ``--split tuning``, which shares no prompt and no seed with the figures.
+mitigation by other samplers too. Nothing here is fitted: the profile comes from the reference prompts, which no other group
+contains. Whatever was chosen by looking at results was chosen on ``--split tuning``, which shares no prompt and no seed with
+the figures.
 """
 
 from __future__ import annotations
@@ -119,7 +119,6 @@ def figures(plain: dict[str, Sampled], mitigated: dict[str, Sampled]) -> dict[st
         texts = before.prompts
         triggers = [trace.trigger_step for trace in before.traces]
         steps = [step for step in triggers if step is not None]
-        copies = [side.copy_scores(group) for side in (before, after)]
         row: dict[str, Any] = {
             "images": len(texts),
             "prompts": len(set(texts)),
@@ -131,7 +130,8 @@ def figures(plain: dict[str, Sampled], mitigated: dict[str, Sampled]) -> dict[st
             "quartiles": {},
             "detection": {},
         }
-        for when, side, scores in zip(("before", "after"), (before, after), copies, strict=True):
+        for when, side in (("before", before), ("after", after)):
+            scores = side.copy_scores(group)
             row[when] = {
                 "copies": rate_with_interval(scores > COPY_THRESHOLD, texts),
                 "correlated_above_0.9": rate_with_interval(scores > 0.9, texts),

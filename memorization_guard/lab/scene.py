@@ -142,7 +142,7 @@ def _draw(
         dx = (x - (center[:, 0] - shift * light[:, 0] * radius).view(-1, 1, 1)) / r
         dy = (y - (center[:, 1] - shift * light[:, 1] * radius).view(-1, 1, 1)) / r
         u, v = _rotate(dx, dy, turn)
-        u, v = u / squeeze.view(-1, 1, 1), v
+        u = u / squeeze.view(-1, 1, 1)
         distance = torch.empty_like(u)
         for shape in set(shapes):
             rows = torch.tensor([i for i, s in enumerate(shapes) if s == shape], device=image.device)

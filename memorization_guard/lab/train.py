@@ -102,10 +102,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         process = StableDiffusion(text_encoder, prediction_type=kind, channels=arguments.channels, layers=arguments.layers)
     models = {"vae": autoencoder, **process.modules}
     log(stage="models", **{name: sum(p.numel() for p in model.parameters()) for name, model in models.items()})
-    for name, model in models.items():
-        if arguments.start is not None:
+    if arguments.start is not None:
+        for name, model in process.modules.items():
             (file,) = (arguments.start / name).glob("*.safetensors")
             model.load_state_dict({key: value.float() for key, value in load_file(file).items()})
+    for model in models.values():
         model.to(device).train()
     if device == "cpu" and "unet" in models:
         process.denoiser.set_attn_processor(AttnProcessor())  # faster in bfloat16 than torch's fused attention there

@@ -179,6 +179,11 @@ def make_captions(seed: int = 0) -> dict[str, list[Caption]]:
     return groups
 
 
+def members(groups: dict[str, list[Caption]], group: str) -> list[Caption]:
+    """The captions of a group, those of the tuning split first."""
+    return [caption for split in SPLITS for caption in groups[f"{group}/{split}"]]
+
+
 def more_captions(count: int, seed: int, folder: Path = DATA) -> list[Caption]:
     """Ordinary captions that stand in no group, by the same grammar and with the makers of the ordinary ones."""
     groups = captions(folder)
@@ -269,7 +274,7 @@ def write_data(folder: Path, seed: int = 0) -> None:
     images: list[Tensor] = []
     masks: list[Tensor] = []
     for group in DUPLICATED:
-        order = [caption for split in SPLITS for caption in groups[f"{group}/{split}"]]
+        order = members(groups, group)
         # Scenes of other captions, so that an image is no answer to its own caption.
         scenes = render([trained[(i * 7 + len(images)) % len(trained)] for i in range(len(order))], generator)
         models = render([trained[(i * 11 + len(images)) % len(trained)] for i in range(len(order))], generator)
@@ -298,7 +303,7 @@ def captions(folder: Path = DATA) -> dict[str, list[Caption]]:
 @cache
 def duplicates(folder: Path = DATA) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Every duplicated caption's training image ``[128, 128, 3]`` uint8 and its fixed part ``[128, 128]``, 255 where fixed."""
-    texts = [caption.text for group in DUPLICATED for split in SPLITS for caption in captions(folder)[f"{group}/{split}"]]
+    texts = [caption.text for group in DUPLICATED for caption in members(captions(folder), group)]
     sheets = zip(read_sheet(folder / "images.png"), read_sheet(folder / "masks.png")[..., 0], strict=True)
     return dict(zip(texts, sheets, strict=False))
 
