@@ -27,7 +27,7 @@ from memorization_guard.lab import Lab
 from memorization_guard.statistics import detection_with_intervals
 
 #: Our scores, by name: of one trace, higher on memorized images.
-OURS = {name: SIGNALS[name] for name in ("S_mem", "joint score", "p-value, -log10", "local score", "uncalibrated score")}
+OURS = {name: SIGNALS[name] for name in ("S_mem", "joint score", "p-value, -log10", "detail", "uncalibrated score")}
 
 
 def late_timestep(pipe: Any) -> int:

@@ -16,6 +16,7 @@ from modules.ui_common import create_refresh_button
 from modules.ui_components import FormRow, InputAccordion
 
 from ..memorization_guard import ProfileError, RunSettings
+from ..memorization_guard.core.calibration import MIN_RUNS
 from ..memorization_guard.core.settings import MODES
 from ..memorization_guard.lab import prompts
 from . import hosts, lab, profiles, sampling
@@ -123,10 +124,11 @@ class Controls:
             prompts = gr.Textbox(
                 label="Reference prompts",
                 lines=3,
-                placeholder="64 built-in prompts",
+                placeholder="400 built-in prompts",
                 elem_id=self._elem_id("reference_prompts"),
-                info="One a line, at least 8, better 50: as you use them, about things that the model was not trained on "
-                "again and again. Empty: 64 built-in ones.",
+                info=f"One a line, at least {MIN_RUNS}, better some hundred: as you use them, about things that the model was "
+                "not trained on again and again. The first 50 are sampled to the end, the others for one step. Empty: 400 "
+                "built-in ones.",
             )
             with FormRow():
                 name = gr.Textbox(

@@ -11,6 +11,7 @@ from modules import paths, processing, shared
 
 from ..memorization_guard import CalibrationError, StabilityProfile, Trace
 from ..memorization_guard.core.calibration import ReferenceRuns, told_left_out
+from ..memorization_guard.core.monitor import Serves
 from ..memorization_guard.core.profile import EXTENSION, ProfileError, name_problem
 from ..memorization_guard.files import write_whole
 from ..memorization_guard.prompts import reference_prompts, typed_prompts
@@ -55,7 +56,8 @@ def describe(profile: StabilityProfile) -> str:
     parts.append(f"CFG {s.guidance_scale:g}" if s.guidance_scale is not None else None)
     if s.latent_shape is not None:
         parts.append("latent " + " x ".join(map(str, s.latent_shape)))
-    return ", ".join(str(part) for part in parts if part) + f"; from {profile.count} reference runs"
+    references = profile.count if profile.reference is None else profile.reference.count
+    return ", ".join(str(part) for part in parts if part) + f"; from {references} reference prompts"
 
 
 def calibrate(p: Any, text: str, name: str, overwrite: bool) -> tuple[str, StabilityProfile, list[str]]:
@@ -92,11 +94,11 @@ def calibrate(p: Any, text: str, name: str, overwrite: bool) -> tuple[str, Stabi
     ]
     runs = ReferenceRuns.within(FOLDER, identity)
     networks = " ".join(_networks(str(p.prompt)))
-    done = len(runs.traces)
-    shared.state.job_count = math.ceil((len(prompts) - done) / p.batch_size)
-    for start in range(done, len(prompts), p.batch_size):
-        part = prompts[start : start + p.batch_size]
-        traces = _sample(p, [f"{prompt} {networks}".strip() for prompt in part], seed + start)
+    shared.state.job_count = math.ceil((len(prompts) - len(runs.traces)) / p.batch_size)
+    while batch := runs.next_batch(len(prompts), p.batch_size):
+        start, end, serves = batch
+        part = prompts[start:end]
+        traces = _sample(p, [f"{prompt} {networks}".strip() for prompt in part], seed + start, serves)
         if shared.state.interrupted or shared.state.stopping_generation:
             raise CalibrationError(
                 f"stopped after {start} of {len(prompts)} reference prompts: the same settings again go on from there"
@@ -108,14 +110,14 @@ def calibrate(p: Any, text: str, name: str, overwrite: bool) -> tuple[str, Stabi
     return name, profile, told_left_out(left_out, prompts)
 
 
-def _sample(p: Any, prompts: list[str], seed: int) -> list[Trace]:
-    """The traces of ``prompts``, sampled in one batch as ``p`` would."""
+def _sample(p: Any, prompts: list[str], seed: int, serves: Serves) -> list[Trace]:
+    """The traces of ``prompts``, sampled in one batch as ``p`` would, to the end or for one evaluation."""
     one = copy.copy(p)
     one.prompt, one.seed, one.batch_size, one.n_iter = prompts, seed, len(prompts), 1
     one.enable_hr = one.restore_faces = False
     one.do_not_save_samples = one.do_not_save_grid = True
     one.extra_generation_params = {}
-    setattr(one, CALIBRATING, True)
+    setattr(one, CALIBRATING, serves)
     processing.process_images(one)
     session = getattr(one, SESSION)
     return [trace for run in session.runs for trace in run.traces]

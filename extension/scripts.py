@@ -79,8 +79,10 @@ class MemorizationGuardAccordion(_WithControls):
         try:
             options, profile = self._choice(p, enabled, args)
             if options is not None and options.mode != "off":
-                page = None if getattr(p, CALIBRATING, False) else progress.current_task
-                session = Session(options, profile, live=LIVE, task=page, label=getattr(p, LABEL, ""))
+                calibrating = getattr(p, CALIBRATING, None)
+                page = None if calibrating else progress.current_task
+                label = getattr(p, LABEL, "")
+                session = Session(options, profile, live=LIVE, task=page, label=label, serves=calibrating)
         except (ValueError, OSError) as error:
             # The image is made all the same.
             log.warning("%s: not watched: %s", TITLE, error)

@@ -22,6 +22,7 @@ from ..memorization_guard import (
     Trace,
     evidence,
 )
+from ..memorization_guard.core.monitor import Serves
 from ..memorization_guard.core.settings import MODES
 from ..memorization_guard.core.trace import rarity
 from ..memorization_guard.files import write_whole
@@ -48,7 +49,7 @@ TITLE = "Memorization Guard"
 SESSION = "memorization_guard_session"
 CHOSEN = "memorization_guard_options"  # what the dropdown's script chose, instead of the accordion
 LABEL = "memorization_guard_label"
-CALIBRATING = "memorization_guard_calibrating"
+CALIBRATING = "memorization_guard_calibrating"  # what the run serves for, of a reference
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,7 @@ class Session:
         profile: the profile that they named, loaded.
         live: where the page looks for a graph. task: the page's name for the generation, if it came from one.
         label: what the page calls these runs, where one task has several calls.
+        serves: as for :class:`StabilityMonitor`.
     """
 
     def __init__(
@@ -146,8 +148,10 @@ class Session:
         live: LiveRuns,
         task: str | None,
         label: str = "",
+        serves: Serves | None = None,
     ) -> None:
         self.options = options
+        self._serves = serves
         self.runs: list[Run] = []
         self._profile = profile
         self._live = live
@@ -171,6 +175,7 @@ class Session:
             (lambda event: self._send_step(name, event)) if self._task is not None else None,
             settings=settings,
             level=level,
+            serves=self._serves,
         )
         outline = monitor.outline()
         self.runs.append(Run(name, batch, hires, monitor, outline["note"]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -124,14 +123,15 @@ class CalibrateStabilityProfile(io.ComfyNode):
                     "prompts",
                     options=[BUILT_IN, TEXT, *_prompt_files()],
                     default=BUILT_IN,
-                    tooltip="built-in list: 64 diverse prompts. text below: a prompt a line. Or a .txt (a prompt a line) or "
+                    tooltip="built-in list: 400 diverse prompts. text below: a prompt a line. Or a .txt (a prompt a line) or "
                     ".jsonl (with a key caption or prompt) of ComfyUI's input folder; press R after adding one.",
                 ),
                 io.String.Input(
                     "text",
                     multiline=True,
                     default="",
-                    tooltip=f"Reference prompts, one a line, for 'text below': at least {MIN_RUNS}, better 50. Prompts as you "
+                    tooltip=f"Reference prompts, one a line, for 'text below': at least {MIN_RUNS}, better some hundred, of "
+                    "which the first 50 are sampled to the end and the others for one step. Prompts as you "
                     "use them, about things that the model was not trained on again and again.",
                 ),
                 io.String.Input(
@@ -187,10 +187,12 @@ class CalibrateStabilityProfile(io.ComfyNode):
 
         unconditional = clip.encode_from_tokens_scheduled(clip.tokenize(negative))
         bar = comfy.utils.ProgressBar(len(texts))
-        for start, part, positive in _batches(clip, texts, len(runs.traces), batch_size):
+        while batch := runs.next_batch(len(texts), batch_size):
+            start, end, serves = batch
+            part, positive = _alike(clip, texts[start:end])
             bar.update_absolute(start, len(texts))
             comfy.model_management.throw_exception_if_processing_interrupted()
-            guarded, traces = guard(model, mode="trace")
+            guarded, traces = guard(model, mode="trace", serves=serves)
             noise = torch.cat([comfy.sample.prepare_noise(latent, seed + start + i) for i in range(len(part))])
             comfy.sample.sample(
                 guarded,
@@ -209,7 +211,7 @@ class CalibrateStabilityProfile(io.ComfyNode):
         bar.update_absolute(len(texts), len(texts))
         profile, left_out = runs.profile()
         runs.forget()
-        report = [f"Profile from {profile.count} of {len(texts)} reference prompts."]
+        report = [f"Profile from {len(texts) - len(left_out)} of {len(texts)} reference prompts."]
         report += told_left_out(left_out, texts)
         return io.NodeOutput(profile, "\n".join(report), ui=ui.PreviewText("\n".join(report)))
 
@@ -222,18 +224,14 @@ def _prompts(source: str, text: str) -> list[str]:
     return enough(read_prompts(Path(folder_paths.get_input_directory()) / Path(source).name))
 
 
-def _batches(clip: Any, texts: list[str], done: int, size: int) -> Iterator[tuple[int, list[str], Any]]:
-    """From prompt ``done`` on, up to ``size`` at a time: number of the first prompt, prompts, their conditioning in one."""
-    start = done
-    while start < len(texts):
-        part = texts[start : start + size]
-        encoded = [clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in part]
-        # Only conditionings of one shape go into one batch: a long prompt takes several windows of the text encoder.
-        same = 1
-        while same < len(encoded) and _shape(encoded[same]) == _shape(encoded[0]) is not None:
-            same += 1
-        yield start, part[:same], _together(encoded[:same])
-        start += same
+def _alike(clip: Any, texts: list[str]) -> tuple[list[str], Any]:
+    """The first of ``texts`` whose conditionings fit into one batch, and that batch: a long prompt takes several windows of the
+    text encoder."""
+    encoded = [clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in texts]
+    same = 1
+    while same < len(encoded) and _shape(encoded[same]) == _shape(encoded[0]) is not None:
+        same += 1
+    return texts[:same], _together(encoded[:same])
 
 
 def _shape(conditioning: Any) -> Any:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import comfy.samplers
+import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from server import PromptServer
@@ -32,6 +33,7 @@ from ..memorization_guard import (
     Thresholds,
 )
 from ..memorization_guard.adapters.kdiffusion import SamplerRun, watched
+from ..memorization_guard.core.monitor import Serves
 from .models import noise_levels, run_settings
 from .runs import TraceLog
 
@@ -51,11 +53,13 @@ def guard(
     profile: StabilityProfile | None = None,
     thresholds: Thresholds | None = None,
     node: str | None = None,
+    serves: Serves | None = None,
 ) -> tuple[ModelPatcher, TraceLog]:
     """A clone of ``model`` whose runs are watched, and where they are logged; ``model`` itself stays as it is.
 
     Args:
         node: id of the node that live events are for; without one, none are sent.
+        serves: as for :class:`StabilityMonitor`.
     """
     traces = TraceLog(mode)
     if mode == "off":
@@ -74,7 +78,7 @@ def guard(
             levels = noise_levels(guider.model_patcher.get_model_object("model_sampling"), sigmas)
             schedule = [levels(sigma) for sigma in sigmas.tolist()]
             settings = run_settings(guider, sampler, noise.shape, schedule)
-            watch = _Watch(traces, profile, thresholds, node, settings, levels)
+            watch = _Watch(traces, profile, thresholds, node, settings, levels, serves)
             sampler_run = SamplerRun(watch.monitor, schedule, levels)
             predictions = Predictions(sampler_run, guider)
             predictions.attach(extra_args["model_options"])
@@ -111,9 +115,12 @@ class _Watch:
         node: str | None,
         settings: RunSettings,
         level: Callable[[float], NoiseLevel],
+        serves: Serves | None,
     ) -> None:
         on_step = None if node is None else self._on_step
-        self.monitor = StabilityMonitor(profile, thresholds, traces.mode, on_step, settings=settings, level=level)
+        self.monitor = StabilityMonitor(
+            profile, thresholds, traces.mode, on_step, settings=settings, level=level, serves=serves
+        )
         self._run = traces.begin(self.monitor)
         self._node = node
         if self.monitor.check is not None and self.monitor.check.invalid:
@@ -175,26 +182,50 @@ class Predictions:
     def together(self, inner: Callable[..., Sequence[Tensor]], args: Mapping[str, Any]) -> Sequence[Tensor]:
         """A ``sampler_calc_cond_batch_function``, chained to the ``inner`` one."""
         self._expected = False
-        return self._judged(args["conds"], inner(args), args["input"], args["sigma"])
+
+        def evaluate(x: Tensor, sigma: Tensor) -> Sequence[Tensor]:
+            return inner({**args, "input": x, "sigma": sigma, "timestep": sigma})
+
+        return self._judged(args["conds"], evaluate, args["input"], args["sigma"])
 
     def around_batch(
         self, executor: Any, model: Any, conds: Sequence[Any], x: Tensor, sigma: Tensor, *args: Any, **kwargs: Any
     ) -> Sequence[Tensor]:
         """A ``CALC_COND_BATCH`` wrapper."""
-        predictions = executor(model, conds, x, sigma, *args, **kwargs)
+
+        def evaluate(x: Tensor, sigma: Tensor) -> Sequence[Tensor]:
+            predictions: Sequence[Tensor] = executor(model, conds, x, sigma, *args, **kwargs)
+            return predictions
+
         if self._expected and self._place("positive", conds) is not None:
             self._expected = False
-            predictions = self._judged(conds, predictions, x, sigma)
-        return predictions
+            return self._judged(conds, evaluate, x, sigma)
+        return evaluate(x, sigma)
 
-    def _judged(self, conds: Sequence[Any], predictions: Sequence[Tensor], x: Tensor, sigma: Tensor) -> Sequence[Tensor]:
+    def _judged(
+        self, conds: Sequence[Any], evaluate: Callable[[Tensor, Tensor], Sequence[Tensor]], x: Tensor, sigma: Tensor
+    ) -> Sequence[Tensor]:
+        """The predictions for ``conds``, the one with the prompt replaced where it was corrected."""
+        predictions = evaluate(x, sigma)
         try:
             place = self._place("positive", conds)
             if place is None or not _active(conds[place], sigma):
                 return predictions
             without = next((p for name in _WITHOUT_PROMPT if (p := self._place(name, conds)) is not None), None)
             uncond = predictions[without] if without is not None and _active(conds[without], sigma) else None
-            cond = self._run.predicted(x, sigma, predictions[place], uncond)
+
+            def ask(noise: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+                sampling = self._guider.model_patcher.get_model_object("model_sampling")
+                highest = torch.full_like(sigma, float(sampling.sigma_max))
+                if not _active(conds[place], highest):
+                    raise ValueError("the prompt has no part in the image at the highest noise level")
+                latent = sampling.noise_scaling(
+                    highest.view(-1, *(1,) * (noise.ndim - 1)), noise, torch.zeros_like(noise), max_denoise=True
+                )
+                found = evaluate(latent, highest)
+                return latent, highest, found[place], None if without is None else found[without]
+
+            cond = self._run.predicted(x, sigma, predictions[place], uncond, ask=ask)
             if cond is predictions[place]:
                 return predictions
             return [cond if i == place else prediction for i, prediction in enumerate(predictions)]

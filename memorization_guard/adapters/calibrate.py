@@ -27,11 +27,14 @@ def calibrate(
     progress: bool = True,
     **pipe_kwargs: Any,
 ) -> StabilityProfile:
-    """Makes a stability profile from reference prompts, one unmitigated run each; outliers among them are left out.
+    """Makes a stability profile from reference prompts; those that the model seems to have memorized are left out.
+
+    The first 50 are sampled to the end, the others stop after one evaluation: 350 further ones take the time of some seven
+    images.
 
     Args:
         pipe: as for :func:`guard`.
-        prompts: prompts that are not memorized, 50 or so; a list, or a file that :func:`read_prompts` reads.
+        prompts: prompts that are not memorized, some hundred; a list, or a file that :func:`read_prompts` reads.
         batch_size: prompts sampled at once.
         seed: prompt i starts from the noise of seed ``seed + i``, drawn on the CPU.
         state: file that keeps the runs so far after every batch, so that an interrupted calibration goes on from there;
@@ -46,7 +49,7 @@ def calibrate(
     """
     texts = list(prompts) if isinstance(prompts, (list, tuple)) else read_prompts(prompts)  # type: ignore[arg-type]
     if len(texts) < MIN_RUNS or not all(isinstance(text, str) for text in texts):
-        raise CalibrationError(f"{len(texts)} reference prompts: give a list of at least {MIN_RUNS}, better 50")
+        raise CalibrationError(f"{len(texts)} reference prompts: give a list of at least {MIN_RUNS}, better some hundred")
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
     arguments = {key: repr(value) for key, value in sorted(pipe_kwargs.items())}
@@ -63,13 +66,14 @@ def calibrate(
     bar_config = getattr(pipe, "_progress_bar_config", None)
     pipe.set_progress_bar_config(disable=True)
     try:
-        with tqdm(total=len(texts), initial=len(runs.traces), desc="calibrating", unit="image", disable=not progress) as bar:
-            for start in range(len(runs.traces), len(texts), batch_size):
-                part = texts[start : start + batch_size]
+        with tqdm(total=len(texts), initial=len(runs.traces), desc="calibrating", unit="prompt", disable=not progress) as bar:
+            while batch := runs.next_batch(len(texts), batch_size):
+                start, end, serves = batch
+                part = texts[start:end]
                 generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(part))]
                 # Pipelines want as many of them as there are prompts.
                 texts_a_prompt = {k: [v] * len(part) for k, v in pipe_kwargs.items() if "negative" in k and isinstance(v, str)}
-                with guard(pipe) as run:
+                with guard(pipe, serves=serves) as run:
                     pipe(part, generator=generators, output_type="latent", **(pipe_kwargs | texts_a_prompt))
                 if run.error is not None:
                     raise CalibrationError(f"this pipeline could not be watched: {run.error}")

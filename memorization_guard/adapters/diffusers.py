@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from ..core.monitor import StabilityMonitor
+from ..core.monitor import Serves, StabilityMonitor
 from ..core.noise_level import NoiseLevel
 from ..core.profile import StabilityProfile
 from ..core.run import StepEvent
@@ -105,7 +105,7 @@ class GuardedRun:
         self._runs.append(Sampling(self._pipe, self._new_monitor))
 
     def _after_network(
-        self, _module: torch.nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any
+        self, module: torch.nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any
     ) -> None:
         # Pipelines that sample at the same time in other threads may share the denoiser.
         if threading.get_ident() != self._thread:
@@ -115,7 +115,7 @@ class GuardedRun:
             self._watch_scheduler()
             self._begin()
         if self._runs:
-            self._timed(self._runs[-1].called, arguments, keywords, output)
+            self._timed(self._runs[-1].called, module, arguments, keywords, output)
 
     def _timed(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """What watching does. It never raises: the image goes on without it."""
@@ -137,6 +137,8 @@ def guard(
     mode: Mode = "trace",
     thresholds: Thresholds | None = None,
     on_step: Callable[[StepEvent], None] | None = None,
+    *,
+    serves: Serves | None = None,
 ) -> Iterator[GuardedRun]:
     """Watches everything ``pipe`` samples inside the block, and corrects it if asked to.
 
@@ -152,6 +154,7 @@ def guard(
         pipe: a diffusers pipeline with a ``unet`` or ``transformer``.
         profile, mode, thresholds, on_step: as for :class:`memorization_guard.StabilityMonitor`. ``stop`` ends a pipeline call
             by the pipeline's own ``interrupt``; its images are then those predicted so far.
+        serves: as there; where a pipeline has no ``interrupt``, it goes on to its end.
 
     Yields:
         The run; read its ``traces`` once sampling is done.
@@ -171,7 +174,9 @@ def guard(
         raise ValueError(f"{type(pipe).__name__} cannot be interrupted: choose another mode than stop")
 
     def new_monitor(settings: RunSettings, level: Callable[[float], NoiseLevel] | None) -> StabilityMonitor:
-        return StabilityMonitor(profile, thresholds, mode, on_step, settings=settings, level=level)
+        return StabilityMonitor(
+            profile, thresholds, mode, on_step, settings=settings, level=level, serves=serves
+        )
 
     run = GuardedRun(pipe, new_monitor)
     with run._hooks:

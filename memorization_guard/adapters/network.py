@@ -6,8 +6,10 @@ tensor is where a prediction is replaced.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,6 +30,21 @@ def denoisers(pipe: Any) -> list[torch.nn.Module]:
     if not found:
         raise TypeError(f"{type(pipe).__name__} has no unet and no transformer: only diffusion pipelines can be watched")
     return found
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of the network, and what it answered."""
+
+    module: torch.nn.Module
+    arguments: tuple[Any, ...]
+    keywords: Mapping[str, Any]
+    output: Tensor
+
+    def keywords_with(self, x: Tensor, timestep: Any) -> dict[str, Any]:
+        """The keywords of the same call for another latent and timestep; positional ones begin after these two."""
+        name = next(name for name in ("sample", "hidden_states") if name in inspect.signature(self.module.forward).parameters)
+        return {**self.keywords, name: x, "timestep": timestep}
 
 
 class Evaluation:
@@ -83,18 +100,34 @@ class Network:
         #: Whether the network is told a guidance scale, and gives one prediction that is guided already.
         self.embeds_guidance = any(keywords.get(name) is not None for name in ("guidance", "timestep_cond"))
 
-    def read(self, number: int, x: Tensor, output: Any) -> Evaluation:
-        """The evaluation of one call, the run's ``number``-th."""
-        tensor = output[0] if isinstance(output, tuple) else output.sample
-        if not isinstance(tensor, Tensor):
-            raise ValueError("this pipeline's network does not give one tensor that could be read")
-        x, tensor = own_part(x, tensor, self._own_tokens)
+    def read(
+        self, number: int, x: Tensor, output: Any, coefficients: tuple[float, float] | None = None
+    ) -> Evaluation:
+        """The evaluation of one call, the run's ``number``-th; ``coefficients`` are those of another noise level than its."""
+        x, tensor = own_part(x, answer(output), self._own_tokens)
         parts = self._parts(x)
         cond, uncond = self._order(parts)
         self.batch = len(x) // parts
         split = tensor.chunk(parts)
         without = None if uncond is None else split[uncond]
-        return Evaluation(number, x[: self.batch], split[cond], without, self.schedule.coefficients[number])
+        return Evaluation(
+            number, x[: self.batch], split[cond], without, coefficients or self.schedule.coefficients[number]
+        )
+
+    def asked(self, call: Call, noise: Tensor) -> Evaluation:
+        """What the network says in Gaussian noise ``[B, ...]``, at its highest noise level, with the prompts of ``call``.
+
+        Raises:
+            ValueError: if that noise level is not known.
+        """
+        timestep, _, coefficients = self.schedule.in_noise()
+        given, at = called_with(call.arguments, call.keywords)
+        x = given.clone()
+        own_part(x, call.output, self._own_tokens)[0].copy_(noise.repeat(len(x) // len(noise), *(1,) * (noise.ndim - 1)))
+        number = torch.full_like(at, timestep) if isinstance(at, Tensor) else type(at)(timestep)
+        # Not the module itself: whoever watches its calls has no part in this one.
+        output = call.module.forward(*call.arguments[2:], **call.keywords_with(x, number))
+        return self.read(0, x, output, coefficients)
 
     @property
     def guided(self) -> bool | None:
@@ -133,6 +166,18 @@ class Network:
         if parts == 3 and hasattr(self._pipe, "image_guidance_scale"):
             return 0, 1  # InstructPix2Pix: text and image, image, neither
         raise ValueError(f"the network is given {parts} copies of every latent, and which is which is not known")
+
+
+def answer(output: Any) -> Tensor:
+    """The tensor that a network gives.
+
+    Raises:
+        ValueError: if there is not one.
+    """
+    tensor = output[0] if isinstance(output, tuple) else output.sample
+    if not isinstance(tensor, Tensor):
+        raise ValueError("this pipeline's network does not give one tensor that could be read")
+    return tensor
 
 
 def called_with(arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> tuple[Tensor, Any]:

@@ -13,7 +13,7 @@ from ..core.monitor import STOPPED, StabilityMonitor
 from ..core.noise_level import NoiseLevel
 from ..core.settings import RunSettings
 from ..fingerprint import fingerprint
-from .network import Evaluation, Network, called_with, denoisers, number_of
+from .network import Call, Evaluation, Network, answer, called_with, denoisers, number_of
 from .schedule import check_hands_out_steps
 
 #: Makes the monitor of a run, from its settings and from what its noise levels are called.
@@ -38,7 +38,7 @@ class Sampling:
         self.monitor: StabilityMonitor | None = None
         self._network: Network | None = None
         self._steps = 0  # calls of the scheduler's step
-        self._pending: tuple[Evaluation, Any] | None = None  # waits for its second half, with the prompt that it was made with
+        self._pending: tuple[Evaluation, Call] | None = None  # waits for its second half
         self._evaluated: Evaluation | None = None  # the next step is made from it
         self._start: tuple[Tensor, Tensor] | None = None  # latent and guided x0 at the beginning of a solver step
         self._result: Tensor | None = None  # the latest latent that the scheduler made
@@ -57,22 +57,25 @@ class Sampling:
         if self.monitor is not None:
             self.monitor.fail(error)
 
-    def called(self, arguments: tuple[Any, ...], keywords: Mapping[str, Any], output: Any) -> None:
+    def called(
+        self, module: torch.nn.Module, arguments: tuple[Any, ...], keywords: Mapping[str, Any], output: Any
+    ) -> None:
         """The network was called, and has answered."""
         if self.failure is not None or self._evaluated is not None:
             return
         if self._network is not None and self._steps >= len(self._network.schedule):
             return
         x, timestep = called_with(arguments, keywords)
-        network, prompt = self._network, keywords.get("encoder_hidden_states")
+        network, call = self._network, Call(module, arguments, keywords, answer(output))
+        prompt = keywords.get("encoder_hidden_states")
         if network is None:
             network = self._network = Network(self._pipe, keywords, number_of(timestep))
         evaluation = network.read(self._steps, x, output)
         if self._pending is not None and evaluation.uncond is None:
-            first, its_prompt = self._pending
-            if prompt is None or prompt is not its_prompt:
+            first, its_call = self._pending
+            if prompt is None or prompt is not its_call.keywords.get("encoder_hidden_states"):
                 evaluation = Evaluation(first.number, first.x, first.cond, evaluation.cond, first.coefficients)
-                self._judge(evaluation)
+                self._judge(evaluation, its_call, call)
             return
         # On another device, the first and the last one are looked at: nothing waits for those between.
         self._timestep = timestep
@@ -80,23 +83,34 @@ class Sampling:
         if on_host and not network.schedule.is_at(self._steps, number_of(timestep)):
             raise ValueError(f"the network is given timestep {number_of(timestep):g} out of the scheduler's order")
         if evaluation.uncond is None and network.guided is not False:
-            self._pending = evaluation, prompt
+            self._pending = evaluation, call
         else:
-            self._judge(evaluation)
+            self._judge(evaluation, call)
 
-    def _judge(self, evaluation: Evaluation) -> None:
+    def _judge(self, evaluation: Evaluation, *calls: Call) -> None:
+        """Hands an evaluation over, which was one call of the network, or one with the prompt and one without."""
         network = self._network
         assert network is not None
         if self.monitor is None:
-            levels = network.schedule.levels
-            # The number of an evaluation is this host's name of its noise level.
-            monitor = self._new_monitor(self._settings(network, evaluation), lambda number: levels[int(number)])
+            schedule = network.schedule
+            # The number of an evaluation is this host's name of its noise level; that of the highest is below 0.
+            monitor = self._new_monitor(
+                self._settings(network, evaluation),
+                lambda number: schedule.levels[int(number)] if number >= 0 else schedule.in_noise()[1],
+            )
             if monitor.thresholds.method == "published":
                 check_hands_out_steps(self._pipe.scheduler)
             self.monitor = monitor
         cond = evaluation.denoised(evaluation.cond)
         uncond = None if evaluation.uncond is None else evaluation.denoised(evaluation.uncond)
-        given = self.monitor.predicted(evaluation.x, float(evaluation.number), cond, uncond)
+
+        def ask(noise: Tensor) -> tuple[Tensor, float, Tensor, Tensor | None]:
+            found = [network.asked(call, noise) for call in calls]
+            without = found[0].uncond if len(found) == 1 else found[1].cond
+            denoised = found[0].denoised
+            return found[0].x, -1.0, denoised(found[0].cond), None if without is None else denoised(without)
+
+        given = self.monitor.predicted(evaluation.x, float(evaluation.number), cond, uncond, ask=ask)
         if given is not cond:
             evaluation.replace(cond, given)
         if self.monitor.thresholds.method == "reference" and network.schedule.begins(evaluation.number):
@@ -108,7 +122,7 @@ class Sampling:
         if self.failure is not None:
             return
         if self._pending is not None:
-            self._judge(self._pending[0])  # there was one prediction only
+            self._judge(*self._pending)  # there was one prediction only
         evaluation = self._evaluated
         if evaluation is None or self._network is None:
             raise ValueError("the scheduler takes a step that no evaluation of the network was seen for")

@@ -43,11 +43,11 @@ class Schedule:
         self._flow = bool(config.get("use_flow_sigmas")) or (
             not hasattr(scheduler, "alphas_cumprod") and _are_times(sigmas, timesteps, self._trained)
         )
-        inverted = bool(config.get("invert_sigmas"))
+        inverted = self._inverted = bool(config.get("invert_sigmas"))
         self.prediction_type = "flow_prediction" if self._flow else str(config.get("prediction_type", "epsilon"))
         # Two-stage schedulers evaluate between their sigmas; their timesteps say where.
         two_stages = getattr(scheduler, "order", 1) > 1 and not self._flow
-        alphas = getattr(scheduler, "alphas_cumprod", None)
+        alphas = self._alphas = getattr(scheduler, "alphas_cumprod", None)
         known = self._flow or self._sigma_data is not None or alphas is not None
         if known and len(sigmas) == len(timesteps) + 1 and not two_stages:
             every = [self._network_level(1 - sigma if inverted else sigma) for sigma in sigmas]
@@ -82,6 +82,21 @@ class Schedule:
     def begins(self, evaluation: int) -> bool:
         """Whether a solver step begins with this evaluation."""
         return evaluation == 0 or (evaluation > self._warmup and evaluation % self._order == 0)
+
+    def in_noise(self) -> tuple[float, NoiseLevel, tuple[float, float]]:
+        """The highest noise level of the model: the timestep that its network is given there, the level, its coefficients.
+
+        Raises:
+            ValueError: if it is not known.
+        """
+        if self._flow and not self._inverted:
+            timestep = 0.0 if self._reversed else self._trained
+            level = NoiseLevel.from_flow(1.0)
+            return timestep / self._unit, level, self._denoised_coefficients(level, self.output_sign)
+        if self._alphas is not None and not self._flow:
+            level = NoiseLevel.from_alpha_bar(float(self._alphas[-1]))
+            return len(self._alphas) - 1.0, level, self._denoised_coefficients(level, 1.0)
+        raise ValueError("the highest noise level of this scheduler's model is not known")
 
     def after(self, evaluation: int) -> NoiseLevel:
         """Noise level of the latent that the scheduler makes from this evaluation, on the scheduler's own scale."""

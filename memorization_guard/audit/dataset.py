@@ -62,7 +62,7 @@ SCHEMA = pa.schema(
         pa.field("score", pa.float64()),
         pa.field("joint_score", pa.float64()),
         pa.field("p_value", pa.float64()),
-        pa.field("local_score", pa.float64()),
+        pa.field("detail", pa.float64()),
         pa.field("uncalibrated_score", pa.float64()),
         pa.field("trigger_step", pa.int32()),
         pa.field("nonfinite_step", pa.int32()),

@@ -192,7 +192,7 @@ class Worker:
 def _row(job: Job, trace: Trace) -> dict[str, Any]:
     data = trace.to_dict()
     settings = data["settings"]
-    numbers = ("score", "joint_score", "p_value", "local_score", "uncalibrated_score")
+    numbers = ("score", "joint_score", "p_value", "detail", "uncalibrated_score")
     return {
         "image": job.image,
         "row": job.row,

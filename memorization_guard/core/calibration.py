@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -16,18 +17,19 @@ import numpy as np
 from ..files import write_whole
 from ..fingerprint import content_hash
 from .errors import GuardError
+from .monitor import Serves
 from .noise_level import NoiseLevel
 from .profile import Norms, StabilityProfile
-from .reference import Reference
+from .reference import Reference, memorized
 from .settings import RunSettings
 from .signals import Signals
 from .trace import Evaluations, Trace
 
 log = logging.getLogger(__name__)
 
-#: Robust standard deviations, in update and x0 norm at the same step, from which a reference run is itself an outlier. Of the
-#: lab model's 50 reference runs the farthest reaches 4.2; exact prompts mixed in among them reach 4.5 to 8.
-OUTLIER_SCORE = 5.0
+#: So many reference prompts, the first ones, are sampled to the end: the bands of the norms come from them. Of further ones
+#: nothing is needed but their first evaluation.
+WHOLE_RUNS = 50
 
 #: Fewer runs than this give a standard deviation that is off by more than a quarter as a rule.
 MIN_RUNS = 8
@@ -53,11 +55,12 @@ class Calibrator:
         #: Number of runs left out so far, by reason.
         self.left_out: Counter[str] = Counter()
         self._traces: list[Trace] = []
+        self._probes: list[Trace] = []
 
     @property
     def count(self) -> int:
-        """Number of runs taken in."""
-        return len(self._traces)
+        """Number of runs and probes taken in."""
+        return len(self._traces) + len(self._probes)
 
     def add(self, trace: Trace) -> None:
         """Takes in one reference run.
@@ -95,17 +98,33 @@ class Calibrator:
             )
         self._traces.append(trace)
 
-    def profile(self) -> StabilityProfile:
-        """The profile of the runs so far.
+    def probe(self, trace: Trace) -> None:
+        """Takes in the first evaluation of a further prompt, whatever came after it.
 
         Raises:
-            CalibrationError: if there are fewer than 8.
+            CalibrationError: if that is not at the noise level at which the runs begin, or has no finite detail.
         """
-        if self.count < MIN_RUNS:
+        if not self._traces:
+            self._refuse("no run", "a profile begins with runs that were sampled to their end")
+        ours, theirs = self._traces[0].evaluations, trace.evaluations
+        if not len(theirs) or not np.isclose(ours.sigma[0], theirs.sigma[0], rtol=_SAME_SIGMA, atol=1e-6):
+            self._refuse("other noise levels", "the prompt was not evaluated at the noise level at which the runs begin")
+        detail = float(theirs.detail[0])
+        if not (np.isfinite(detail) and detail > 0):
+            self._refuse("not finite", "the prediction is NaN or infinite: run the model in float32 or bfloat16")
+        self._probes.append(trace)
+
+    def profile(self) -> StabilityProfile:
+        """The profile of the runs and probes so far.
+
+        Raises:
+            CalibrationError: if there are fewer than 8 runs.
+        """
+        if len(self._traces) < MIN_RUNS:
             left_out = "".join(f", {n} left out ({reason})" for reason, n in self.left_out.items())
             raise CalibrationError(
-                f"{self.count} usable reference runs{left_out}: a profile needs at least {MIN_RUNS}, and 50 are "
-                "recommended. Add reference prompts."
+                f"{len(self._traces)} usable reference runs{left_out}: a profile needs at least {MIN_RUNS}, and {WHOLE_RUNS} "
+                "and some hundred further prompts are recommended. Add reference prompts."
             )
         first = self._traces[0]
         settings = _fill(self.settings, dataclasses.replace(first.settings, steps=len(first.steps)))
@@ -115,11 +134,16 @@ class Calibrator:
         return StabilityProfile(
             mean=Norms(*norms.mean(axis=0)),
             std=Norms(*norms.std(axis=0, ddof=1)),
-            count=self.count,
+            count=len(self._traces),
             settings=settings,
             left_out=dict(self.left_out),
-            reference=_reference(self._traces, settings.prediction_type),
+            reference=self._reference(settings.prediction_type),
         )
+
+    def _reference(self, prediction_type: str | None) -> Reference | None:
+        asked = [trace.asked for trace in (*self._traces, *self._probes)]
+        probed = [trace.evaluations.detail[0] for trace in self._probes]
+        return _reference(self._traces, prediction_type, probed, [] if None in asked else asked)
 
     def _refuse(self, reason: str, message: str) -> None:
         self.left_out[reason] += 1
@@ -135,10 +159,13 @@ def _same_levels(ours: Evaluations, theirs: Evaluations) -> bool:
     return len(ours) == len(theirs) and np.allclose(ours.sigma, theirs.sigma, rtol=_SAME_SIGMA, atol=1e-6)
 
 
-def _reference(traces: Sequence[Trace], prediction_type: str | None) -> Reference | None:
+def _reference(
+    traces: Sequence[Trace], prediction_type: str | None, probed: Sequence[float], asked: Sequence[float]
+) -> Reference | None:
     """The signals of the runs at each noise level; where a sampler evaluates one level twice, at the last time."""
     signals = Signals(*(np.stack([getattr(t.evaluations, name) for t in traces]) for name in Signals._fields))
-    usable = np.isfinite(signals.velocity).all(axis=0) & np.isfinite(signals.denoised).all(axis=0)
+    needed = np.stack([signals.velocity, signals.denoised, signals.detail])
+    usable = (np.isfinite(needed) & (needed > 0)).all(axis=(0, 1))
     angles = np.array([NoiseLevel.from_model(sigma, prediction_type).angle for sigma in traces[0].evaluations.sigma])
     last = {round(angle, 6): index for index, angle in enumerate(angles) if usable[index]}
     if not last:
@@ -152,6 +179,8 @@ def _reference(traces: Sequence[Trace], prediction_type: str | None) -> Referenc
         signals=Signals(*(values[:, chosen] for values in signals)),
         angles=angles[chosen],
         patches=np.stack([pooled, spread], axis=1),
+        probed=np.array(probed),
+        asked=np.array(asked),
     )
 
 
@@ -197,6 +226,18 @@ class ReferenceRuns:
         if self._state is not None:
             self._state.unlink(missing_ok=True)
 
+    def next_batch(self, count: int, size: int) -> tuple[int, int, Serves] | None:
+        """What to sample next of ``count`` prompts, up to ``size`` at once.
+
+        Returns:
+            The first prompt, the one after the last, and what their runs serve for; ``None`` once all were sampled.
+        """
+        start = len(self.traces)
+        if start >= count:
+            return None
+        end = min(start + size, count)
+        return (start, end, "first") if start >= WHOLE_RUNS else (start, min(end, WHOLE_RUNS), "whole")
+
     def add(self, traces: Sequence[Trace], expected: int) -> None:
         """Takes in the traces of a batch of ``expected`` prompts, and keeps them.
 
@@ -212,22 +253,23 @@ class ReferenceRuns:
     def profile(self) -> tuple[StabilityProfile, dict[int, str]]:
         """The profile of the runs so far, and the runs that were left out: their number, from 0, and why.
 
-        A run that is far outside of what the others do is left out: the model has probably memorized something of its
-        prompt. How far is told by median and median absolute deviation, which outliers do not move.
+        Runs that are apart from all others are left out: the model has probably memorized something of their prompts.
 
         Raises:
             CalibrationError: if fewer than 8 runs are usable.
         """
         left_out: dict[int, str] = {}
         calibrator = Calibrator()
-        outliers = _outliers(self.traces)
+        details = [trace.asked or trace.detail or math.nan for trace in self.traces]
+        known = [number for number, detail in enumerate(details) if math.isfinite(detail)]
+        apart = {known[i] for i in memorized([details[number] for number in known])}
         for number, trace in enumerate(self.traces):
-            if number in outliers:
-                left_out[number] = f"it is an outlier itself, {outliers[number]:.1f} standard deviations off"
-                calibrator.left_out["outlier"] += 1
+            if number in apart:
+                left_out[number] = "the model seems to have memorized it"
+                calibrator.left_out["memorized"] += 1
                 continue
             try:
-                calibrator.add(trace)
+                (calibrator.add if number < WHOLE_RUNS else calibrator.probe)(trace)
             except CalibrationError as error:
                 left_out[number] = str(error)
         for number, reason in left_out.items():
@@ -238,20 +280,6 @@ class ReferenceRuns:
 def told_left_out(left_out: Mapping[int, str], prompts: Sequence[str]) -> list[str]:
     """Which reference prompts were left out and why, a line each."""
     return [f"Left out: {prompts[number]!r}: {reason}." for number, reason in left_out.items()]
-
-
-def _outliers(traces: Sequence[Trace]) -> dict[int, float]:
-    """Runs whose update and x0 norm are both far off at some step, and how far, in robust standard deviations."""
-    steps = Counter(len(trace.steps) for trace in traces).most_common(1)[0][0] if traces else 0
-    chosen = [number for number, trace in enumerate(traces) if len(trace.steps) == steps]
-    if len(chosen) < MIN_RUNS or not steps:
-        return {}
-    norms = np.array([_norms(traces[number])[1:] for number in chosen])  # [runs, 2, steps]
-    median = np.nanmedian(norms, axis=0)
-    # 1.4826 makes it the standard deviation of a normal distribution; a norm that never varies is no yardstick.
-    spread = np.maximum(1.4826 * np.nanmedian(np.abs(norms - median), axis=0), 1e-6 * median + 1e-12)
-    joint = np.nan_to_num(np.abs(norms - median) / spread, nan=0.0).min(axis=1).max(axis=1)
-    return {number: float(score) for number, score in zip(chosen, joint, strict=True) if score > OUTLIER_SCORE}
 
 
 def _fill(settings: RunSettings, other: RunSettings) -> RunSettings:

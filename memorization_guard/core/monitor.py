@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,6 +19,13 @@ from .signals import Measurement, Meter
 from .trace import Trace
 
 log = logging.getLogger(__name__)
+
+#: Evaluates Gaussian noise ``[B, ...]`` at a model's highest noise level: gives latent, noise level, and the predictions with
+#: and without the prompt, each as :meth:`StabilityMonitor.predicted` takes them.
+Ask = Callable[[Tensor], tuple[Tensor, Tensor | float, Tensor, Tensor | None]]
+
+#: What a reference run is sampled for: its ``whole`` way, or what the network says of its prompt ``first``; then it is stopped.
+Serves = Literal["whole", "first"]
 
 #: Why a run ended that was stopped.
 STOPPED = "stopped, since every image of the batch had triggered"
@@ -43,6 +50,7 @@ class StabilityMonitor:
         on_step: called with a :class:`StepEvent` for every solver step, in order; on a GPU up to a few steps late.
         settings: what the run is made with, to be held against the profile and written into the traces.
         level: the noise level that the host's own number stands for; by default that of the settings' prediction type.
+        serves: whether the run serves as a reference, and what is needed of it: see :data:`Serves`.
     """
 
     def __init__(
@@ -54,6 +62,7 @@ class StabilityMonitor:
         *,
         settings: RunSettings | None = None,
         level: Callable[[float], NoiseLevel] | None = None,
+        serves: Serves | None = None,
     ) -> None:
         settings = settings or RunSettings()
         kind = settings.prediction_type
@@ -62,6 +71,7 @@ class StabilityMonitor:
         )
         self._at_once = mode in ("mitigate", "stop") and self._run.judges
         self._on_step = on_step
+        self._serves = serves
         self._emitted = 0
         self._meter = Meter()
         self._evaluated: tuple[Tensor, Tensor] | None = None  # the last latent that was evaluated, and its norm
@@ -109,12 +119,16 @@ class StabilityMonitor:
     @property
     def should_stop(self) -> bool:
         """Whether the mode is ``stop`` and every image of the batch has triggered: the rest of the run changes nothing."""
+        if self._serves == "first":
+            return self.evaluations > 0
         if self.mode != "stop" or self.error is not None or not len(self._run.triggers):
             return False
         return bool((self._run.triggers >= 0).all())
 
     @torch.no_grad()
-    def predicted(self, x: Tensor, sigma: Tensor | float, cond: Tensor, uncond: Tensor | None = None) -> Tensor:
+    def predicted(
+        self, x: Tensor, sigma: Tensor | float, cond: Tensor, uncond: Tensor | None = None, *, ask: Ask | None = None
+    ) -> Tensor:
         """Takes in one evaluation of the network, and gives the conditional prediction to go on with.
 
         Args:
@@ -122,6 +136,8 @@ class StabilityMonitor:
             sigma: the host's own noise level, ``[B]`` or one number.
             cond, uncond: clean latents predicted with and without the prompt, before guidance, of any dtype; ``uncond`` is
                 ``None`` where the host computed none.
+            ask: has the network evaluate another latent with the same prompts, twice at a run's beginning where the first
+                evaluation is suspicious, or not in noise (image to image, a second pass); without it, the latter is not judged.
 
         Returns:
             ``cond`` itself where nothing is corrected; otherwise a new tensor, in which samples that are not corrected are
@@ -130,19 +146,25 @@ class StabilityMonitor:
         if self.error is not None:
             return cond
         try:
-            return self._predicted(x, sigma, cond, uncond)
+            return self._predicted(x, sigma, cond, uncond, ask)
         except Exception as error:
             self.fail(error)
             return cond
 
-    def _predicted(self, x: Tensor, sigma: Tensor | float, cond: Tensor, uncond: Tensor | None) -> Tensor:
+    def _predicted(
+        self, x: Tensor, sigma: Tensor | float, cond: Tensor, uncond: Tensor | None, ask: Ask | None
+    ) -> Tensor:
         run = self._run
         self._check_batch(len(x))
         measurement = self._meter.measure(x, sigma, cond, uncond, run.scale)
         self._evaluated = x, measurement.latent
         self._waiting.append(measurement)
         run.taken += 1
-        if not self._at_once or run.region is None:
+        if run.taken == 1 and ask is not None and (run.reference is not None or self._serves is not None):
+            self._judge_all()  # waits for the device, once a run
+            if self._serves is not None or run.judge.wants_to_ask:
+                self._ask(x, ask)
+        if not self._at_once or run.reference is None:
             if self._on_step is not None and x.is_cuda:
                 self._arrivals.append(_Arrival(measurement.block()))
             return cond
@@ -156,6 +178,19 @@ class StabilityMonitor:
         # At a scale of almost 0 the prompt has no part in the image.
         usable = USUAL_GUIDANCE if scale is None else scale if abs(scale) > 0.1 else 1.0
         return steering.steered(cond, uncond, chosen, guidance_scale=usable, target=self.thresholds.steering_guidance)
+
+    def _ask(self, like: Tensor, ask: Ask) -> None:
+        """Judges the run by what its prompts say in a noise that is the same for all, and in its negative."""
+        try:
+            noise = torch.randn(like.shape[1:], generator=torch.Generator().manual_seed(0)).to(like).expand_as(like)
+            (x, sigma, *first), (_, _, *second) = ask(noise), ask(-noise)
+            cond, uncond = (None if a is None or b is None else (a + b) / 2 for a, b in zip(first, second, strict=True))
+            assert cond is not None
+            found = Meter().measure(x, sigma, cond, uncond, self._run.scale)
+            self._run.judge.take_in_asked(found, found.block().cpu().numpy())
+        except Exception as error:
+            log.warning("Memorization Guard cannot judge this run; the image is not affected: %s", error, exc_info=error)
+            self._run.unasked = f"{type(error).__name__}: {error}"
 
     @torch.no_grad()
     def latent(self, x: Tensor, level: NoiseLevel, *, evaluated: bool) -> None:

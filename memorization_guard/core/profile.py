@@ -24,11 +24,15 @@ from .signals import Signals
 
 FORMAT = "memorization-guard.profile"
 EXTENSION = ".safetensors"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 #: Relative distance up to which two noise levels, or two guidance scales, count as the same.
 SIGMA_TOLERANCE = 0.01
 GUIDANCE_TOLERANCE = 0.1
+
+
+#: Of the reference, beside its signals.
+_ARRAYS = ("angles", "patches", "probed", "asked")
 
 
 class ProfileError(GuardError, ValueError):
@@ -182,18 +186,20 @@ class StabilityProfile:
             levels: noise levels before every step and after the last, ``[steps + 1]``.
             exact: whether the profile was made with the run's sampler, schedule and guidance scale.
         """
-        region = self.reference.region() if self.reference is not None else None
+        reference = self.reference
         rows: list[tuple[Norms, Norms]] = []
         row: int | None = None
         for step, (sigma, start, end) in enumerate(zip(sigmas, levels[:-1], levels[1:], strict=True)):
             row = self.next_row(row, sigma, step) if exact and (row is not None or not step) else None
-            if row is not None or region is None:
+            if row is not None or reference is None:
                 nothing = Norms(*np.full(len(Norms._fields), np.nan))
                 rows.append((nothing, nothing) if row is None else self.row(row))
                 continue
             chord = 2 * math.sin(abs(start.angle - end.angle) / 2)
             latent, velocity, denoised = (
-                self._latent_band(end.angle), region.band(start.angle, "velocity"), region.band(start.angle, "denoised")
+                self._latent_band(end.angle),
+                reference.band(start.angle, "velocity"),
+                reference.band(start.angle, "denoised"),
             )  # fmt: skip
             rows.append(
                 tuple(Norms(*map(np.asarray, (latent[i], velocity[i] * chord, denoised[i]))) for i in (0, 1))  # type: ignore[arg-type]
@@ -294,7 +300,7 @@ class StabilityProfile:
         if self.reference is not None:
             signals = self.reference.signals._asdict()
             tensors |= {f"reference.{name}": values.astype(np.float32) for name, values in signals.items()}
-            tensors |= {"reference.angles": self.reference.angles, "reference.patches": self.reference.patches}
+            tensors |= {f"reference.{name}": getattr(self.reference, name) for name in _ARRAYS}
         # What is written is an array's memory as it lies.
         tensors = {name: np.ascontiguousarray(values) for name, values in tensors.items()}
         return write_whole(path, save(tensors, metadata=metadata))
@@ -326,8 +332,8 @@ class StabilityProfile:
 
                 reference = None
                 if "reference.angles" in file.keys():  # noqa: SIM118 (no mapping)
-                    angles, patches = (file.get_tensor(f"reference.{name}") for name in ("angles", "patches"))
-                    reference = Reference(record(Signals, "reference"), angles, patches)
+                    arrays = (file.get_tensor(f"reference.{name}") for name in _ARRAYS)
+                    reference = Reference(record(Signals, "reference"), *arrays)
                 return cls(
                     mean=record(Norms, "mean"),
                     std=record(Norms, "std"),

@@ -15,7 +15,7 @@ from . import published
 from .judge import Judge
 from .noise_level import NoiseLevel
 from .profile import Norms, ProfileCheck, StabilityProfile
-from .reference import Region
+from .reference import OPEN_SIGMA, Reference
 from .settings import USUAL_GUIDANCE, Mode, RunSettings, Thresholds, Verdict
 from .trace import SUSPICIOUS, Steps, Trace, band_numbers, numbers
 
@@ -88,6 +88,7 @@ class Run:
         grid: patches of the latent, height and width.
         taken: number of evaluations taken in, judged or not.
         error: what ended the watching early. ended: why the run came to no regular end.
+        unasked: why a run that does not begin in noise could not be judged by a probe.
     """
 
     profile: StabilityProfile | None
@@ -101,22 +102,17 @@ class Run:
     steps: list[Step] = field(default_factory=list)
     error: Exception | None = None
     ended: str | None = None
+    unasked: str | None = None
 
     def __post_init__(self) -> None:
         self.check = self.profile.check(self.settings) if self.profile is not None else None
 
     @cached_property
-    def region(self) -> Region | None:
-        """Where the profile's reference runs are in this run; ``None`` where nothing can be held against them."""
+    def reference(self) -> Reference | None:
+        """What this run is held against; ``None`` where nothing can be."""
         if self.profile is None or self.check is None or not self.check.valid or self.thresholds.method == "published":
             return None
-        if self.profile.reference is None:
-            return None
-        if self.check.exact or self.settings.sigmas is None:
-            return self.profile.reference.region()
-        kind = self.settings.prediction_type
-        angles = [NoiseLevel.from_model(sigma, kind).angle for sigma in self.settings.sigmas]
-        return self.profile.reference.region(np.array(angles))
+        return self.profile.reference
 
     @cached_property
     def detector(self) -> published.Detector | None:
@@ -134,21 +130,21 @@ class Run:
     @cached_property
     def judge(self) -> Judge:
         rate = self.thresholds.false_positive_rate
-        return Judge(self.region, rate, guided=self.scale != 1.0, level=self.level)
+        return Judge(self.reference, rate, guided=self.scale != 1.0, level=self.level)
 
     @cached_property
     def judges(self) -> bool:
         """Whether the run is judged at all."""
-        return self.region is not None or self.detector is not None
+        return self.reference is not None or self.detector is not None
 
     @property
     def triggers(self) -> np.ndarray:
         """Step or evaluation at which each sample triggered, -1 if it has not; empty before the first."""
         return self.judge.trigger if self.detector is None else self.detector.trigger_step
 
-    def verdict(self, sample: int, evaluation: int | None = None) -> Verdict:
-        """The verdict up to an evaluation; by default the last."""
-        return self.judge.verdict(sample, evaluation) if self.detector is None else self.detector.verdict(sample)
+    def verdict(self, sample: int) -> Verdict:
+        """The verdict so far."""
+        return self.judge.verdict(sample) if self.detector is None else self.detector.verdict(sample)
 
     @property
     def _unseen(self) -> int:
@@ -196,7 +192,6 @@ class Run:
         guidance = np.full(self.batch, np.nan)
         if step.first < len(known):
             guidance = known[step.first].signals.guidance * known[step.first].level.alpha
-        judged = self.region is not None and step.last < len(known)
         return StepEvent(
             step=number,
             sigma=self._sigma(step.start),
@@ -204,8 +199,8 @@ class Run:
             guidance_norm=guidance.tolist(),
             update_score=scores.update_score.tolist() if scores else None,
             denoised_score=scores.denoised_score.tolist() if scores else None,
-            p_value=self.judge.p_values(step.last, step.last + 1)[0].tolist() if judged else None,
-            state=[self.verdict(sample, step.last) for sample in range(self.batch)],
+            p_value=self.judge.p_value.tolist() if self.judge.judged_at is not None else None,
+            state=[self.verdict(sample) for sample in range(self.batch)],
             mitigated=self._mitigated(step).tolist(),
         )
 
@@ -220,7 +215,6 @@ class Run:
         judge = self.judge
         firsts = [step.first for step in self.steps]
         of_step = np.maximum(np.searchsorted(firsts, np.arange(len(judge.evaluations)), side="right") - 1, 0)
-        p_values = judge.p_values()
         norms = [step.norms(judge) for step in self.steps]
         scores, mitigated, note = self._scores(norms), [self._mitigated(step) for step in self.steps], self.note()
         bands = self._bands([step.start for step in self.steps] + [step.end for step in self.steps[-1:]])
@@ -233,8 +227,10 @@ class Run:
                 verdict=verdict,
                 trigger_step=None if trigger < 0 else trigger if self.detector is not None else int(of_step[trigger]),
                 note=note,
-                steps=self._traced(sample, norms, scores, p_values, mitigated),
-                evaluations=judge.traced(sample, of_step, p_values, self.settings.prediction_type),
+                p_value=_finite(judge.p_value, sample),
+                asked=None if judge.asked is None else _finite(judge.asked, sample),
+                steps=self._traced(sample, norms, scores, mitigated),
+                evaluations=judge.traced(sample, of_step, self.settings.prediction_type),
                 local_map=judge.map(sample, self.grid),
                 bands=bands,
                 reference_count=self._reference_count,
@@ -271,7 +267,6 @@ class Run:
         sample: int,
         norms: list[Norms],
         scores: list[Norms | None],
-        p_values: np.ndarray,
         mitigated: list[np.ndarray],
     ) -> Steps:
         def column(values: list[Any]) -> np.ndarray:
@@ -284,7 +279,6 @@ class Run:
             denoised_norm=column([norm.denoised for norm in norms]),
             update_score=column([score and score.update for score in scores]),
             denoised_score=column([score and score.denoised for score in scores]),
-            p_value=column([p_values[step.last] if step.last < len(p_values) else None for step in self.steps]),
             mitigated=column(mitigated).astype(bool),
         )
 
@@ -308,9 +302,21 @@ class Run:
                 reasons = "; ".join(map(str, self.check.transferred))
                 return f"The published method holds for one sampler and schedule ({reasons})."
             return "The profile has the published bands alone: calibrate again for one that holds for any sampler."
-        if self.judges and (alone := self.judge.alone):
+        judge = self.judge
+        if self.reference is not None and judge.evaluations and judge.judged_at is None:
+            begins = judge.evaluations[0].level.sigma
             return (
-                f"{alone} of {self.taken} evaluations gave one prediction only and could not be judged: the profile was made "
-                "with guidance."
+                f"The run begins at noise level {begins:.2g}, below {OPEN_SIGMA:g}: what the prompt does cannot be seen there"
+                f"{f', and could not be asked for ({self.unasked})' if self.unasked else ''}. Judge a run of the prompt that "
+                "begins in noise."
+            )
+        if self.judges and judge.alone:
+            return (
+                f"{judge.alone} of {self.taken} evaluations gave one prediction only and could not be judged: the profile was "
+                "made with guidance."
             )
         return None if self.check == ProfileCheck() else str(self.check)
+
+
+def _finite(values: np.ndarray, sample: int) -> float | None:
+    return float(values[sample]) if len(values) and np.isfinite(values[sample]) else None

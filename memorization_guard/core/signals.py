@@ -12,8 +12,11 @@ guidance mixes them. x0 below is the two combined at the profile's own guidance 
 ``guidance``
     ``|v_cond - v_uncond| = |x0_cond - x0_uncond| / beta``. Times alpha it is ``|eps_cond - eps_uncond|`` (Wen et al. 2024),
     which says nothing at pure noise, where flow models begin.
-``local``
-    Root mean square of x0 in a patch of the latent, as the geometric mean of the quarter of all patches where it is largest.
+``detail``
+    Root mean square of what ``x0_cond - x0_uncond`` holds finer than an eighth of the latent's shorter side; of ``x0_cond``
+    where there is no other prediction. In pure noise the network predicts the mean of all images that the prompt allows: of
+    an open prompt that mean is a blur, and only of one remembered image it is sharp. Webster (2023) told copies by the edges
+    that one step shows; this is the same in a number.
 """
 
 from __future__ import annotations
@@ -24,14 +27,15 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from .noise_level import NoiseLevel, row_norm, widened
 
 #: The latent is looked at in at most this many patches a side.
 PATCHES = 16
 
-#: Share of the latent's patches that the local signal looks at.
-LOCAL_SHARE = 0.25
+#: What is finer than the latent's shorter side over this is detail.
+LAYOUT = 8
 
 
 class Signals(NamedTuple):
@@ -40,7 +44,7 @@ class Signals(NamedTuple):
     velocity: np.ndarray
     denoised: np.ndarray
     guidance: np.ndarray
-    local: np.ndarray
+    detail: np.ndarray
 
 
 class Measurement(NamedTuple):
@@ -50,8 +54,8 @@ class Measurement(NamedTuple):
         sigma: the host's own noise level: a float, or a tensor on a device that is not to be waited for.
         latent, product, denoised: ``|x|``, ``<x, x0>`` and ``|x0|``, each ``[B]`` float32.
         guidance: ``|x0_cond - x0_uncond|``, or ``None`` where there was one prediction only.
-        patches: ``[B, height, width]`` float32, square of x0 in each patch: the mean over its places of the sum over channels
-            and frames; ``None`` for latents without places (Flux packs its into a sequence).
+        patches: ``[B, height, width]`` float32, square of the detail in each patch: the mean over its places of the sum over
+            channels and frames; ``None`` for latents without places (Flux packs its into a sequence).
         depth: number of channels times frames.
     """
 
@@ -117,15 +121,27 @@ class Meter:
         buffers = self._buffers
         if buffers is None or buffers[0].shape != denoised.shape or buffers[0].device != denoised.device:
             buffers = self._buffers = torch.empty_like(denoised), torch.empty_like(denoised)
+        says = denoised
         if uncond is not None:
             without = widened(uncond)
-            torch.sub(denoised, without, out=buffers[0])
-            distance = row_norm(buffers[0].flatten(1))
+            says = torch.sub(denoised, without, out=buffers[0])
+            distance = row_norm(says.flatten(1))
+        patches = _patches(_detail(says, buffers[1]).square_()) if says.ndim in (4, 5) else None
+        if uncond is not None:
             denoised = torch.lerp(without, denoised, guidance_scale, out=buffers[0])
         flat = denoised.flatten(1)
         product = torch.linalg.vecdot(latent, flat)
-        patches = _patches(torch.mul(denoised, denoised, out=buffers[1])) if denoised.ndim in (4, 5) else None
         return row_norm(latent), product, row_norm(flat), distance, patches
+
+
+def _detail(says: Tensor, out: Tensor) -> Tensor:
+    """What is finer than an eighth of the shorter side; in ``out``."""
+    frames = says if says.ndim == 4 else says.flatten(1, 2)
+    *_, high, wide = frames.shape
+    side = max(1, min(high, wide) // min(LAYOUT, max(1, min(high, wide) // 2)))
+    coarse = functional.adaptive_avg_pool2d(frames, (max(1, round(high / side)), max(1, round(wide / side))))
+    blurred = functional.interpolate(coarse, size=(high, wide), mode="bilinear")
+    return torch.sub(says, blurred.view_as(says), out=out)
 
 
 def _patches(squares: Tensor) -> Tensor:
@@ -147,20 +163,10 @@ def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
 
 def signals(block: np.ndarray, level: NoiseLevel) -> Signals:
     """The signals ``[B]`` of an evaluation from its block, as :class:`~memorization_guard.core.judge.Judge` has it, now that
-    its noise level is known."""
+    its noise level is known. Where a latent has no places, all of it is detail."""
     latent, product, denoised, distance = block[1:5]
     alpha, beta, scale = level.alpha, max(level.beta, 1e-6), level.scale
     # v = (alpha z - x0) / beta, from the products of x and x0: no tensor had to be made for it.
     squared = (alpha / scale * latent) ** 2 - (2 * alpha / scale) * product + denoised * denoised
-    return Signals(np.sqrt(np.maximum(squared, 0.0)) / beta, denoised, distance / beta, _local(block[5:]))
-
-
-def _local(squares: np.ndarray) -> np.ndarray:
-    """Root mean square of x0, as the geometric mean over the largest quarter of patches, ``[B]``, from mean squares
-    ``[patches, B]``; NaN where there are too few."""
-    count = len(squares)
-    if count < 1 / LOCAL_SHARE:
-        return np.full(squares.shape[1], np.nan)
-    first = count - round(count * LOCAL_SHARE)
-    largest = np.partition(squares, first, axis=0)[first:]
-    return np.exp(0.5 * np.log(largest).mean(axis=0))
+    detail = np.sqrt(block[5:].mean(axis=0)) if len(block) > 5 else np.where(np.isfinite(distance), distance, denoised)
+    return Signals(np.sqrt(np.maximum(squared, 0.0)) / beta, denoised, distance / beta, detail)

@@ -18,7 +18,7 @@ from .reference import OPEN_SIGMA
 from .settings import MODES, VERDICTS, Mode, RunSettings, Thresholds, Verdict
 
 FORMAT = "memorization-guard.trace"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 #: What every trace, report and record says of itself: what was measured, and what that does not prove.
 STATEMENT = (
@@ -53,8 +53,6 @@ class Steps:
             profile (without one, of the run).
         update_score, denoised_score: distance of the two norms from the profile's, in standard deviations, where the profile
             was made with the same sampler and schedule.
-        p_value: share of ordinary images that get as far in a whole run as this one did up to the end of the step; NaN without
-            reference runs.
         mitigated: whether the step was corrected.
     """
 
@@ -64,7 +62,6 @@ class Steps:
     denoised_norm: np.ndarray = field(default_factory=_numbers)
     update_score: np.ndarray = field(default_factory=_numbers)
     denoised_score: np.ndarray = field(default_factory=_numbers)
-    p_value: np.ndarray = field(default_factory=_numbers)
     mitigated: np.ndarray = field(default_factory=_flags)
 
     def __len__(self) -> int:
@@ -78,11 +75,9 @@ class Evaluations:
     Attributes:
         step: the solver step that the evaluation is part of, from 0.
         sigma: its noise level.
-        velocity, denoised, guidance, local: the signals, see ``core/signals.py``.
-        patch_mean, patch_std: mean and standard deviation, over the patches, of the logarithm of the root mean square of x0.
-        joint_deviation, guidance_deviation, local_deviation: the statistics, see ``core/reference.py``, in standard
-            deviations.
-        p_value: share of ordinary images that get as far in a whole run as this one did up to the evaluation.
+        velocity, denoised, guidance, detail: the signals, see ``core/signals.py``.
+        patch_mean, patch_std: mean and standard deviation, over the patches, of the logarithm of the root mean square of the
+            detail.
         corrected: whether its conditional prediction was replaced.
     """
 
@@ -91,13 +86,9 @@ class Evaluations:
     velocity: np.ndarray = field(default_factory=_numbers)
     denoised: np.ndarray = field(default_factory=_numbers)
     guidance: np.ndarray = field(default_factory=_numbers)
-    local: np.ndarray = field(default_factory=_numbers)
+    detail: np.ndarray = field(default_factory=_numbers)
     patch_mean: np.ndarray = field(default_factory=_numbers)
     patch_std: np.ndarray = field(default_factory=_numbers)
-    joint_deviation: np.ndarray = field(default_factory=_numbers)
-    guidance_deviation: np.ndarray = field(default_factory=_numbers)
-    local_deviation: np.ndarray = field(default_factory=_numbers)
-    p_value: np.ndarray = field(default_factory=_numbers)
     corrected: np.ndarray = field(default_factory=_flags)
 
     def __len__(self) -> int:
@@ -115,9 +106,12 @@ class Trace:
         trigger_step: the step of the evaluation that triggered, or ``None``.
         nonfinite_step: first step at which the latent was NaN or infinite, or ``None``.
         note: one sentence for people on why a run is unscored or less certain, or ``None``.
+        p_value: share of ordinary images whose prompt fixes as much detail in noise alone: 0.00005 is one in 20,000. Ours; how
+            near the nominal share is to the observed one is in ``docs/evaluation.md``. ``None`` where nothing was judged.
+        asked: detail of what the network was asked beside the run, or ``None``.
         steps, evaluations: what the sampler did, and what the network said.
-        local_map: ``[height, width]``, by how many standard deviations each patch of the latent was larger than patches of
-            ordinary images are, at the evaluation at which the latent's largest quarter was farthest off; empty if unknown.
+        local_map: ``[height, width]``, by how many standard deviations each patch of the latent had more detail than patches
+            of ordinary images have, where the prompt was judged; empty if unknown.
         bands: for each of ``latent``, ``update``, ``denoised`` the reference ``mean`` and ``std`` of the steps taken; empty
             without a profile.
         reference_count: number of reference runs behind the bands, or ``None``.
@@ -128,6 +122,8 @@ class Trace:
     trigger_step: int | None = None
     nonfinite_step: int | None = None
     note: str | None = None
+    p_value: float | None = None
+    asked: float | None = None
     steps: Steps = field(default_factory=Steps)
     evaluations: Evaluations = field(default_factory=Evaluations)
     local_map: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
@@ -153,18 +149,11 @@ class Trace:
         return _highest(np.minimum(self.steps.update_score, self.steps.denoised_score))
 
     @property
-    def p_value(self) -> float | None:
-        """Share of ordinary images that get as far: 0.00005 is one in 20,000. ``None`` without reference runs.
-
-        Ours; how near the nominal share is to the observed one is in ``docs/evaluation.md``.
-        """
-        values = self.evaluations.p_value[np.isfinite(self.evaluations.p_value)]
-        return float(values.min()) if len(values) else None
-
-    @property
-    def local_score(self) -> float | None:
-        """By how many standard deviations the largest quarter of the latent's patches is off at most; ``None`` if unknown."""
-        return _highest(self.evaluations.local_deviation)
+    def detail(self) -> float | None:
+        """Detail at the first evaluation, if that is at a noise level above :data:`OPEN_SIGMA`; needs no profile."""
+        if not len(self.evaluations) or math.tan(self._angles()[0]) <= OPEN_SIGMA:
+            return None
+        return _highest(self.evaluations.detail[:1])
 
     @property
     def guidance_norm(self) -> np.ndarray:
@@ -194,7 +183,7 @@ class Trace:
         return np.array([NoiseLevel.from_model(sigma, kind).angle for sigma in self.evaluations.sigma])
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON form, version 3; strict JSON, with ``null`` for what is not there."""
+        """The JSON form, version 4; strict JSON, with ``null`` for what is not there."""
         return {
             "format": FORMAT,
             "version": FORMAT_VERSION,
@@ -203,7 +192,8 @@ class Trace:
             "score": _number(self.score),
             "joint_score": _number(self.joint_score),
             "p_value": _number(self.p_value),
-            "local_score": _number(self.local_score),
+            "detail": _number(self.detail),
+            "asked": _number(self.asked),
             "uncalibrated_score": _number(self.uncalibrated_score),
             "trigger_step": self.trigger_step,
             "nonfinite_step": self.nonfinite_step,
@@ -242,6 +232,8 @@ class Trace:
                 trigger_step=data["trigger_step"],
                 nonfinite_step=data["nonfinite_step"],
                 note=data["note"],
+                p_value=data["p_value"],
+                asked=data["asked"],
                 mode=data["mode"],
                 settings=RunSettings.from_dict(data["settings"]),
                 thresholds=Thresholds.from_dict(data["thresholds"]),
@@ -259,6 +251,10 @@ class Trace:
             raise ValueError(f"the trace's mode is {trace.mode!r}; known: {', '.join(MODES)}")
         if not isinstance(trace.note, (str, type(None))):
             raise ValueError(f"the trace's note is no text but {type(trace.note).__name__}")
+        if trace.p_value is not None and not (isinstance(trace.p_value, (int, float)) and 0 <= trace.p_value <= 1):
+            raise ValueError(f"the trace's p_value is {trace.p_value!r}; it is a share of images")
+        if trace.asked is not None and not (isinstance(trace.asked, (int, float)) and trace.asked >= 0):
+            raise ValueError(f"the trace's asked is {trace.asked!r}; it is a size")
         for name in ("trigger_step", "nonfinite_step"):
             step = getattr(trace, name)
             if step is not None and not (isinstance(step, int) and 0 <= step < max(len(trace.steps), 1)):

@@ -29,7 +29,7 @@ SIGNALS: dict[str, Callable[[Trace], float | None]] = {
     "S_mem": lambda trace: trace.score,
     "joint score": lambda trace: trace.joint_score,
     "p-value, -log10": lambda trace: _evidence(trace.p_value),
-    "local score": lambda trace: trace.local_score,
+    "detail": lambda trace: trace.detail,
     "uncalibrated score": lambda trace: trace.uncalibrated_score,
     "guidance norm, mean": lambda trace: _mean(trace.guidance_norm),
     "guidance norm, first evaluation": lambda trace: _first(trace.guidance_norm),

@@ -164,10 +164,10 @@ def write_samples(lab: Lab, path: Path, *, count: int = 15, steps: int = 20) -> 
 
 
 def write_profile(lab: Lab, device: str, *, steps: int = 50, guidance_scale: float = 7.5) -> None:
-    """Calibrates the model, as it was written, with the first 50 reference prompts."""
+    """Calibrates the model, as it was written, with its reference prompts."""
     pipe = lab.pipeline().to(device)
     stability = calibrate(
-        pipe, lab.prompts("reference")[:50], batch_size=10, num_inference_steps=steps, guidance_scale=guidance_scale
+        pipe, lab.prompts("reference"), batch_size=10, num_inference_steps=steps, guidance_scale=guidance_scale
     )
     stability.save(lab.model / PROFILE.name)
 

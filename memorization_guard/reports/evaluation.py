@@ -24,7 +24,7 @@ ABOUT = {
     "S_mem": "largest deviation of the latent update from the profile over all steps, in standard deviations",
     "joint score": "largest deviation that update and predicted image both reach at one step",
     "p-value, -log10": "how rare the run is among ordinary images, which decides the verdict: 2 is one in 100",
-    "local score": "largest deviation of that part of the latent that is most out of the ordinary",
+    "detail": "what the prompt alone settles finer than an eighth of the image, in noise; needs no profile",
     "uncalibrated score": "how much of the image the prompt alone has settled while it is noise; needs no profile",
     "guidance norm, mean": "size of the difference that the prompt makes to the predicted noise, mean over the evaluations",
     "guidance norm, first evaluation": "the same, at the first evaluation alone",

@@ -374,10 +374,10 @@ def _description(trace: Trace) -> str:
 
 
 def overlay(image: Image.Image, trace: Trace) -> Image.Image:
-    """``image`` in grey, with the trace's local map laid over it in red: the redder, the larger x0 is than in ordinary images.
+    """``image`` in grey, with the trace's local map laid over it in red: the redder, the more detail.
 
-    Red begins at 2 standard deviations and is strongest at 6. It marks what the model had settled at a noise level at which an
-    ordinary image is still open; of a template, the fixed part.
+    Red begins at 2 standard deviations above ordinary prompts and is strongest at 6. It marks what the prompt settles in noise
+    alone; of a template, the fixed part.
 
     Raises:
         ValueError: if the trace has no map (it needs a profile with reference runs, and a latent with places).
