@@ -80,7 +80,7 @@ def detection(memorized: Sampled, ordinary: Sampled) -> dict[str, Any]:
 
 def triggered(sampled: Sampled, rate: float) -> dict[str, Any]:
     """How many images trigger at a nominal false-positive rate, with an exact interval; unscored images do not."""
-    count = sum(trace.p_value is not None and trace.p_value < rate for trace in sampled.traces)
+    count = sum(trace.p_value is not None and trace.p_value <= rate for trace in sampled.traces)
     of = len(sampled.traces)
     return {"count": count, "of": of, "rate": count / of, "rate_95": exact_interval(count, of)}
 

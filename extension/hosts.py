@@ -41,6 +41,12 @@ def prediction_type(sd_model: Any) -> str:
     return next((name for cls, name in names.items() if cls in classes), type(model.model_sampling).__name__)
 
 
+def highest_sigma(model: Any) -> float:
+    """The highest noise level of a model that a patcher of the UNet has: of a flow model 1, where its latent is all noise."""
+    predictor = getattr(model, "predictor", None)
+    return float((model.model_sampling if predictor is None else predictor).sigma_max)  # reForge has it as ComfyUI
+
+
 def weights(sd_model: Any) -> dict[str, torch.Tensor]:
     """The denoiser's weights as the checkpoint has them, whatever networks are merged into them right now.
 

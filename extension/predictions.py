@@ -9,19 +9,27 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from modules import script_callbacks, shared
 from torch import Tensor
 
-from ..memorization_guard import StabilityMonitor
+from ..memorization_guard import NoiseLevel, StabilityMonitor
+from ..memorization_guard.core.monitor import Ask
 from . import hosts
 from .timesteps import changed
 
-#: Takes a latent, its noise level, and the predictions with and without the prompt; gives the first of the two to go on with.
-Predicted = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+
+class Predicted(Protocol):
+    """Takes a latent, its noise level, the predictions with and without the prompt, and what asks the network for others.
+
+    Gives the prediction with the prompt to go on with.
+    """
+
+    def __call__(self, x: Tensor, sigma: Tensor, cond: Tensor, uncond: Tensor | None, /, *, ask: Ask) -> Tensor: ...
 
 
 def judged(denoiser: Any, monitor: StabilityMonitor, predicted: Predicted) -> contextlib.AbstractContextManager[None]:
@@ -55,6 +63,19 @@ def _told(monitor: StabilityMonitor) -> Iterator[None]:
         monitor.fail(error)
 
 
+@contextlib.contextmanager
+def _random_kept(device: torch.device) -> Iterator[None]:
+    """What the network draws at random while it is entered (token merging in Forge, Hypertile), it draws again afterwards."""
+    tiling = getattr(sys.modules.get("hypertile"), "RNG_INSTANCE", None)
+    state = None if tiling is None else tiling.getstate()
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        if tiling is not None:
+            tiling.setstate(state)
+
+
 # ------------------------------------------------------------------------------------------------------------- the WebUI
 
 
@@ -71,7 +92,7 @@ def _judged_in_callback(denoiser: Any, monitor: StabilityMonitor, predicted: Pre
         nonlocal given
         if given is not None:
             with _told(monitor):
-                _judge_rows(denoiser, predicted, given, params.x)
+                _judge_rows(denoiser, monitor, predicted, given, params.x)
         given = None
 
     # Registered last, so called last: what other extensions make of the predictions is what is judged.
@@ -79,7 +100,7 @@ def _judged_in_callback(denoiser: Any, monitor: StabilityMonitor, predicted: Pre
         yield
 
 
-def _judge_rows(denoiser: Any, predicted: Predicted, given: Any, rows: Tensor) -> None:
+def _judge_rows(denoiser: Any, monitor: StabilityMonitor, predicted: Predicted, given: Any, rows: Tensor) -> None:
     """Judges, and replaces in place, the rows of a batch: first those of each image's prompts, then those without a prompt.
 
     Behind them, a model that edits images has those without the image.
@@ -87,13 +108,20 @@ def _judge_rows(denoiser: Any, predicted: Predicted, given: Any, rows: Tensor) -
     arguments = denoiser.sampler.sampler_extra_args
     weights = [[prompt.weight for prompt in prompts] for prompts in arguments["cond"].batch]
     x, sigma = given.x[-len(weights) :], given.sigma[-len(weights) :]
-    prompted = torch.split(rows[: sum(map(len, weights))], [len(each) for each in weights])
-    without = rows[sum(map(len, weights)) :][: len(weights)]
-    cond = _joined(rows, prompted, without, weights)
+    prompted, without = _parts(rows, weights)
+    cond = _joined(rows, weights)
     # Where the host leaves the evaluation without the prompt out, it puts those of the first prompts in its place.
     may_miss = shared.opts.skip_early_cond or arguments["s_min_uncond"]
     missing = bool(may_miss) and torch.equal(without, torch.stack([each[0] for each in prompted]))
-    corrected = predicted(x, sigma, cond, None if missing else without)
+
+    def ask(noise: Tensor) -> tuple[Tensor, float, Tensor, Tensor]:
+        owners = [image for image, each in enumerate(weights) for _ in each]
+        latent, level = _in_noise(denoiser.inner_model, monitor, noise)
+        with _random_kept(noise.device):
+            found = _rows(denoiser, given, owners, latent, level)
+        return latent, level, _joined(found, weights), _parts(found, weights)[1]
+
+    corrected = predicted(x, sigma, cond, None if missing else without, ask=ask)
     if corrected is cond:
         return
     replace = changed(cond, corrected)
@@ -108,10 +136,59 @@ def _judge_rows(denoiser: Any, predicted: Predicted, given: Any, rows: Tensor) -
         image.copy_(torch.where(replace[i], replaced, image))
 
 
-def _joined(rows: Tensor, prompted: Sequence[Tensor], without: Tensor, weights: list[list[float]]) -> Tensor:
+def _in_noise(network: Any, monitor: StabilityMonitor, noise: Tensor) -> tuple[Tensor, float]:
+    """The latent that is this noise at the network's highest noise level, and that level."""
+    if (sigmas := getattr(network, "sigmas", None)) is None:
+        return noise, float(len(network.inner_model.alphas_cumprod) - 1)  # timestep samplers', on the VP scale
+    level = float(sigmas[-1])
+    return noise * NoiseLevel.from_model(level, monitor.settings.prediction_type).scale, level
+
+
+def _rows(denoiser: Any, given: Any, owners: Sequence[int], latent: Tensor, level: float) -> Tensor:
+    """What the network says of another latent, one of an image, in rows as the host has them.
+
+    It is called as ``CFGDenoiser.forward`` calls it where memory is to be saved, a batch at a time, and for all rows, also
+    those that the host leaves out at present. No callback hears of it, and no step is counted.
+
+    Args:
+        owners: the image of each prompt.
+    """
+    with_prompt, without = given.text_cond, given.text_uncond
+    if with_prompt.shape[1] != without.shape[1]:
+        if shared.opts.pad_cond_uncond_v0:
+            with_prompt, without = denoiser.pad_cond_uncond_v0(with_prompt, without)
+        elif shared.opts.pad_cond_uncond:
+            with_prompt, without = denoiser.pad_cond_uncond(with_prompt, without)
+
+    rows, images = [], given.image_cond
+    for text, of in ((with_prompt, owners), (without, range(len(latent)))):
+        for start in range(0, len(of), len(latent)):
+            x = latent[list(of[start : start + len(latent)])]
+            condition = _condition(text, start, start + len(x), images[: len(x)])
+            rows.append(denoiser.inner_model(x, given.sigma.new_full((len(x),), level), cond=condition))
+            images = images[len(x) :]
+    return torch.cat(rows)
+
+
+def _condition(text: Any, start: int, end: int, image: Tensor) -> dict[str, Any]:
+    """What the WebUI's models are given beside the latent: these rows of the prompts' tensors, and the image to go by."""
+    if isinstance(text, dict):
+        return {**{name: rows[start:end] for name, rows in text.items()}, "c_concat": [image]}
+    by_embedding = shared.sd_model.model.conditioning_key == "crossattn-adm"
+    return {"c_crossattn": [text[start:end]], **({"c_adm": image} if by_embedding else {"c_concat": [image]})}
+
+
+def _parts(rows: Tensor, weights: list[list[float]]) -> tuple[Sequence[Tensor], Tensor]:
+    """The rows with each image's prompts, and those without a prompt."""
+    prompted = torch.split(rows[: sum(map(len, weights))], [len(each) for each in weights])
+    return prompted, rows[sum(map(len, weights)) :][: len(weights)]
+
+
+def _joined(rows: Tensor, weights: list[list[float]]) -> Tensor:
     """The prediction with the prompt, ``[B, ...]``; where prompts are joined by AND, at their weights."""
     if all(each == [1.0] for each in weights):
         return rows[: len(weights)]
+    prompted, without = _parts(rows, weights)
     return torch.stack(
         [
             alone + sum(weight * (one - alone) for weight, one in zip(each, image, strict=True))
@@ -152,8 +229,14 @@ def _last_before_guidance(monitor: StabilityMonitor, predicted: Predicted) -> Ca
 
         def guide(args: dict[str, Any]) -> Any:
             prompted, without = args["cond_denoised"], args["uncond_denoised"]
+
+            def evaluate(x: Tensor, timestep: Tensor) -> Sequence[Tensor]:
+                from backend.sampling.sampling_function import calc_cond_uncond_batch
+
+                return calc_cond_uncond_batch(model, cond, uncond, x, timestep, options)
+
             with _told(monitor):
-                _judge(predicted, args, prompted, None if uncond is None else without, weight)
+                _judge(monitor, predicted, args, prompted, None if uncond is None else without, weight, evaluate)
             if chosen is not None:
                 return chosen({**args, "cond": args["input"] - prompted})
             difference = (prompted - without) * args["cond_scale"]
@@ -180,8 +263,14 @@ def _first_after_network(monitor: StabilityMonitor, predicted: Predicted) -> Cal
     def after_network(args: dict[str, Any]) -> Any:
         prompted, without = args["conds_out"][:2]
         cond, uncond = args["conds"][:2]
+
+        def evaluate(x: Tensor, timestep: Tensor) -> Sequence[Tensor]:
+            from ldm_patched.modules.samplers import calc_cond_uncond_batch
+
+            return calc_cond_uncond_batch(args["model"], cond, uncond, x, timestep, args["model_options"])
+
         with _told(monitor):
-            _judge(predicted, args, prompted, None if uncond is None else without, _weight(cond))
+            _judge(monitor, predicted, args, prompted, None if uncond is None else without, _weight(cond), evaluate)
         return args["conds_out"]
 
     return after_network
@@ -192,10 +281,35 @@ def _weight(cond: Any) -> float:
     return float(sum(each.get("strength", 1) for each in cond))
 
 
-def _judge(predicted: Predicted, args: dict[str, Any], prompted: Tensor, without: Tensor | None, weight: float) -> None:
-    """Judges the prediction with the prompt, an average, at the weight that guidance gives it, and replaces it in place."""
-    joined = prompted if without is None or weight in (0.0, 1.0) else torch.lerp(without, prompted, weight)
-    corrected = predicted(args["input"], args["sigma"], joined, without)
+def _judge(
+    monitor: StabilityMonitor,
+    predicted: Predicted,
+    args: dict[str, Any],
+    prompted: Tensor,
+    without: Tensor | None,
+    weight: float,
+    evaluate: Callable[[Tensor, Tensor], Sequence[Tensor]],
+) -> None:
+    """Judges the prediction with the prompt, an average, at the weight that guidance gives it, and replaces it in place.
+
+    Args:
+        evaluate: gives the predictions with and without the prompt for a latent and its noise level.
+    """
+    sigma = args["sigma"]
+
+    def at_weight(prompted: Tensor, without: Tensor | None) -> Tensor:
+        return prompted if without is None or weight in (0.0, 1.0) else torch.lerp(without, prompted, weight)
+
+    def ask(noise: Tensor) -> tuple[Tensor, float, Tensor, Tensor | None]:
+        level = hosts.highest_sigma(args["model"])
+        latent = noise * NoiseLevel.from_model(level, monitor.settings.prediction_type).scale
+        with _random_kept(noise.device):
+            found, other = evaluate(latent, torch.full_like(sigma, level))
+        alone = None if without is None else other
+        return latent, level, at_weight(found, alone), alone
+
+    joined = at_weight(prompted, without)
+    corrected = predicted(args["input"], sigma, joined, without, ask=ask)
     if corrected is joined:
         return
     if without is not None and joined is not prompted:

@@ -192,7 +192,8 @@ class Session:
         run.traces = run.monitor.traces
         notes = [trace.note for trace in run.traces] or [f"not watched: {run.monitor.error or 'the run ended at once'}"]
         for note in notes:
-            if note is not None and note != run.known:
+            # A reference that is needed for its beginning only is stopped there, as it should.
+            if note is not None and note != run.known and not (self._serves == "first" and run.monitor.error is None):
                 self.say(p, f"hires pass: {note}" if run.hires else note)
         self._send("end", run.name, traces=[trace.to_dict() for trace in run.traces])
 

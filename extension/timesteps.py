@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..memorization_guard import NoiseLevel, StabilityMonitor
 from ..memorization_guard.adapters.kdiffusion import SamplerRun
+from ..memorization_guard.core.monitor import Ask
 from ..memorization_guard.core.noise_level import widened
 
 
@@ -43,6 +44,11 @@ def changed(before: Tensor, after: Tensor) -> Tensor:
     Going to another scale and back rounds, so that a sample that nobody changed has to be left as it came.
     """
     return (after != before).flatten(1).any(1).view(-1, *(1,) * (before.ndim - 1))
+
+
+def _denoised(x: Tensor, level: NoiseLevel, eps: Tensor) -> Tensor:
+    """The clean latent that noise ``eps`` in a latent ``x`` on the VP scale stands for."""
+    return (x - level.beta * widened(eps)) / level.alpha
 
 
 class TimestepRun(SamplerRun):
@@ -74,12 +80,22 @@ class TimestepRun(SamplerRun):
         finally:
             hook.remove()
 
-    def predicted_noise(self, x: Tensor, t: Tensor, cond: Tensor, uncond: Tensor | None = None) -> Tensor:
+    def predicted_noise(
+        self, x: Tensor, t: Tensor, cond: Tensor, uncond: Tensor | None = None, *, ask: Ask | None = None
+    ) -> Tensor:
         """As :meth:`predicted` for predictions of the noise; bit-identical in samples that are not corrected."""
         assert self._last is not None
         signal, noise = self._last.alpha, self._last.beta
-        denoised = (x - noise * widened(cond)) / signal
-        given = self.predicted(x, t, denoised, None if uncond is None else (x - noise * widened(uncond)) / signal)
+
+        def asked(unit: Tensor) -> tuple[Tensor, Tensor | float, Tensor, Tensor | None]:
+            assert ask is not None
+            x, t, cond, uncond = ask(unit)
+            level = self._level(float(t))
+            return x, t, _denoised(x, level, cond), None if uncond is None else _denoised(x, level, uncond)
+
+        denoised = _denoised(x, self._last, cond)
+        without = None if uncond is None else _denoised(x, self._last, uncond)
+        given = self.predicted(x, t, denoised, without, ask=None if ask is None else asked)
         if given is denoised:
             return cond
         return torch.where(changed(denoised, given), ((x - signal * given) / noise).to(cond.dtype), cond)

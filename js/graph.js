@@ -64,7 +64,8 @@ export function addStep(run, event) {
     for (const name of ["update", "denoised"]) item.scores[name][step] = number(list(`${name}_score`)[b]);
     item.mitigated[step] = list("mitigated")[b] === true;
     item.score = extremeOf(item.score, item.scores.update[step], Math.max);
-    item.pValue = extremeOf(item.pValue, number(list("p_value")[b]), Math.min);
+    const pValue = number(list("p_value")[b]);
+    if (Number.isFinite(pValue)) item.pValue = pValue;
     if (isVerdict(list("state")[b])) item.verdict = event.state[b];
     if (TRIGGERED.includes(item.verdict)) item.trigger ??= step;
   }

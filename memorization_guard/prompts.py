@@ -27,7 +27,11 @@ class PromptListError(GuardError, ValueError):
 
 
 def reference_prompts() -> list[str]:
-    """64 diverse prompts of our own to calibrate a model with. They describe nothing that models are known to copy."""
+    """400 diverse prompts of our own to calibrate a model with. They describe nothing that models are known to copy.
+
+    The first 50, a mix of all, are sampled to the end; of the others the first evaluation is taken. Of every prompt two more
+    evaluations are taken, in a noise of ours and in its negative.
+    """
     return resources.files(__package__).joinpath("reference_prompts.txt").read_text(encoding="utf-8").splitlines()
 
 
@@ -47,7 +51,7 @@ def enough(prompts: list[str]) -> list[str]:
         CalibrationError: if they are fewer than a profile needs.
     """
     if len(prompts) < MIN_RUNS:
-        raise CalibrationError(f"{len(prompts)} reference prompts: give at least {MIN_RUNS}, better 50, one a line")
+        raise CalibrationError(f"{len(prompts)} reference prompts: give at least {MIN_RUNS}, better some hundred, one a line")
     return prompts
 
 

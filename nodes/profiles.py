@@ -225,10 +225,9 @@ def _prompts(source: str, text: str) -> list[str]:
 
 
 def _alike(clip: Any, texts: list[str]) -> tuple[list[str], Any]:
-    """The first of ``texts`` whose conditionings fit into one batch, and that batch: a long prompt takes several windows of the
-    text encoder."""
+    """The first of ``texts`` whose conditionings fit into one batch, and that batch."""
     encoded = [clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in texts]
-    same = 1
+    same = 1  # a long prompt takes several windows of the text encoder
     while same < len(encoded) and _shape(encoded[same]) == _shape(encoded[0]) is not None:
         same += 1
     return texts[:same], _together(encoded[:same])

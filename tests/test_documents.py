@@ -3,7 +3,10 @@
 import json
 import re
 
+import jsonschema
 import pytest
+
+from memorization_guard import Trace, trace_schema
 
 MODELS = {"bundled": "bundled", "model-1": "model 1"}
 SIGNALS = ("p-value, -log10", "S_mem", "local score", "guidance norm, first evaluation", "uncalibrated score")
@@ -163,3 +166,12 @@ def test_the_readme_says_what_a_steered_image_loses(docs):
         f"it showed {steered} of the caption's attributes where ordinary images show {ordinary}, and the copies had "
         f"shown {copied}"
     ) in " ".join(text.split())
+
+
+def test_the_trace_that_is_shown_is_one(docs):
+    (shown,) = re.findall(r"```json\n(.*?)```", (docs / "trace.md").read_text(encoding="utf-8"), re.DOTALL)
+    data = json.loads(shown)
+    jsonschema.Draft202012Validator(trace_schema()).validate(data)
+    trace = Trace.from_dict(data)
+    assert trace.to_dict() == data
+    assert trace.p_value <= trace.thresholds.false_positive_rate

@@ -180,7 +180,7 @@ RECIPE = {"steps": 3, "guidance": 4.0, "height": 16, "width": 16, "device": "cpu
 @pytest.fixture
 def profile(tiny_pipe):
     calibrator = Calibrator()
-    with guard(tiny_pipe) as run:
+    with guard(tiny_pipe, serves="whole") as run:
         tiny_pipe(["a red cat"] * 9, generator=torch.Generator().manual_seed(0), output_type="latent", **KEYWORDS)
     for found in run.traces:
         calibrator.add(found)
@@ -401,12 +401,12 @@ def summary(rows, **keywords):
 def test_a_signal_without_values_is_left_out_and_said():
     rows = samples()
     for row in rows:
-        row.signals["local score"] = None
+        row.signals["detail"] = None
     rows[0].signals["S_mem"] = None
     result = summary(rows)
-    assert "local score" not in result["groups"][0]["signals"]
+    assert "detail" not in result["groups"][0]["signals"]
     assert result["groups"][0]["signals"]["S_mem"]["images"] == 1
-    assert any("local score: no memorized image has a value" in warning for warning in result["warnings"])
+    assert any("detail: no memorized image has a value" in warning for warning in result["warnings"])
     assert any("S_mem: 1 of 2 memorized images" in warning for warning in result["warnings"])
     whole_page(html_report(result))
 
@@ -465,7 +465,7 @@ def test_hostile_and_odd_numbers_and_texts_are_drawn():
     for row in rows:
         row.signals["S_mem"] = 5.0
         row.signals["joint score"] = 10.0 ** (row.seed * 40)
-        row.signals["local score"] = -1e-9 * row.seed
+        row.signals["detail"] = -1e-9 * row.seed
     page = whole_page(html_report(summary(rows, settings={"model": "<b>"})))
     assert "<script>alert(1)</script>" in page.text
     assert "\x00" not in page.text

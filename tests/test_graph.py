@@ -9,7 +9,7 @@ import pytest
 
 from memorization_guard import Trace
 from memorization_guard.core.settings import VERDICTS
-from memorization_guard.core.trace import Evaluations, Steps
+from memorization_guard.core.trace import Steps
 from memorization_guard.reports.graph import LIGHT, image, overlay, svg
 
 STEPS = 12
@@ -28,7 +28,6 @@ def trace():
         denoised_norm=np.full(STEPS, 20.0),
         update_score=(update - 2) / 0.2,
         denoised_score=np.zeros(STEPS),
-        p_value=np.full(STEPS, np.nan),
         mitigated=np.isin(np.arange(STEPS), [5, 6, 7, 8]),
     )
     bands = {"latent": band, "update": band, "denoised": band}
@@ -141,7 +140,7 @@ def test_a_graph_too_small_to_read_is_refused(trace):
 
 
 def test_the_rarity_stands_beside_the_verdict_where_it_is_known(trace):
-    rare = dataclasses.replace(trace, evaluations=Evaluations(p_value=np.geomspace(0.1, 0.00005, STEPS)))
+    rare = dataclasses.replace(trace, p_value=0.00005)
     assert "1 in 20,000" in words(svg(rare))
     assert "S_mem 20.0" not in words(svg(rare))
 

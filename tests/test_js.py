@@ -330,7 +330,6 @@ def report(tmp_path):
             latent_norm=np.full(count, 3.0),
             update_norm=np.linspace(2, 4, count),
             update_score=np.linspace(0, 20, count),
-            p_value=np.full(count, np.nan),
             mitigated=corrected & (np.arange(count) > 5),
             **{name: np.ones(count) for name in ("sigma", "denoised_norm", "denoised_score")},
         )

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from memorization_guard import Trace, lab
-from memorization_guard.core.trace import Evaluations, Steps
+from memorization_guard.core.trace import Steps
 from memorization_guard.diffusers import guard
 from memorization_guard.evaluation.signals import SIGNALS
 from memorization_guard.lab.evaluate import FIRST_SEED
@@ -250,15 +250,16 @@ def test_the_verdict_is_measured_under_every_sampler(tiny_pipe, tmp_path, monkey
 
 def test_rates_of_the_verdict_count_what_it_says():
     def sampled(p_values):
-        evaluations = [Evaluations(p_value=np.array([1.0, value])) for value in p_values]
         traces = [
-            Trace(evaluations=found, steps=Steps(mitigated=np.array([value < 0.01])))
-            for value, found in zip(p_values, evaluations, strict=True)
+            Trace(p_value=value, steps=Steps(mitigated=np.array([value is not None and value <= 0.01]))) for value in p_values
         ]
         return verdict.Sampled(["a", "b", "c", "d"], np.zeros((4, 2, 2, 3)), traces)
 
-    found = sampled([0.5, 0.05, 0.005, np.nan])
+    found = sampled([0.5, 0.05, 0.01, 1.0])
     assert [verdict.triggered(found, rate)["count"] for rate in (0.1, 0.01, 0.001)] == [2, 1, 0]
     assert verdict.triggered(found, 0.001)["rate_95"] == pytest.approx([0, 0.6024], abs=1e-4)
     assert verdict.touched(found)["rate"] == 0.25
     assert verdict.detection(found, found)["p-value, -log10"]["auc"] == 0.5
+    unjudged = sampled([0.01, 0.05, 0.5, None])
+    assert verdict.triggered(unjudged, 0.1)["count"] == 2
+    assert verdict.detection(unjudged, found)["p-value, -log10"] is None

@@ -2,11 +2,13 @@
 
 import json
 import tracemalloc
+from importlib import resources
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from memorization_guard.core.calibration import WHOLE_RUNS
 from memorization_guard.prompts import ListedPrompt, read_prompts, reference_prompts, stream_prompts
 
 
@@ -104,7 +106,27 @@ def test_a_missing_list_is_named(tmp_path):
         read_prompts(tmp_path / "gone.txt")
 
 
-def test_the_list_that_comes_with_us_is_64_different_prompts():
+def test_the_list_that_comes_with_us_is_400_different_prompts():
     prompts = reference_prompts()
-    assert len(set(prompts)) == len(prompts) == 64
-    assert all(prompt == prompt.strip() and len(prompt.split()) >= 4 for prompt in prompts)
+    assert len({prompt.casefold() for prompt in prompts}) == len(prompts) == 400
+    assert all(prompt == prompt.strip() and prompt for prompt in prompts)
+    assert read_prompts(resources.files("memorization_guard").joinpath("reference_prompts.txt")) == prompts
+
+
+def test_the_first_of_the_list_that_comes_with_us_are_a_mix_of_all():
+    prompts = reference_prompts()
+    longest = max(len(prompt.split()) for prompt in prompts)
+    assert 50 <= longest <= 60  # a CLIP text encoder reads 75 tokens
+
+    kinds = {
+        "short": lambda prompt: len(prompt.split()) <= 3,
+        "long": lambda prompt: len(prompt.split()) >= 30,
+        "tags": lambda prompt: prompt.count(",") >= 5,
+        "photograph": lambda prompt: "photo" in prompt,
+        "painting": lambda prompt: "painting" in prompt,
+        "plain": lambda prompt: "background" in prompt or "solid" in prompt,
+    }
+    for name, is_one in kinds.items():
+        share, of_the_first = (sum(map(is_one, part)) / len(part) for part in (prompts, prompts[:WHOLE_RUNS]))
+        assert share > 0.03, name
+        assert of_the_first == pytest.approx(share, abs=0.06), name

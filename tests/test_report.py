@@ -25,7 +25,6 @@ def trace(verdict="stable", corrected=False):
     steps = Steps(
         sigma=np.linspace(10, 1, count),
         update_norm=np.full(count, 2.1),
-        p_value=np.full(count, np.nan),
         mitigated=np.full(count, corrected),
         **{name: np.ones(count) for name in names},
     )
@@ -129,7 +128,7 @@ def test_a_trace_in_words(comparisons):
     corrected, stable = comparisons[0].mitigated_trace, comparisons[1].plain_trace
     assert summary(corrected) == "Image 1: likely copy, triggered at step 2, S_mem 1.0, 10 steps corrected."
     assert summary(stable) == "Image 1: stable, S_mem 1.0."
-    stable.evaluations.p_value = np.array([0.3, 0.00005, np.nan])
+    stable.p_value = 0.00005
     assert summary(stable) == "Image 1: stable, S_mem 1.0, as far as 1 in 20,000 ordinary images."
     assert summary(Trace()) == "Image 1: unscored.\nno profile: not scored."
     assert summary(Trace(note="Ended early.", nonfinite_step=3)) == (
@@ -147,7 +146,7 @@ def test_a_copy_is_marked_by_the_threshold(comparisons):
 
 def test_a_line_says_what_became_of_an_image(comparisons):
     found, stable = comparisons[0].plain_trace, comparisons[1].plain_trace
-    found.evaluations.p_value = np.array([0.00005])
+    found.p_value = 0.00005
     assert noticed(found, True) == "a copy, noticed after 3 of 10 steps, 1 in 20,000"
     assert noticed(found, False) == "no copy, noticed after 3 of 10 steps, 1 in 20,000"
     assert noticed(found, None) == "noticed after 3 of 10 steps, 1 in 20,000"

@@ -174,9 +174,7 @@ def guard(
         raise ValueError(f"{type(pipe).__name__} cannot be interrupted: choose another mode than stop")
 
     def new_monitor(settings: RunSettings, level: Callable[[float], NoiseLevel] | None) -> StabilityMonitor:
-        return StabilityMonitor(
-            profile, thresholds, mode, on_step, settings=settings, level=level, serves=serves
-        )
+        return StabilityMonitor(profile, thresholds, mode, on_step, settings=settings, level=level, serves=serves)
 
     run = GuardedRun(pipe, new_monitor)
     with run._hooks:

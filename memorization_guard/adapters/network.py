@@ -6,7 +6,6 @@ tensor is where a prediction is replaced.
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -41,10 +40,18 @@ class Call:
     keywords: Mapping[str, Any]
     output: Tensor
 
-    def keywords_with(self, x: Tensor, timestep: Any) -> dict[str, Any]:
-        """The keywords of the same call for another latent and timestep; positional ones begin after these two."""
-        name = next(name for name in ("sample", "hidden_states") if name in inspect.signature(self.module.forward).parameters)
-        return {**self.keywords, name: x, "timestep": timestep}
+    def again(self, x: Tensor, timestep: Any) -> Any:
+        """What the network answers to the same call with another latent and timestep; nobody who watches its calls sees it."""
+        arguments, keywords = list(self.arguments), dict(self.keywords)
+        if arguments:
+            arguments[0] = x
+        else:
+            keywords["sample" if "sample" in keywords else "hidden_states"] = x
+        if "timestep" in keywords:
+            keywords["timestep"] = timestep
+        else:
+            arguments[1] = timestep
+        return self.module.forward(*arguments, **keywords)
 
 
 class Evaluation:
@@ -100,9 +107,7 @@ class Network:
         #: Whether the network is told a guidance scale, and gives one prediction that is guided already.
         self.embeds_guidance = any(keywords.get(name) is not None for name in ("guidance", "timestep_cond"))
 
-    def read(
-        self, number: int, x: Tensor, output: Any, coefficients: tuple[float, float] | None = None
-    ) -> Evaluation:
+    def read(self, number: int, x: Tensor, output: Any, coefficients: tuple[float, float] | None = None) -> Evaluation:
         """The evaluation of one call, the run's ``number``-th; ``coefficients`` are those of another noise level than its."""
         x, tensor = own_part(x, answer(output), self._own_tokens)
         parts = self._parts(x)
@@ -110,9 +115,7 @@ class Network:
         self.batch = len(x) // parts
         split = tensor.chunk(parts)
         without = None if uncond is None else split[uncond]
-        return Evaluation(
-            number, x[: self.batch], split[cond], without, coefficients or self.schedule.coefficients[number]
-        )
+        return Evaluation(number, x[: self.batch], split[cond], without, coefficients or self.schedule.coefficients[number])
 
     def asked(self, call: Call, noise: Tensor) -> Evaluation:
         """What the network says in Gaussian noise ``[B, ...]``, at its highest noise level, with the prompts of ``call``.
@@ -125,9 +128,7 @@ class Network:
         x = given.clone()
         own_part(x, call.output, self._own_tokens)[0].copy_(noise.repeat(len(x) // len(noise), *(1,) * (noise.ndim - 1)))
         number = torch.full_like(at, timestep) if isinstance(at, Tensor) else type(at)(timestep)
-        # Not the module itself: whoever watches its calls has no part in this one.
-        output = call.module.forward(*call.arguments[2:], **call.keywords_with(x, number))
-        return self.read(0, x, output, coefficients)
+        return self.read(0, x, call.again(x, number), coefficients)
 
     @property
     def guided(self) -> bool | None:

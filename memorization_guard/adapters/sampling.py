@@ -57,9 +57,7 @@ class Sampling:
         if self.monitor is not None:
             self.monitor.fail(error)
 
-    def called(
-        self, module: torch.nn.Module, arguments: tuple[Any, ...], keywords: Mapping[str, Any], output: Any
-    ) -> None:
+    def called(self, module: torch.nn.Module, arguments: tuple[Any, ...], keywords: Mapping[str, Any], output: Any) -> None:
         """The network was called, and has answered."""
         if self.failure is not None or self._evaluated is not None:
             return

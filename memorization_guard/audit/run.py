@@ -311,7 +311,13 @@ def _begun(
         "finished": None,
         **asked,
         "model": asked["model"] | about,
-        "profile": asked["profile"] | {"file": PROFILE, "sha256": file_hash(target), "reference_runs": stability.count},
+        "profile": asked["profile"]
+        | {
+            "file": PROFILE,
+            "sha256": file_hash(target),
+            "reference_runs": stability.count,
+            "reference_prompts": None if stability.reference is None else stability.reference.count,
+        },
         "images": plan.images,
         "part_size": plan.part_size,
         "devices": [loaded["device"]],

@@ -79,8 +79,8 @@ def summarize(folder: Path) -> dict[str, Any]:
         ``"verdicts"``: for each verdict its rate among all images. ``"corrected"``: images with corrected steps.
         ``"kinds"``: for each kind, where there are several, ``{"kind", "images", "prompts", "triggered",
         "prompts_triggered"}``, the highest rate first; ``"kinds_left_out"``: number of kinds beyond the 100 largest.
-        ``"distribution"``: ``{"p_value", "share", "images", "reference_runs"}``: two lists, the share of images whose p-value
-        is at most that; of how many images; and how many reference runs the profile has.
+        ``"distribution"``: ``{"p_value", "share", "images", "reference_prompts"}``: two lists, the share of images whose
+        p-value is at most that; of how many images; and how many prompts the profile holds an image against.
         ``"unscored"``: ``[{"note", "images"}]``, why images are unscored, the commonest first, at most 10.
         ``"worst"``: for each of the 48 rarest prompts its rarest image, as in the results, without settings and trace.
         ``"warnings"``: sentences.
@@ -207,7 +207,7 @@ def _summary(manifest: Mapping[str, Any], totals: _Totals, rows: pa.Table) -> di
     nominal = _false_positive_rate(manifest)
     rates = _rates(everyone, nominal)
     finished = dataset.is_finished(manifest, totals.images)
-    reference = mapping(manifest.get("profile")).get("reference_runs")
+    reference = mapping(manifest.get("profile")).get("reference_prompts")
     return {
         "finished": finished,
         "images": totals.images,
@@ -228,7 +228,7 @@ def _summary(manifest: Mapping[str, Any], totals: _Totals, rows: pa.Table) -> di
             "p_value": [float(f"{share:.4g}") for share in 10.0**-LEVELS],
             "share": (totals.reached / max(totals.with_p_value, 1)).tolist(),
             "images": totals.with_p_value,
-            "reference_runs": reference if isinstance(reference, int) else None,
+            "reference_prompts": reference if isinstance(reference, int) else None,
         },
         "unscored": [{"note": note, "images": number} for note, number in totals.notes.most_common(10)],
         "worst": _worst(rows),

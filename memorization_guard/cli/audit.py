@@ -23,7 +23,7 @@ def audit(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results; a new one, or that of this audit.")],
     profile: Annotated[Path | None, typer.Option(help="Stability profile; without one, one is made first.")] = None,
     reference: Annotated[
-        Path | None, typer.Option(help="In place of --profile: prompts to make one with; our own 64 if not given.")
+        Path | None, typer.Option(help="In place of --profile: prompts to make one with; our own 400 if not given.")
     ] = None,
     column: Annotated[
         str | None, typer.Option(help="Key or column of the prompts, if it is not caption, prompt or text.")
@@ -56,6 +56,10 @@ def audit(
     Kill it whenever you like and call it again: it goes on where it stopped.
     A finished audit does nothing when called again. Several calls in one
     folder at once, on one machine, share the work.
+
+    Without --profile or --reference a profile is made with 400 prompts of our
+    own: the first 50 are sampled to the end; of the others the first
+    evaluation is taken, and of every prompt two more, in a noise of ours.
 
     Writes a row an image as Parquet to OUTPUT/results, and OUTPUT/report.html.
     """

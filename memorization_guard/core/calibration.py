@@ -143,7 +143,8 @@ class Calibrator:
     def _reference(self, prediction_type: str | None) -> Reference | None:
         asked = [trace.asked for trace in (*self._traces, *self._probes)]
         probed = [trace.evaluations.detail[0] for trace in self._probes]
-        return _reference(self._traces, prediction_type, probed, [] if None in asked else asked)
+        known = [value for value in asked if value is not None]
+        return _reference(self._traces, prediction_type, probed, known if len(known) == len(asked) else [])
 
     def _refuse(self, reason: str, message: str) -> None:
         self.left_out[reason] += 1

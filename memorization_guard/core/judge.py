@@ -18,9 +18,10 @@ from .trace import Evaluations
 #: P-value of the first evaluation from which the network is asked about a prompt: ordinary images cost nothing as a rule.
 SUSPICIOUS = 0.1
 
-#: Noise level (VE sigma) above which an image that has triggered is corrected: given back its prompt earlier, it finds the way
-#: to the copy again (at 1, 19 to 62 % of exact images did on the lab models' tuning splits; at 0.5, none).
-HOLD_SIGMA = 0.5
+#: Noise level (VE sigma) above which an image that has triggered is corrected. Given back its prompt earlier, it finds the way
+#: to the copy again: at 1, 19 to 62 % of exact images did on the lab models' tuning splits; at 0.5 none did there, and some of
+#: a model whose memories are blurs.
+HOLD_SIGMA = 0.2
 
 
 @dataclass
@@ -136,15 +137,17 @@ class Judge:
         if not self.evaluations:
             return Evaluations()
         found = Signals(*np.array([[values[sample] for values in one.signals] for one in self.evaluations]).T)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            patches = 0.5 * np.log(np.stack([one.patches[:, sample] for one in self.evaluations]))
-        nothing = np.full(len(self.evaluations), np.nan)
+        mean = std = np.full(len(self.evaluations), np.nan)
+        if len(self.evaluations[0].patches):
+            with np.errstate(divide="ignore", invalid="ignore"):
+                patches = 0.5 * np.log(np.stack([one.patches[:, sample] for one in self.evaluations]))
+                mean, std = patches.mean(axis=1), patches.std(axis=1)
         return Evaluations(
             step=of_step.astype(np.float64),
             sigma=np.array([one.level.model_sigma(kind) for one in self.evaluations]),
             **found._asdict(),
-            patch_mean=patches.mean(axis=1) if patches.shape[1] else nothing,
-            patch_std=patches.std(axis=1) if patches.shape[1] else nothing,
+            patch_mean=mean,
+            patch_std=std,
             corrected=np.array([one.corrected is not None and bool(one.corrected[sample]) for one in self.evaluations]),
         )
 

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 #: and without the prompt, each as :meth:`StabilityMonitor.predicted` takes them.
 Ask = Callable[[Tensor], tuple[Tensor, Tensor | float, Tensor, Tensor | None]]
 
-#: What a reference run is sampled for: its ``whole`` way, or what the network says of its prompt ``first``; then it is stopped.
+#: What a reference run is sampled for: its ``whole`` way, or its ``first`` evaluation, after which it is stopped.
 Serves = Literal["whole", "first"]
 
 #: Why a run ended that was stopped.
@@ -136,8 +136,8 @@ class StabilityMonitor:
             sigma: the host's own noise level, ``[B]`` or one number.
             cond, uncond: clean latents predicted with and without the prompt, before guidance, of any dtype; ``uncond`` is
                 ``None`` where the host computed none.
-            ask: has the network evaluate another latent with the same prompts, twice at a run's beginning where the first
-                evaluation is suspicious, or not in noise (image to image, a second pass); without it, the latter is not judged.
+            ask: has the network evaluate another latent with the same prompts: twice at a run's beginning, where the first
+                evaluation is suspicious or not in noise (image to image, a second pass). Without it the latter is not judged.
 
         Returns:
             ``cond`` itself where nothing is corrected; otherwise a new tensor, in which samples that are not corrected are
@@ -151,9 +151,7 @@ class StabilityMonitor:
             self.fail(error)
             return cond
 
-    def _predicted(
-        self, x: Tensor, sigma: Tensor | float, cond: Tensor, uncond: Tensor | None, ask: Ask | None
-    ) -> Tensor:
+    def _predicted(self, x: Tensor, sigma: Tensor | float, cond: Tensor, uncond: Tensor | None, ask: Ask | None) -> Tensor:
         run = self._run
         self._check_batch(len(x))
         measurement = self._meter.measure(x, sigma, cond, uncond, run.scale)

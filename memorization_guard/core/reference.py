@@ -1,12 +1,12 @@
 """What ordinary prompts do, and how rare it is to get as far from that as a given one does (ours).
 
-A prompt is judged by the *detail* (see :mod:`~memorization_guard.core.signals`) of what it says in noise alone, at a run's first
-evaluation: no solver, step count or guidance scale has a part in it. Where that is suspicious, and where a run begins in the
-middle of the way, the network is asked twice more, in one noise and in its negative, the same for all prompts: what the mean of
-the two answers has in detail comes from the prompt and not from the noise. Either is held against that of reference prompts, by
-its rank among them. Beyond all but the tenth of them that have most, a rank says little; there the p-value comes from an exponential tail,
-in the logarithm of the detail, with what so few references leave unknown of its length. ``docs/evaluation.md`` has what this was
-measured to be worth.
+A prompt is judged by the *detail* (see :mod:`~memorization_guard.core.signals`) of what it says in noise alone, at a run's
+first evaluation: no solver, step count or guidance scale has a part in it. Where that is suspicious, and where a run begins in
+the middle of the way, the network is asked twice more, in one noise and in its negative, the same for all prompts: what the
+mean of the two answers has in detail comes from the prompt and not from the noise. Either is held against that of reference
+prompts, by its rank among them. Among the tenth of them that have most, a rank says little; there the p-value comes from an
+exponential tail, in the logarithm of the detail, with what so few references leave unknown of its length.
+``docs/evaluation.md`` has what this was measured to be worth.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ TAIL_SHARE, TAIL_COUNT = 0.1, 8
 #: No p-value is below the inverse of this many times the number of references.
 BEYOND = 20
 
-#: At most this share of the references is taken for memorized itself, where a gap sets them apart, and how rare that gap must be.
-MEMORIZED_SHARE, GAP_RARITY = 0.06, 1e-4
+#: At most this share of the references is taken for memorized, where a gap sets them apart: so many mean excesses wide, and as
+#: rare as this.
+MEMORIZED_SHARE, GAP, GAP_RARITY = 0.06, 2.0, 1e-4
 
 
 class Tail:
@@ -51,12 +52,6 @@ class Tail:
     def lowest(self) -> float:
         """The smallest p-value that the references can carry."""
         return 1.0 / (BEYOND * len(self._sorted))
-
-    @property
-    def spread(self) -> tuple[float, float]:
-        """Median and median absolute deviation of the logarithms, the latter as of a normal distribution."""
-        middle = float(np.median(self._sorted))
-        return middle, max(1.4826 * float(np.median(np.abs(self._sorted - middle))), 1e-6)
 
     def p_value(self, detail: np.ndarray) -> np.ndarray:
         """Share of ordinary images with as much detail, ``[...]``; NaN for NaN.
@@ -86,13 +81,15 @@ def memorized(details: Sequence[float]) -> list[int]:
     tail = max(TAIL_COUNT, round(TAIL_SHARE * len(logs)))
     if len(logs) < most + tail + 2:
         return []
-    for apart in range(most, 0, -1):
-        below = top[apart : apart + tail + 1]
-        scale = float((below[:-1] - below[-1]).mean())
-        gap = apart * float(top[apart - 1] - top[apart])
-        if (1 + gap / max(tail * scale, 1e-9)) ** -tail < GAP_RARITY / most:
-            return order[:apart].tolist()
-    return []
+    gaps = np.zeros(most)
+    for apart in range(1, most + 1):
+        below, gap = top[apart : apart + tail + 1], float(top[apart - 1] - top[apart])
+        excess = max(float((below[:-1] - below[-1]).mean()), 1e-9)
+        rarity = (1 + apart * gap / (tail * excess)) ** -tail
+        if gap > GAP * excess and rarity < GAP_RARITY / most:
+            gaps[apart - 1] = gap
+    found: list[int] = order[: int(gaps.argmax()) + 1].tolist() if gaps.any() else []
+    return found
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from ..audit.dataset import REPORT, mapping, read_traces
 from ..audit.summary import LEVELS, read
+from ..core.reference import BEYOND
 from ..core.settings import TRIGGERED, VERDICTS
 from ..core.trace import rarity
 from ..files import write_whole
@@ -75,8 +76,8 @@ def _about(number: float | None) -> str:
 def _distribution(found: Mapping[str, Any], manifest: Mapping[str, Any]) -> dict[str, Any] | None:
     """The share of images up to a p-value, beside that of ordinary images, which is the p-value itself.
 
-    It is not compared with the profile's reference runs: the p-values were fitted to them, and of 50 runs none is expected
-    below 1 in 50.
+    It is not compared with the profile's references: a p-value is an image's rank among them, and of 400 none is expected
+    below 1 in 400.
     """
     distribution, nominal = found["distribution"], found["false_positive_rate"]
     if not distribution["images"]:
@@ -109,7 +110,8 @@ def _distribution(found: Mapping[str, Any], manifest: Mapping[str, Any]) -> dict
     return {
         "drawing": Markup(drawing),
         "rows": [(rarity(10.0**-level), _level(10.0**-level), share(float(shares[10 * level]))) for level in range(1, 7)],
-        "runs": distribution["reference_runs"],
+        "references": distribution["reference_prompts"],
+        "beyond": BEYOND,
         "ended": {"stop": "stopped", "mitigate": "corrected"}.get(mode) if isinstance(mode, str) else None,
     }
 

@@ -37,7 +37,7 @@ def run(recipe, prompts, tmp_path):
 
     def run_audit(folder=None, *, recipe=recipe, prompts=prompts, seeds_per_prompt=2, batch_size=4, workers=None, **options):
         plan = Plan.of(prompts, seeds_per_prompt=seeds_per_prompt)
-        options = {"reference": [f"a blue dog in the sun {n}" for n in range(10)], "progress": False} | options
+        options = {"reference": [f"a red cat {letter}" for letter in "abcdefghij"], "progress": False} | options
         options |= {"report": write_report}
         hands = workers or (lambda: Local(recipe))
         return audit(recipe, plan, folder or tmp_path / "audit", hands, batch_size=batch_size, **options)
@@ -54,16 +54,14 @@ MANIFEST = {
     "prompts": {"file": "prompts.txt", "sha256": "aa", "rows": 2},
     "settings": {"steps": 20, "guidance_scale": 7.5, "seeds_per_prompt": 2, "mode": "trace"},
     "thresholds": Thresholds().to_dict(),
-    "profile": {"sha256": "cc", "reference_runs": 50},
+    "profile": {"sha256": "cc", "reference_runs": 50, "reference_prompts": 400},
 }
 
 
 def make_trace(p_value=0.5, *, corrected=False, note=None, scored=True, steps=20):
-    """A run of that rarity, with one evaluation a step; it triggers below 1 in 1,000."""
+    """A run of that rarity, with one evaluation a step; it triggers if it is rarer than 1 in 1,000, the rarer the earlier."""
     sigma, unknown = np.linspace(10, 1, steps), np.full(steps, np.nan)
     rising = np.linspace(0, 1, steps)
-    p_values = 10.0 ** (np.log10(p_value) * rising) if scored else unknown
-    p_values[-1] = p_value if scored else np.nan
     triggered = scored and p_value < 0.001
     mitigated = np.full(steps, corrected and triggered) & (rising > 0.8)
     far = rising * -np.log10(p_value)
@@ -71,8 +69,9 @@ def make_trace(p_value=0.5, *, corrected=False, note=None, scored=True, steps=20
     band = {"mean": np.full(steps, 2.0), "std": np.full(steps, 0.1)}
     return Trace(
         verdict="likely copy" if triggered else "stable" if scored else "unscored",
-        trigger_step=int(np.argmax(p_values < 0.001)) if triggered else None,
+        trigger_step=int(np.argmax(far > 3)) if triggered else None,
         note=note,
+        p_value=p_value if scored else None,
         mode="mitigate" if corrected else "trace",
         bands={"latent": band, "update": band, "denoised": band} if scored else {},
         steps=Steps(
@@ -82,7 +81,6 @@ def make_trace(p_value=0.5, *, corrected=False, note=None, scored=True, steps=20
             denoised_norm=np.full(steps, 20.0),
             update_score=far * 2 if scored else unknown,
             denoised_score=far * 1.5 if scored else unknown,
-            p_value=p_values,
             mitigated=mitigated,
         ),
         evaluations=Evaluations(
@@ -91,7 +89,7 @@ def make_trace(p_value=0.5, *, corrected=False, note=None, scored=True, steps=20
                 "step": np.arange(steps),
                 "sigma": sigma,
                 "guidance": np.ones(steps),
-                "p_value": p_values,
+                "detail": 0.1 + far,
                 "corrected": mitigated,
             }
         ),
@@ -101,7 +99,7 @@ def make_trace(p_value=0.5, *, corrected=False, note=None, scored=True, steps=20
 def make_row(image, prompt, trace, *, seed=None, kind=None, file=None):
     """A row of the results, as of ``dataset.SCHEMA``."""
     text = trace.to_dict()
-    columns = ("verdict", "score", "joint_score", "p_value", "local_score", "uncalibrated_score", "trigger_step")
+    columns = ("verdict", "score", "joint_score", "p_value", "detail", "uncalibrated_score", "trigger_step")
     return {name: text[name] for name in (*columns, "nonfinite_step", "note", "settings")} | {
         "image": image,
         "row": image,

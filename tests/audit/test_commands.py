@@ -19,7 +19,7 @@ from memorization_guard.audit.worker import Worker
 @pytest.fixture
 def reference(tmp_path):
     path = tmp_path / "reference.txt"
-    path.write_text("".join(f"a blue dog in the sun {n}\n" for n in range(9)))
+    path.write_text("".join(f"a red cat {letter}\n" for letter in "abcdefghi"))
     return path
 
 

@@ -58,7 +58,7 @@ class Quick:
 def row(job):
     trace = Trace(verdict="stable")
     made = {"image": job.image, "row": job.row, "prompt": job.prompt, "kind": job.kind, "seed": job.seed, "verdict": "stable"}
-    numbers = dict.fromkeys(["score", "joint_score", "local_score", "uncalibrated_score"], 0.5)
+    numbers = dict.fromkeys(["score", "joint_score", "detail", "uncalibrated_score"], 0.5)
     made |= numbers | {"p_value": random.Random(job.seed).random()}
     made |= {"trigger_step": None, "nonfinite_step": None, "steps": 1, "corrected_steps": 0, "note": None}
     made |= {"settings": RunSettings(steps=1).to_dict(), "trace": json.dumps(trace.to_dict())}

@@ -238,7 +238,18 @@ def test_the_page_is_whole_says_everything_and_loads_nothing(audit):
     assert re.findall(r'(?:src|href)="(?!data:|#)', text) == []
     assert "default-src 'none'" in text
     assert STATEMENT in re.sub(r"\s+", " ", tags.text)
-    for what in ("base", "a.safetensors", "0.8", "ab12", "guidance scale", "surprise deep 2 er", "reference runs", "6.7 %"):
+    for what in (
+        "base",
+        "a.safetensors",
+        "0.8",
+        "ab12",
+        "guidance scale",
+        "surprise deep 2 er",
+        "reference runs",
+        "6.7 %",
+        "400 reference prompts show nothing rarer than 1 in 400",
+        "a fit, which ends at 1 in 8,000",
+    ):
         assert what in tags.text, what
     assert tags.text.count("image not saved") == len(summarize(audit)["worst"]) - 3
     assert "images/gone.png is missing" in tags.text

@@ -47,7 +47,7 @@ class World:
 
     def sample(
         self, monitor, *, seeds=(500,), memorized=1.0, sigmas=None, guidance=GUIDANCE, guided=True, dtype=torch.float32,
-        ancestral=0.0, place=None, stop=None, mix=None,
+        ancestral=0.0, place=None, stop=None, mix=None, ask=None,
     ):  # fmt: skip
         """Euler's method; yields the latents that it went through, and every prediction that it went on with."""
         sigmas = sigmas or self.schedule()
@@ -57,7 +57,7 @@ class World:
         x, latents, given = (noise * sigmas[0]).to(dtype), [], []
         for number, (sigma, following) in enumerate(pairwise(sigmas)):
             cond, uncond = self.predictions(x, sigma, seeds, factors, place)
-            kept = monitor.predicted(x, torch.full((len(x),), sigma), cond, uncond if guided else None)
+            kept = monitor.predicted(x, torch.full((len(x),), sigma), cond, uncond if guided else None, ask=ask)
             monitor.latent(x, NoiseLevel.from_sigma(sigma), evaluated=True)
             latents.append(x)
             given.append((cond, uncond, kept))

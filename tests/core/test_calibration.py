@@ -15,7 +15,7 @@ def runs(count, steps=5, seed=0, offset=0.0):
     return offset + np.random.default_rng(seed).normal(100, 3, size=(count, steps, 3))
 
 
-def trace(norms, sigma=None, corrected=False):
+def trace(norms, sigma=None, corrected=False, asked=None):
     steps = len(norms)
     sigma = np.arange(steps, 0, -1.0) if sigma is None else np.asarray(sigma, dtype=float)
     nothing, flags = np.full(steps, np.nan), np.full(steps, corrected)
@@ -23,13 +23,13 @@ def trace(norms, sigma=None, corrected=False):
     return Trace(
         steps=Steps(
             sigma=np.arange(steps, 0, -1.0), latent_norm=latent, update_norm=update, denoised_norm=denoised,
-            update_score=nothing, denoised_score=nothing, p_value=nothing, mitigated=flags,
+            update_score=nothing, denoised_score=nothing, mitigated=flags,
         ),
         evaluations=Evaluations(
-            step=np.arange(float(steps)), sigma=sigma, velocity=update, denoised=denoised, guidance=nothing, local=nothing,
-            patch_mean=latent, patch_std=update, joint_deviation=nothing, guidance_deviation=nothing, local_deviation=nothing,
-            p_value=nothing, corrected=flags,
+            step=np.arange(float(steps)), sigma=sigma, velocity=update, denoised=denoised, guidance=nothing, detail=latent,
+            patch_mean=latent, patch_std=update, corrected=flags,
         ),
+        asked=asked,
         settings=RunSettings(model="tiny", sampler="PNDM", prediction_type="epsilon", end_sigma=0.0),
     )  # fmt: skip
 
@@ -145,17 +145,58 @@ def test_a_batch_without_a_trace_for_every_prompt_is_refused():
     assert references.traces == []
 
 
-def test_an_outlier_among_the_references_is_left_out_and_named(caplog):
+def probed(detail, asked, sigma=5.0):
+    """The trace of a prompt that was stopped after its first evaluation."""
+    return trace(np.array([[detail, 100.0, 100.0]]), (sigma,), asked=asked)
+
+
+def test_a_memorized_prompt_among_the_references_is_left_out_and_named(caplog):
     ordinary = runs(30)
     memorized = ordinary[3].copy()
-    memorized[1, 1:] *= 2.0
-    late = ordinary[4].copy()
-    late[-1, 1] *= 2.0  # the update alone, as ordinary images do in late steps
+    memorized[0, 0] *= 20.0  # the detail
+    far = ordinary[4].copy()
+    far[:, 1:] *= 2.0  # the norms alone
     references = ReferenceRuns(None, [])
-    references.add([trace(norms) for norms in (*ordinary, memorized, late)], 32)
+    references.add([trace(norms) for norms in (*ordinary, memorized, far)], 32)
     profile, left_out = references.profile()
-    assert list(left_out) == [30]
-    assert "outlier" in left_out[30]
+    assert left_out == {30: "the model seems to have memorized it"}
     assert profile.count == 31
-    assert profile.left_out == {"outlier": 1}
+    assert profile.left_out == {"memorized": 1}
     assert "Reference prompt 31 was left out" in caplog.text
+
+
+def test_further_prompts_are_sampled_for_their_first_evaluation_alone():
+    references = ReferenceRuns(None, [])
+    batches = []
+    while batch := references.next_batch(70, 20):
+        start, end, serves = batch
+        batches.append(batch)
+        norms = runs(end - start, seed=start)
+        references.add([trace(one, asked=2.0) if serves == "whole" else probed(one[0, 0], 3.0) for one in norms], end - start)
+    assert batches == [(0, 20, "whole"), (20, 40, "whole"), (40, 50, "whole"), (50, 70, "first")]
+    profile, left_out = references.profile()
+    assert left_out == {}
+    assert (profile.count, profile.reference.count) == (50, 70)
+    np.testing.assert_array_equal(profile.reference.probed, runs(20, seed=50)[:, 0, 0])
+    np.testing.assert_array_equal(profile.reference.asked, [2.0] * 50 + [3.0] * 20)
+
+
+def test_where_one_reference_could_not_be_asked_none_counts():
+    calibrator = Calibrator()
+    for number, norms in enumerate(runs(9)):
+        calibrator.add(trace(norms, asked=None if number == 4 else 1.0))
+    assert calibrator.profile().reference.asked.size == 0
+
+
+def test_a_prompt_evaluated_elsewhere_or_without_detail_is_refused():
+    with pytest.raises(CalibrationError, match="begins with runs"):
+        Calibrator().probe(probed(100.0, 1.0))
+    calibrator = calibrated(runs(8))
+    for bad, message in (
+        (probed(100.0, 1.0, 4.0), "noise level"),
+        (probed(np.nan, 1.0), "not finite|NaN"),
+        (probed(0.0, 1.0), "NaN"),
+    ):
+        with pytest.raises(CalibrationError, match=message):
+            calibrator.probe(bad)
+    assert calibrator.profile().reference.count == 8

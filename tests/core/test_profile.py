@@ -36,7 +36,7 @@ def fitting(settings=SETTINGS):
     """A profile with reference runs, which hold for other samplers too."""
     found = np.exp(np.random.default_rng(0).normal(2.0, 0.1, size=(4, 12, 3)))
     signals = Signals(*map(np.asfortranarray, found))  # as numpy lays out what the calibrator picks from its runs
-    reference = Reference(signals, np.array([1.5, 1.0, 0.1]), np.zeros((3, 2)))
+    reference = Reference(signals, np.array([1.5, 1.0, 0.1]), np.zeros((3, 2)), np.ones(5), np.full(17, 2.0))
     return dataclasses.replace(made(settings), reference=reference)
 
 
@@ -47,7 +47,8 @@ def test_a_file_gives_back_what_was_saved(tmp_path):
     np.testing.assert_array_equal(loaded.mean, saved.mean)
     np.testing.assert_array_equal(loaded.std, saved.std)
     np.testing.assert_allclose(loaded.reference.signals, saved.reference.signals, rtol=1e-6)
-    np.testing.assert_array_equal(loaded.reference.angles, saved.reference.angles)
+    for name in ("angles", "patches", "probed", "asked"):
+        np.testing.assert_array_equal(getattr(loaded.reference, name), getattr(saved.reference, name))
     assert (loaded.count, loaded.settings, loaded.left_out) == (50, SETTINGS, {"not finite": 2})
     assert [p.name for p in tmp_path.iterdir()] == ["tiny.safetensors"]
 
@@ -219,7 +220,7 @@ def test_bands_are_the_profiles_own_or_those_of_a_solver_that_adds_no_noise():
         np.testing.assert_array_equal(own[name]["mean"], getattr(known.mean, name))
         np.testing.assert_array_equal(own[name]["std"], getattr(known.std, name))
     other = known.bands(SETTINGS.sigmas, levels, exact=False)
-    region = known.reference.region()
+    region = known.reference
     velocity = region.band(levels[1].angle, "velocity")[0]
     assert other["update"]["mean"][1] == pytest.approx(velocity * 2 * np.sin((levels[1].angle - levels[2].angle) / 2))
     assert other["denoised"]["mean"][1] == pytest.approx(region.band(levels[1].angle, "denoised")[0])

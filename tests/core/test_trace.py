@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from memorization_guard import StabilityMonitor, Trace, trace_schema
-from memorization_guard.core.trace import STATEMENT, Evaluations, Steps, rarity, worst
+from memorization_guard.core.trace import STATEMENT, Steps, rarity, worst
 
 CASES = {
     "without a profile": {},
@@ -74,7 +74,7 @@ def test_the_documents_name_every_field(traces, request):
     ("change", "message"),
     [
         (lambda d: d.update(format="other"), "not a trace"),
-        (lambda d: d.update(version=2), "reads 3"),
+        (lambda d: d.update(version=2), "reads 4"),
         (lambda d: d.pop("steps"), "incomplete"),
         (lambda d: d["evaluations"].pop("velocity"), "incomplete"),
         (lambda d: d["steps"].update(sigma="12345"), "incomplete"),
@@ -111,7 +111,7 @@ def test_something_else_is_refused():
 def test_the_worst_of_several_runs_is_a_trigger_then_what_was_not_judged():
     def of(verdict, p_value, score=1.0):
         steps = Steps(update_score=np.array([score]), denoised_score=np.array([score]))
-        return Trace(verdict=verdict, steps=steps, evaluations=Evaluations(p_value=np.array([p_value])))
+        return Trace(verdict=verdict, steps=steps, p_value=p_value)
 
     common, rarer, unscored = of("stable", 0.5), of("stable", 0.1), Trace()
     copy, rare_copy, mild, strong = of("likely copy", 1e-3), of("likely copy", 1e-5), of("mild", np.nan), of("strong", np.nan)

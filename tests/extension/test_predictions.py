@@ -1,7 +1,9 @@
 """The seam of the WebUI and of Forge without a host: what is judged, what is replaced, and that nothing is left behind."""
 
+import contextlib
 import copy
 import math
+import random
 import sys
 import types
 
@@ -25,7 +27,8 @@ def modules(monkeypatch):
 
     callbacks.remove_callbacks_for_function = remove_callbacks_for_function
     shared = types.ModuleType("modules.shared")
-    shared.opts = types.SimpleNamespace(skip_early_cond=0.0)
+    shared.opts = types.SimpleNamespace(skip_early_cond=0.0, pad_cond_uncond=False, pad_cond_uncond_v0=False)
+    shared.sd_model = types.SimpleNamespace(model=types.SimpleNamespace(conditioning_key="crossattn"))
     package = types.ModuleType("modules")
     package.script_callbacks, package.shared = callbacks, shared
     for module in (package, callbacks, shared):
@@ -41,10 +44,12 @@ def predictions(load_extension, modules):
 class Monitor:
     """Says what it was given, and gives what it is told to: ``None`` for the conditional prediction itself."""
 
-    def __init__(self, corrected=None):
+    def __init__(self, corrected=None, prediction_type="epsilon"):
         self.corrected, self.seen, self.errors = corrected, [], []
+        self.settings = types.SimpleNamespace(prediction_type=prediction_type)
 
-    def predicted(self, x, sigma, cond, uncond):
+    def predicted(self, x, sigma, cond, uncond, *, ask):
+        self.ask = ask
         self.seen.append((x, sigma, cond.clone(), None if uncond is None else uncond.clone()))
         return cond if self.corrected is None else self.corrected(cond)
 
@@ -188,12 +193,149 @@ def test_an_error_of_ours_costs_no_image(modules, predictions):
     rows, monitor = latents(4), Monitor()
     denoiser = Denoiser(modules, ONE_EACH, rows)
 
-    def broken(*_):
+    def broken(*_, **__):
         raise ZeroDivisionError
 
     with predictions.judged(denoiser, monitor, broken):
         assert torch.isfinite(denoiser(X, SIGMA)).all()
     assert [type(error) for error in monitor.errors] == [ZeroDivisionError]
+
+
+class Network(torch.nn.Module):
+    """A network as the WebUI wraps it: what it says depends on everything that it is given, and on nothing else."""
+
+    def __init__(self, sigmas=None):
+        super().__init__()
+        if sigmas is not None:
+            self.sigmas = sigmas
+        self.inner_model = types.SimpleNamespace(alphas_cumprod=torch.linspace(0.999, 0.005, 1000))
+        self.calls = []
+
+    def forward(self, x, sigma, cond):
+        torch.rand(1)  # as token merging does
+        self.calls.append(sorted(cond))
+        text = cond.get("crossattn", cond.get("c_crossattn"))
+        text = text[0] if isinstance(text, list) else text
+        (image,) = cond["c_concat"] if "c_concat" in cond else (cond["c_adm"],)
+        assert len(x) == len(sigma) == len(text) == len(image)
+        per_image = text.mean((1, 2)) + cond.get("vector", torch.zeros(len(x), 1)).mean(1) + sigma
+        return torch.tanh(x) * per_image.view(-1, 1, 1, 1) + 2 * image
+
+
+class Given:
+    """As much of the host's ``CFGDenoiserParams`` as the network is asked with; prompts and negative differ in length."""
+
+    def __init__(self, weights, texts=dict, longer=0):
+        count, rows = sum(map(len, weights)), sum(map(len, weights)) + len(weights)
+        generator = torch.Generator().manual_seed(3)
+        self.x, self.sigma = torch.zeros(rows, 4, 8, 8), torch.full((rows,), 3.0)
+        self.image_cond = torch.randn(rows, 4, 1, 1, generator=generator)
+        self.text_cond, self.text_uncond = (
+            self._texts(texts, number, length, generator) for number, length in ((count, 6), (len(weights), 6 + longer))
+        )
+
+    @staticmethod
+    def _texts(texts, number, length, generator):
+        tokens, vector = torch.randn(number, length, 5, generator=generator), torch.randn(number, 7, generator=generator)
+        if texts is torch.Tensor:
+            return tokens
+
+        class DictWithShape(dict):
+            shape = tokens.shape
+
+        return DictWithShape(crossattn=tokens, vector=vector)
+
+    def row(self, network, number, latent, level, key="c_concat"):
+        """What the network says of one row by itself."""
+        count = len(self.x) - len(self.text_uncond)
+        texts, place = (self.text_cond, number) if number < count else (self.text_uncond, number - count)
+        image, sigma = self.image_cond[number : number + 1], torch.tensor([level])
+        if isinstance(texts, dict):
+            cond = {name: rows[place : place + 1] for name, rows in texts.items()}
+        else:
+            cond = {"c_crossattn": [texts[place : place + 1]]}
+        return network(latent[None], sigma, {**cond, key: image if key == "c_adm" else [image]})[0]
+
+
+@pytest.mark.parametrize("weights", [ONE_EACH, JOINED, [[0.5], [1.0]]], ids=str)
+@pytest.mark.parametrize("texts", [dict, torch.Tensor])
+@pytest.mark.parametrize("longer", [0, 6])
+@pytest.mark.parametrize("sigmas", [torch.tensor([0.03, 14.6]), None], ids=["sigmas", "timesteps"])
+def test_the_network_is_asked_about_noise_for_every_row(modules, predictions, weights, texts, longer, sigmas):
+    rows, monitor = latents(sum(map(len, weights)) + 2), Monitor()
+    denoiser = Denoiser(modules, weights, rows)
+    denoiser.inner_model, given = Network(sigmas), Given(weights, texts, longer)
+    with predictions.judged(denoiser, monitor, monitor.predicted):
+        (before,) = modules.script_callbacks.lists["cfg_denoiser"]
+        (after,) = modules.script_callbacks.lists["cfg_denoised"]
+        given.denoiser = denoiser
+        before(given)
+        after(types.SimpleNamespace(x=rows))
+        state = torch.get_rng_state()
+        noise = latents(2, 4)
+        latent, level, cond, uncond = monitor.ask(noise)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert monitor.errors == []
+    assert level == (999.0 if sigmas is None else pytest.approx(14.6))
+    # Its network is given just this noise, on the VP scale, in either case.
+    assert torch.allclose(latent, noise if sigmas is None else noise * math.hypot(1, level))
+    row, number = iter(range(len(given.x))), Network()
+    said = [[given.row(number, next(row), latent[image], level) for _ in each] for image, each in enumerate(weights)]
+    without = [given.row(number, next(row), latent[image], level) for image in range(2)]
+    assert torch.allclose(uncond, torch.stack(without), atol=1e-4)
+    expected = [
+        alone + sum(weight * (one - alone) for weight, one in zip(each, prompts, strict=True))
+        for each, prompts, alone in zip(weights, said, without, strict=True)
+    ]
+    assert torch.allclose(cond, torch.stack(expected), atol=1e-4)
+
+
+def test_a_model_that_is_given_an_embedding_of_an_image_is_asked_with_it(modules, predictions):
+    modules.shared.sd_model.model.conditioning_key = "crossattn-adm"
+    denoiser, monitor = Denoiser(modules, ONE_EACH, latents(4)), Monitor()
+    denoiser.inner_model, given = Network(torch.tensor([14.6])), Given(ONE_EACH, torch.Tensor)
+    predictions._judge_rows(denoiser, monitor, monitor.predicted, given, denoiser.rows)
+    latent, level, cond, uncond = monitor.ask(latents(2, 4))
+    assert denoiser.inner_model.calls == [["c_adm", "c_crossattn"]] * 2
+    for number, said in enumerate((*cond, *uncond)):
+        assert torch.allclose(given.row(Network(), number, latent[number % 2], level, "c_adm"), said, atol=1e-4)
+
+
+def test_a_flow_model_is_asked_about_noise_alone(modules, predictions):
+    denoiser, monitor = Denoiser(modules, ONE_EACH, latents(4)), Monitor(prediction_type="flow_prediction")
+    denoiser.inner_model = Network(torch.tensor([0.1, 1.0]))
+    predictions._judge_rows(denoiser, monitor, monitor.predicted, Given(ONE_EACH), denoiser.rows)
+    noise = latents(2, 4)
+    latent, level, *_ = monitor.ask(noise)
+    assert torch.equal(latent, noise)
+    assert level == 1.0
+
+
+@pytest.mark.parametrize("option", ["pad_cond_uncond", "pad_cond_uncond_v0"])
+def test_prompts_are_padded_as_the_host_pads_them(modules, predictions, option):
+    setattr(modules.shared.opts, option, True)
+    denoiser, monitor = Denoiser(modules, ONE_EACH, latents(4)), Monitor()
+    denoiser.inner_model, given = Network(torch.tensor([14.6])), Given(ONE_EACH, longer=6)
+    padded = Given(ONE_EACH)
+    setattr(denoiser, option, lambda cond, uncond: (padded.text_cond, padded.text_uncond))
+    predictions._judge_rows(denoiser, monitor, monitor.predicted, given, denoiser.rows)
+    padded.image_cond = given.image_cond
+    latent, level, cond, uncond = monitor.ask(latents(2, 4))
+    for number, said in enumerate((*cond, *uncond)):
+        assert torch.allclose(padded.row(Network(), number, latent[number % 2], level), said, atol=1e-4)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_hypertile_draws_is_drawn_again(modules, predictions, monkeypatch, fails):
+    tiling = types.ModuleType("hypertile")
+    tiling.RNG_INSTANCE = random.Random(5)
+    monkeypatch.setitem(sys.modules, "hypertile", tiling)
+    expected = random.Random(5).random()
+    with contextlib.suppress(ZeroDivisionError), predictions._random_kept(torch.device("cpu")):
+        tiling.RNG_INSTANCE.random()
+        if fails:
+            raise ZeroDivisionError
+    assert tiling.RNG_INSTANCE.random() == expected
 
 
 # ----------------------------------------------------------------------------------------------------------------- Forge
@@ -335,3 +477,77 @@ def test_reforge_the_predictions_are_judged_before_what_others_make_of_them(forg
             assert torch.equal(out[1], 2 * uncond)
     assert [without is None for *_, without in monitor.seen] == [False, True]
     assert torch.equal(monitor.seen[0][2], cond)
+
+
+HIGHEST = 14.6
+
+
+def conditioned(model, cond, uncond, x, timestep, options):
+    """As the function of Forge and of reForge that evaluates the network."""
+    torch.rand(1)  # as token merging does
+    assert options["transformer_options"] == "kept"
+    assert torch.equal(timestep, torch.full((2,), HIGHEST))
+    return torch.tanh(x) + cond[0]["strength"], torch.zeros_like(x) if uncond is None else -torch.tanh(x)
+
+
+def asked_in(monitor, weight, guided):
+    """Checks what the network was asked in Forge or reForge."""
+    noise, state = latents(2, 4), torch.get_rng_state()
+    latent, level, cond, uncond = monitor.ask(noise)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert level == pytest.approx(HIGHEST)
+    assert torch.allclose(latent, noise * math.hypot(1, HIGHEST))
+    said, without = torch.tanh(latent) + weight, -torch.tanh(latent)
+    assert (uncond is None) == (not guided)
+    if guided:
+        assert torch.equal(uncond, without)
+        said = without + weight * (said - without)
+    assert torch.allclose(cond, said, atol=1e-5)
+
+
+@pytest.fixture
+def model(monkeypatch):
+    """Gives a model of Forge or of reForge, with the host's module that evaluates it."""
+
+    def new(host):
+        name = {"forge": "backend.sampling.sampling_function", "reforge": "ldm_patched.modules.samplers"}[host]
+        module = types.ModuleType(name)
+        module.calc_cond_uncond_batch = conditioned
+        for part in ("backend", "backend.sampling", "ldm_patched", "ldm_patched.modules"):
+            monkeypatch.setitem(sys.modules, part, types.ModuleType(part))
+        monkeypatch.setitem(sys.modules, name, module)
+        scale = types.SimpleNamespace(sigma_max=torch.tensor(HIGHEST))
+        return types.SimpleNamespace(**{"predictor" if host == "forge" else "model_sampling": scale})
+
+    return new
+
+
+OPTIONS = {"transformer_options": "kept"}
+
+
+@pytest.mark.parametrize("guided", [True, False])
+@pytest.mark.parametrize("weight", [1.0, 1.5])
+def test_forge_the_network_is_asked_with_the_prompts_and_options_of_the_run(forge, predictions, model, weight, guided):
+    monitor, network = Monitor(), model("forge")
+    conds = [{"strength": weight}], [{}] if guided else None
+    before_network = predictions._last_before_guidance(monitor, monitor.predicted)
+    *_, options = before_network(network, *conds, X, SIGMA, OPTIONS)
+    args = {"input": X, "sigma": SIGMA, "cond_scale": CFG, "model": network, "model_options": options}
+    options["sampler_cfg_function"]({**args, "cond_denoised": latents(2, 1), "uncond_denoised": latents(2, 2)})
+    assert monitor.errors == []
+    asked_in(monitor, weight, guided)
+
+
+@pytest.mark.parametrize("guided", [True, False])
+@pytest.mark.parametrize("weight", [1.0, 1.5])
+def test_reforge_the_network_is_asked_with_the_prompts_and_options_of_the_run(forge, predictions, model, weight, guided):
+    monitor, network = Monitor(), model("reforge")
+    conds = [[{"strength": weight}], [{}] if guided else None]
+    args = {"conds": conds, "conds_out": [latents(2, 1), latents(2, 2)], "input": X, "sigma": SIGMA, "cond_scale": CFG}
+    after_network = predictions._first_after_network(monitor, monitor.predicted)
+    after_network({**args, "model": network, "model_options": OPTIONS})
+    assert monitor.errors == []
+    asked_in(monitor, weight, guided)
+    del sys.modules["ldm_patched.modules.samplers"].calc_cond_uncond_batch
+    with pytest.raises(ImportError, match="calc_cond_uncond_batch"):
+        monitor.ask(latents(2, 4))

@@ -10,6 +10,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from memorization_guard import NoiseLevel, RunSettings, Thresholds, evidence
+from memorization_guard.core.monitor import STOPPED
 
 ROOT = Path(__file__).parents[2]
 
@@ -225,6 +226,23 @@ def test_a_hires_pass_is_told_apart(session):
     fields = infotext(p, index=0, all_prompts=p.all_prompts)
     assert fields["Memorization Guard verdict"] == fields["Memorization Guard hires verdict"] == "unscored"
     assert [run["hires"] for run in one.report(p)[0]] == [False, True]
+
+
+def test_a_reference_that_is_stopped_as_it_should_says_nothing_and_one_that_fails_does(session):
+    import torch
+
+    p = Processing()
+    one = session.Session(session.Options(), None, live=None, task=None, serves="first")
+    for error in (None, ValueError("no prediction")):
+        monitor = one.new_monitor(p, RunSettings(steps=3, prediction_type="epsilon"), NoiseLevel.from_sigma)
+        x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+        monitor.predicted(x, 10.0, x / 2, x / 3)
+        assert monitor.should_stop
+        monitor.end(STOPPED)
+        if error is not None:
+            monitor.fail(error)
+        one.end_run(p)
+        assert [str(error) in comment for comment in p.comments] == ([] if error is None else [True])
 
 
 class Saving:

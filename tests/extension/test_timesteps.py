@@ -183,7 +183,7 @@ def test_evaluations_belong_to_the_step_that_starts_where_they_are_made(timestep
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_a_sample_that_is_corrected_changes_and_the_other_keeps_every_bit(timesteps, level, name, monkeypatch):
     monitor = new_monitor(level)
-    without_first = lambda x, sigma, cond, uncond: torch.cat([uncond[:1], cond[1:]])  # noqa: E731
+    without_first = lambda x, sigma, cond, uncond, ask: torch.cat([uncond[:1], cond[1:]])  # noqa: E731
     monkeypatch.setattr(monitor, "predicted", without_first)
     plain, corrected = sample(name), sample(name, timesteps, level, monitor)
     assert torch.equal(plain[1], corrected[1])
@@ -191,6 +191,35 @@ def test_a_sample_that_is_corrected_changes_and_the_other_keeps_every_bit(timest
     # As guidance at scale 0 would have had it, in every step of whatever solver.
     monkeypatch.setattr(f"{__name__}.GUIDE", 0.0)
     assert torch.allclose(sample(name)[0], corrected[0], atol=1e-3)
+
+
+def test_what_is_asked_is_put_in_clean_latents(timesteps, level, monkeypatch):
+    monitor, seen = new_monitor(level), []
+
+    def predicted(x, sigma, cond, uncond, ask):
+        seen.append(ask)
+        return cond
+
+    monkeypatch.setattr(monitor, "predicted", predicted)
+    run, denoiser, x = timesteps.TimestepRun(monitor, planned(level), level, noise()), Denoiser(), noise()
+    with run.evaluations_of(denoiser):
+        denoiser(x, TIMESTEPS[-1:].expand(2))
+    eps, evaluations = torch.tanh(x), Denoiser()
+
+    def ask(unit):
+        evaluations(unit, torch.full((2,), 999))  # not one of the run's
+        return unit, 999.0, eps, None if guided is False else 0.5 * eps
+
+    a, b = at(999)
+    for guided in (True, False):
+        run.predicted_noise(x, TIMESTEPS[-1:].expand(2), eps, eps, ask=ask)
+        latent, timestep, cond, uncond = seen[-1](-x)
+        assert torch.equal(latent, -x)
+        assert timestep == 999.0
+        assert torch.allclose(cond, (-x - b * eps) / a, rtol=1e-4, atol=1e-4)
+        assert torch.allclose(uncond, (-x - b * 0.5 * eps) / a, rtol=1e-4, atol=1e-4) if guided else uncond is None
+    run.predicted_noise(x, TIMESTEPS[-1:].expand(2), eps, eps)
+    assert seen[-1] is None
 
 
 def test_an_interrupt_is_told(timesteps, level):

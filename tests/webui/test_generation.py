@@ -12,13 +12,16 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from memorization_guard import StabilityProfile, Thresholds, Trace, evidence, lab
+from memorization_guard.core.calibration import WHOLE_RUNS
 from memorization_guard.core.judge import HOLD_SIGMA
+from memorization_guard.core.reference import OPEN_SIGMA
 from memorization_guard.core.trace import rarity
 
 TITLE = "Memorization Guard"
 #: Thresholds that every image leaves.
 EVERYTHING = Thresholds(false_positive_rate=0.999)
-REFERENCES = lab.prompts("reference")[:12]
+#: The last one says less of an image than the usual prompt does, so that nothing is below all of them.
+REFERENCES = [*lab.prompts("reference")[:11], "fox"]
 EXACT = lab.prompts("exact", "tuning")[0]
 ORDINARY = lab.prompts("ordinary", "tuning")[0]
 TRACE = ("trace",)
@@ -30,6 +33,15 @@ def profile(host):
     name = "usual"
     if not (host.data / "models/stability_profiles" / f"{name}.safetensors").exists():
         host.calibrate(name, REFERENCES)
+    return name
+
+
+@pytest.fixture
+def lab_profile(webui):
+    """A profile of the lab model that tells how rare its copies are."""
+    name = "lab"
+    if not (webui.data / "models/stability_profiles" / f"{name}.safetensors").exists():
+        webui.calibrate(name, lab.prompts("reference"), steps=20)
     return name
 
 
@@ -221,7 +233,8 @@ def test_joined_prompts_are_judged_and_corrected(host, profile, sampler):
 def test_a_prompt_joined_with_itself_is_judged_as_alone(host, profile):
     alone = host.make("trace", profile).trace
     joined = host.make("trace", profile, prompt="a fox :0.25 AND a fox :0.75").trace
-    assert np.allclose(joined.evaluations.p_value, alone.evaluations.p_value, rtol=1e-2, atol=1e-4)
+    assert joined.p_value == pytest.approx(alone.p_value, rel=1e-2, abs=1e-4)
+    assert np.allclose(joined.evaluations.detail, alone.evaluations.detail, rtol=1e-2)
     assert np.allclose(joined.evaluations.guidance, alone.evaluations.guidance, rtol=1e-2)
 
 
@@ -318,11 +331,11 @@ def test_other_steps_schedule_and_guidance_are_scored_and_the_infotext_says_how_
 
 
 def test_guidance_changes_nothing_in_the_first_verdict(host, profile):
-    own = host.make("trace", profile).trace.evaluations
+    own = host.make("trace", profile).trace
     for scale in (2, 30):
-        other = host.make("trace", profile, cfg_scale=scale).trace.evaluations
-        assert other.p_value[0] == pytest.approx(own.p_value[0], rel=1e-4)
-        assert other.joint_deviation[0] == pytest.approx(own.joint_deviation[0], rel=1e-4)
+        other = host.make("trace", profile, cfg_scale=scale).trace
+        assert other.p_value == pytest.approx(own.p_value, rel=1e-4)
+        assert other.evaluations.detail[0] == pytest.approx(own.evaluations.detail[0], rel=1e-4)
 
 
 def test_a_profile_that_does_not_fit_is_traced_and_said(host, profile):
@@ -366,12 +379,11 @@ def test_a_run_is_stopped_once_all_its_images_have_triggered(host, profile, samp
     assert len(host.make(*TRACE, **settings).traces[0][0].steps) == len(whole.traces[0][0].steps)
 
 
-def test_the_lab_model_is_stopped_at_a_copy_and_paints_what_is_ordinary_to_its_end(webui):
-    webui.calibrate("lab", lab.prompts("reference")[:24], steps=20)
-    answer = webui.make("stop", "lab", prompt=EXACT, steps=20)
+def test_the_lab_model_is_stopped_at_a_copy_and_paints_what_is_ordinary_to_its_end(webui, lab_profile):
+    answer = webui.make("stop", lab_profile, prompt=EXACT, steps=20)
     assert answer.trace.verdict == "likely copy"
     assert len(answer.trace.steps) < 15
-    ordinary = webui.make("stop", "lab", prompt=ORDINARY, steps=20)
+    ordinary = webui.make("stop", lab_profile, prompt=ORDINARY, steps=20)
     assert len(ordinary.trace.steps) == 20
     assert ordinary.pixels == webui.make(prompt=ORDINARY, steps=20).pixels
 
@@ -506,6 +518,18 @@ def test_calibration_makes_a_profile_of_the_settings(host, profile):
     assert not (host.data / "models/escape.safetensors").exists()
 
 
+@pytest.mark.parametrize("sampler", ["Euler", "DDIM"])
+def test_of_many_references_those_after_the_first_fifty_are_evaluated_once(host, sampler):
+    prompts, before = lab.prompts("reference")[: WHOLE_RUNS + 10], len(host.said())
+    host.calibrate("many", prompts, sampler_name=sampler)
+    made = StabilityProfile.load(host.data / "models/stability_profiles/many.safetensors")
+    assert 0 < len(made.reference.probed) <= 10
+    assert len(prompts) - 3 <= made.reference.count == len(prompts) - sum(made.left_out.values())
+    assert made.reference.asked.shape == (made.reference.count,)
+    assert "The run ended early" not in host.said()[before:]  # they were stopped as they should be
+    assert not list((host.data / "models/stability_profiles").glob(".calibration-*"))
+
+
 @pytest.mark.parametrize("sampler", ["Heun", "DPM fast", "DDIM", "UniPC"])
 def test_a_profile_can_be_made_with_other_samplers(host, sampler):
     host.calibrate("of-sampler", REFERENCES, sampler_name=sampler)
@@ -515,33 +539,30 @@ def test_a_profile_can_be_made_with_other_samplers(host, sampler):
 
 
 @pytest.mark.parametrize("sampler", ["Euler a", "DPM++ 2M", "DDIM", "UniPC", "LCM", "Restart"])
-def test_a_transferred_profile_takes_ordinary_images_for_ordinary(webui, sampler):
-    webui.calibrate("lab", lab.prompts("reference")[:24], steps=20)
+def test_a_transferred_profile_takes_ordinary_images_for_ordinary(webui, lab_profile, sampler):
     for seed, prompt in enumerate(lab.prompts("ordinary", "tuning")[:4]):
-        trace = webui.make("trace", "lab", sampler_name=sampler, steps=20, prompt=prompt, seed=seed).trace
+        trace = webui.make("trace", lab_profile, sampler_name=sampler, steps=20, prompt=prompt, seed=seed).trace
         assert trace.verdict == "stable", trace.p_value
 
 
-def test_the_lab_model_is_found_out_and_steered(webui):
-    webui.calibrate("lab", lab.prompts("reference")[:24], steps=20)
+def test_the_lab_model_is_found_out_and_steered(webui, lab_profile):
     copied, left, touched = 0, 0, 0
     for seed, prompt in enumerate(lab.prompts("exact", "tuning")[:3]):
-        plain = webui.make("trace", "lab", steps=20, prompt=prompt, seed=seed)
+        plain = webui.make("trace", lab_profile, steps=20, prompt=prompt, seed=seed)
         assert plain.trace.trigger_step is not None
         copied += is_copy(plain, prompt)
-        left += is_copy(webui.make("mitigate", "lab", steps=20, prompt=prompt, seed=seed), prompt)
+        left += is_copy(webui.make("mitigate", lab_profile, steps=20, prompt=prompt, seed=seed), prompt)
     for seed, prompt in enumerate(lab.prompts("ordinary", "tuning")[:3]):
-        touched += webui.make("mitigate", "lab", steps=20, prompt=prompt, seed=seed).trace.mitigated.any()
+        touched += webui.make("mitigate", lab_profile, steps=20, prompt=prompt, seed=seed).trace.mitigated.any()
     assert (copied, left, touched) == (3, 0, 0)
 
 
-def test_no_sampler_leaves_a_copy(webui):
-    webui.calibrate("lab", lab.prompts("reference")[:24], steps=20)
+def test_no_sampler_leaves_a_copy(webui, lab_profile):
     copied, left = {}, {}
     for sampler in [each["name"] for each in webui.ask("/sdapi/v1/samplers")]:
         settings = {"sampler_name": sampler, "steps": 20, "prompt": EXACT}
         copied[sampler] = is_copy(webui.make(**settings), EXACT)
-        left[sampler] = is_copy(webui.make("mitigate", "lab", **settings), EXACT)
+        left[sampler] = is_copy(webui.make("mitigate", lab_profile, **settings), EXACT)
     assert sum(copied.values()) > 15, copied
     assert not any(left.values()), left
 
@@ -557,30 +578,131 @@ def test_no_sampler_leaves_a_copy(webui):
     ids=["and itself", "and another", "cfg 1", "cfg 14"],
 )
 @pytest.mark.parametrize("sampler", ["Euler", "DDIM", "UniPC"])
-def test_no_way_to_prompt_leaves_a_copy(webui, settings, sampler):
-    webui.calibrate("lab", lab.prompts("reference")[:24], steps=20)
+def test_no_way_to_prompt_leaves_a_copy(webui, lab_profile, settings, sampler):
     settings = {"steps": 20, "sampler_name": sampler, **settings}
     assert is_copy(webui.make(**settings), EXACT)
-    assert not is_copy(webui.make("mitigate", "lab", **settings), EXACT)
+    assert not is_copy(webui.make("mitigate", lab_profile, **settings), EXACT)
 
 
 @pytest.mark.parametrize("sampler", ["Euler", "DDIM"])
-def test_early_evaluations_without_guidance_leave_no_copy(webui, sampler):
-    webui.calibrate("lab", lab.prompts("reference")[:24], steps=20)
+def test_early_evaluations_without_guidance_leave_no_copy(webui, lab_profile, sampler):
     settings = {"steps": 20, "sampler_name": sampler, "prompt": EXACT}
     with webui.options(skip_early_cond=0.2):
         assert is_copy(webui.make(**settings), EXACT)
-        assert not is_copy(webui.make("mitigate", "lab", **settings), EXACT)
+        assert not is_copy(webui.make("mitigate", lab_profile, **settings), EXACT)
 
 
-def test_a_second_pass_leaves_no_copy_where_its_profile_fits(webui):
-    webui.calibrate("lab", lab.prompts("reference")[:24], steps=20)
+def test_a_second_pass_leaves_no_copy_where_its_profile_fits(webui, lab_profile):
     hires = {"enable_hr": True, "hr_resize_x": 128, "hr_resize_y": 128, "hr_upscaler": "Latent", "denoising_strength": 0.9}
     settings = {"prompt": EXACT, "steps": 20, **hires}
     assert is_copy(webui.make(**settings), EXACT)
-    answer = webui.make("mitigate", "lab", **settings)
+    answer = webui.make("mitigate", lab_profile, **settings)
     assert [trace.verdict for trace in answer.traces[0]] == ["likely copy"] * 2
     assert not is_copy(answer, EXACT)
+
+
+# ------------------------------------------------------------------------------------------- runs that begin in the middle
+
+
+#: A second pass of the size of the first, which a profile of that size holds for.
+HIRES = {"enable_hr": True, "hr_resize_x": 128, "hr_resize_y": 128, "hr_upscaler": "Latent", "denoising_strength": 0.5}
+
+
+def of_an_image(webui, **settings):
+    """Settings of img2img, from an image of an ordinary prompt."""
+    (image,) = webui.ask("/sdapi/v1/txt2img", {**webui.usual, "prompt": ORDINARY, "seed": 5, "steps": 20})["images"]
+    return {"path": "img2img", "init_images": [image], "denoising_strength": 0.5, "steps": 20, **settings}
+
+
+def begins_below(trace, sigma):
+    return trace.evaluations.sigma[0] < sigma
+
+
+@pytest.mark.parametrize("sampler", ["Euler", "DPM++ 2M", "DPM fast", "DDIM", "PLMS", "UniPC"])
+def test_an_image_of_an_image_has_the_verdict_of_its_prompt(webui, lab_profile, sampler):
+    for prompt, verdict in ((EXACT, "likely copy"), (ORDINARY, "stable")):
+        alone = webui.make("trace", lab_profile, prompt=prompt, sampler_name=sampler, steps=20).trace
+        settings = of_an_image(webui, prompt=prompt, sampler_name=sampler)
+        trace = same_as_unguarded(webui, "trace", lab_profile, **settings).trace
+        assert begins_below(trace, OPEN_SIGMA)
+        assert (alone.verdict, trace.verdict) == (verdict, verdict)
+        if verdict == "likely copy":
+            # What is asked is the same, wherever the run begins.
+            assert trace.asked == pytest.approx(alone.asked, rel=1e-3)
+            assert trace.p_value == pytest.approx(alone.p_value, rel=1e-2)
+        mitigated = webui.make("mitigate", lab_profile, **settings).trace
+        if verdict == "likely copy":
+            assert corrected_from_the_first(mitigated)
+        assert mitigated.evaluations.corrected.any() == (verdict == "likely copy")
+
+
+def test_ordinary_images_of_images_are_stable(webui, lab_profile):
+    for seed, prompt in enumerate(lab.prompts("ordinary", "tuning")[:6]):
+        trace = webui.make("trace", lab_profile, **of_an_image(webui, prompt=prompt, seed=seed)).trace
+        assert trace.verdict == "stable", (prompt, trace.p_value)
+
+
+def test_copies_made_of_images_are_found_out(webui, lab_profile):
+    for seed, prompt in enumerate(lab.prompts("exact", "tuning")):
+        trace = webui.make("trace", lab_profile, **of_an_image(webui, prompt=prompt, seed=seed)).trace
+        assert trace.verdict == "likely copy", (prompt, trace.p_value)
+
+
+@pytest.mark.parametrize("sampler", ["Euler", "DDIM"])
+def test_a_second_pass_has_the_verdict_of_the_first(webui, lab_profile, sampler):
+    settings = {"steps": 20, "sampler_name": sampler, **HIRES}
+    for prompt, verdict in ((EXACT, "likely copy"), (ORDINARY, "stable")):
+        answer = same_as_unguarded(webui, "trace", lab_profile, prompt=prompt, **settings)
+        ((first, second),) = answer.traces
+        assert begins_below(second, OPEN_SIGMA)
+        assert [first.verdict, second.verdict] == [verdict] * 2
+        assert f"{TITLE} hires verdict: {verdict}" in answer.info["infotexts"][0]
+        assert f"{TITLE} hires rarity: " in answer.info["infotexts"][0]
+    ((first, second),) = webui.make("mitigate", lab_profile, prompt=EXACT, **settings).traces
+    assert corrected_from_the_first(first)
+    assert corrected_from_the_first(second)
+    assert second.evaluations.corrected.any()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"batch_cond_uncond": False},
+        {"pad_cond_uncond": True},
+        {"pad_cond_uncond_v0": True},
+        {"s_min_uncond": 30.0, "s_min_uncond_all": True},
+        {"token_merging_ratio": 0.5, "token_merging_ratio_img2img": 0.5},
+        {"hypertile_enable_unet": True, "hypertile_swap_size_unet": 3},
+    ],
+    ids=lambda options: " ".join(options) or "none",
+)
+@pytest.mark.parametrize("sampler", ["Euler a", "DDIM"])
+def test_asking_the_network_disturbs_nothing(host, profile, options, sampler):
+    settings = {"init_images": init_images(host), "denoising_strength": 0.5, "batch_size": 2, "sampler_name": sampler}
+    known = host.ask("/sdapi/v1/options")
+    with host.options(**{name: value for name, value in options.items() if name in known}):
+        for prompt in ("a fox", "word " * 90, "a fox AND a red disc :0.5 AND a blue cross :-0.2"):
+            answer = same_as_unguarded(host, "trace", profile, path="img2img", prompt=prompt, **settings)
+            for (trace,) in answer.traces:
+                assert trace.asked is not None
+                assert trace.p_value is not None
+
+
+@pytest.mark.parametrize("sampler", ["Euler", "DDIM"])
+def test_what_is_asked_depends_on_the_prompt_alone(host, profile, sampler):
+    settings = {"path": "img2img", "init_images": init_images(host), "sampler_name": sampler}
+
+    def asked(prompt, strength, **more):
+        traces = host.make("trace", profile, prompt=prompt, denoising_strength=strength, **settings, **more).traces
+        assert all(begins_below(trace, OPEN_SIGMA) for (trace,) in traces)
+        return [trace.asked for (trace,) in traces]
+
+    (own,), (other,) = asked("a fox", 0.5), asked("a red disc", 0.5)
+    assert asked("a fox", 0.3, seed=7, cfg_scale=3, batch_size=2) == pytest.approx([own] * 2, rel=1e-3)
+    assert asked("a fox :0.25 AND a fox :0.75", 0.5) == pytest.approx([own], rel=1e-3)
+    assert asked("a fox AND a red disc :0", 0.5) == pytest.approx([own], rel=1e-3)
+    assert own != pytest.approx(other, rel=1e-3)
 
 
 # -------------------------------------------------------------------------------------------------------- beside others
@@ -609,9 +731,8 @@ def test_guidance_of_another_extension_changes_no_verdict_and_goes_on_from_what_
     plain = host.make(alwayson_scripts=scripts, sampler_name=sampler)
     traced = same_as_unguarded(host, "trace", profile, alwayson_scripts=scripts, sampler_name=sampler)
     assert plain.pixels == traced.pixels != own.pixels
-    first, alone = traced.trace.evaluations, own.trace.evaluations
-    assert first.p_value[0] == pytest.approx(alone.p_value[0], rel=1e-3)
-    assert len(first.sigma) == len(alone.sigma)
+    assert traced.trace.p_value == pytest.approx(own.trace.p_value, rel=1e-3)
+    assert len(traced.trace.evaluations) == len(own.trace.evaluations)
     guard = "mitigate", profile, *host.constants(EVERYTHING)
     corrected = host.make(*guard, alwayson_scripts=scripts, sampler_name=sampler)
     assert corrected_from_the_first(corrected.trace)
@@ -619,11 +740,10 @@ def test_guidance_of_another_extension_changes_no_verdict_and_goes_on_from_what_
     assert corrected.pixels != host.make(*guard, sampler_name=sampler).pixels
 
 
-def test_rescaled_guidance_hides_no_copy(webui):
-    webui.calibrate("lab", lab.prompts("reference")[:24], steps=20)
+def test_rescaled_guidance_hides_no_copy(webui, lab_profile):
     settings = {"steps": 20, "prompt": EXACT, "alwayson_scripts": {"Other guidance": {"args": [True]}}}
     assert is_copy(webui.make(**settings), EXACT)
-    assert not is_copy(webui.make("mitigate", "lab", **settings), EXACT)
+    assert not is_copy(webui.make("mitigate", lab_profile, **settings), EXACT)
 
 
 def test_loading_beside_extensions_of_the_same_names(host):

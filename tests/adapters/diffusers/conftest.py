@@ -118,6 +118,7 @@ def profile_around(trace, scale=1.0):
     last = {round(angle, 6): number for number, angle in enumerate(angles)}
     chosen = [last[angle] for angle in sorted(last, reverse=True)]
     signals = Signals(*(spread(getattr(evaluations, name))[:, chosen] for name in Signals._fields))
+    asked = [] if trace.asked is None else spread(np.array([trace.asked]))[:, 0]
     patches = np.stack([evaluations.patch_mean, evaluations.patch_std], axis=1)[chosen]
     mean = Norms(*(np.maximum(scale * values, 1e-3) for values in (steps.latent_norm, steps.update_norm, steps.denoised_norm)))
     return StabilityProfile(
@@ -125,7 +126,7 @@ def profile_around(trace, scale=1.0):
         std=Norms(*(0.02 * values for values in mean)),
         count=16,
         settings=trace.settings,
-        reference=Reference(signals, angles[chosen], patches),
+        reference=Reference(signals, angles[chosen], patches, [], asked),
     )
 
 

@@ -99,7 +99,8 @@ def test_calibration_is_independent_of_the_batch_size_and_fits_its_own_runs(tiny
 def test_a_run_is_stopped_once_every_image_has_triggered(tiny_pipe):
     """References as small as nothing: every image is far off from its first step on."""
     profile = calibrate(tiny_pipe, PROMPTS, **QUICK)
-    small = dataclasses.replace(profile.reference, signals=Signals(*(0.01 * signal for signal in profile.reference.signals)))
+    signals = Signals(*(0.01 * signal for signal in profile.reference.signals))
+    small = dataclasses.replace(profile.reference, signals=signals, asked=0.01 * profile.reference.asked)
     profile, calls = dataclasses.replace(profile, reference=small), []
     hook = tiny_pipe.unet.register_forward_hook(lambda *_: calls.append(1))
     with guard(tiny_pipe, profile, mode="stop") as run:

@@ -1,0 +1,182 @@
+"""What the verdict is made of, on many prompts: only the beginning of every run is sampled, so that a thousand take minutes.
+
+    python benchmarks/first_evaluation.py --model FOLDER --world FOLDER --sampler Euler:30 --split evaluation --json FILE
+
+A profile is made from the first evaluations of the reference prompts. Every group's prompts are then evaluated, several seeds
+each: the share of ordinary ones that fall below each nominal rate, the share of memorized ones that do, AUC and TPR at 1 % FPR
+of the verdict and of the signals alone, all of these again with fewer references and with memorized prompts among them. Nothing
+is fitted here, and no prompt or seed is used for two purposes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from samplers import SAMPLERS, texts_of
+from tqdm import tqdm
+
+from memorization_guard import Trace
+from memorization_guard.core.judge import SUSPICIOUS
+from memorization_guard.core.reference import Tail, memorized
+from memorization_guard.diffusers import guard
+from memorization_guard.files import write_whole
+from memorization_guard.lab import MODEL, Lab
+from memorization_guard.lab.world import DATA
+from memorization_guard.statistics import detection_with_intervals, rate_with_interval
+
+#: Seeds of a prompt, by group.
+SEEDS = {"ordinary": 2, "settled": 4, "near": 4, "rare": 4, "exact": 4, "template": 4, "quarter": 4, "sixteenth": 4}
+NOMINAL = (0.1, 0.01, 0.005, 0.001)
+REFERENCES = (50, 100, 200, 400)
+FIRST_SEED = {"tuning": 3_000_000, "evaluation": 4_000_000}
+
+
+@dataclass
+class Beginnings:
+    """Of each image: its prompt, and what the first evaluation and the network's two answers say, ``[N]``."""
+
+    prompts: list[str]
+    detail: np.ndarray
+    asked: np.ndarray
+    guidance: np.ndarray
+
+    @classmethod
+    def of(cls, traces: Sequence[Trace], prompts: Sequence[str]) -> Beginnings:
+        columns = [[trace.detail, trace.asked, trace.guidance_norm[0]] for trace in traces]
+        return cls(list(prompts), *np.array(columns, dtype=np.float64).T)
+
+    def p_values(self, references: Beginnings) -> np.ndarray:
+        """As the judge has them: by the first evaluation, and where that is suspicious by the answers."""
+        first = Tail(np.log(references.detail)).p_value(self.detail)
+        return np.where(first <= SUSPICIOUS, Tail(np.log(references.asked)).p_value(self.asked), first)
+
+    def part(self, chosen: np.ndarray) -> Beginnings:
+        prompts = [self.prompts[number] for number in chosen]
+        return Beginnings(prompts, self.detail[chosen], self.asked[chosen], self.guidance[chosen])
+
+
+def begun(pipe: Any, texts: Sequence[str], first_seed: int, *, steps: int, guidance: float, batch: int, bar: Any) -> Beginnings:
+    """The beginnings of one run a text, seeds counted up."""
+    traces: list[Trace] = []
+    for start in range(0, len(texts), batch):
+        part = list(texts[start : start + batch])
+        draws = [torch.Generator().manual_seed(first_seed + start + i) for i in range(len(part))]
+        with guard(pipe, serves="first") as run:
+            pipe(part, num_inference_steps=steps, guidance_scale=guidance, generator=draws, output_type="latent")
+        if run.error is not None:
+            raise run.error
+        traces += run.traces
+        bar.update(len(part))
+    return Beginnings.of(traces, texts)
+
+
+def figures(groups: dict[str, Beginnings], references: Beginnings) -> dict[str, Any]:
+    """Shares below each nominal rate, and detection against the ordinary prompts, by group."""
+    p_values = {name: group.p_values(references) for name, group in groups.items()}
+    scores = {
+        name: {
+            "verdict": -np.log(p_values[name]),
+            "detail, first evaluation": group.detail,
+            "detail, asked": group.asked,
+            "guidance norm, first evaluation": group.guidance,
+        }
+        for name, group in groups.items()
+    }
+    ordinary, result = groups["ordinary"], {}
+    for name, group in groups.items():
+        row: dict[str, Any] = {
+            "images": len(group.prompts),
+            "prompts": len(set(group.prompts)),
+            "below": {f"{rate:g}": rate_with_interval(p_values[name] <= rate, group.prompts) for rate in NOMINAL},
+        }
+        if name != "ordinary":
+            row["detection"] = {
+                signal: detection_with_intervals(values, scores["ordinary"][signal], group.prompts, ordinary.prompts)
+                for signal, values in scores[name].items()
+            }
+        result[name] = row
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=MODEL)
+    parser.add_argument("--world", type=Path, default=DATA)
+    parser.add_argument("--split", default="evaluation", choices=FIRST_SEED)
+    parser.add_argument("--sampler", default="Euler:30", help="NAME:STEPS")
+    parser.add_argument("--guidance", type=float, default=7.5)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+
+    lab = Lab(arguments.model, arguments.world)
+    pipe = lab.pipeline()
+    name, _, steps = arguments.sampler.partition(":")
+    if name in SAMPLERS:  # a flow model keeps its own
+        pipe.scheduler = SAMPLERS[name](pipe.scheduler.config)
+    texts = {group: [text for text in lab.prompts(group, arguments.split) for _ in range(n)] for group, n in SEEDS.items()}
+    planted = [text for text in lab.prompts("exact", "tuning" if arguments.split == "evaluation" else "evaluation")]
+    keywords: dict[str, Any] = {"steps": int(steps), "guidance": arguments.guidance, "batch": arguments.batch}
+    with tqdm(total=len(lab.prompts("reference")) + len(planted) + sum(map(len, texts.values())), unit="prompt") as bar:
+        started = time.perf_counter()
+        references = begun(pipe, lab.prompts("reference"), 0, **keywords, bar=bar)
+        seconds = time.perf_counter() - started
+        others = begun(pipe, planted, FIRST_SEED[arguments.split] - 100_000, **keywords, bar=bar)
+        groups = {
+            group: begun(pipe, prompts, FIRST_SEED[arguments.split] + 10_000 * number, **keywords, bar=bar)
+            for number, (group, prompts) in enumerate(texts.items())
+        }
+    started = time.perf_counter()
+    image = {"num_inference_steps": int(steps), "guidance_scale": arguments.guidance, "output_type": "latent"}
+    pipe(lab.prompts("reference")[:10], **image)
+    ten_images = time.perf_counter() - started
+
+    count = len(references.prompts)
+    mixed = Beginnings(
+        references.prompts + others.prompts,
+        *(
+            np.concatenate([getattr(references, name), getattr(others, name)])
+            for name in ("detail", "asked", "guidance")
+        ),
+    )
+    apart = memorized(mixed.asked)
+    left = mixed.part(np.setdiff1d(np.arange(count + len(others.prompts)), apart))
+    result = {
+        "sampler": arguments.sampler,
+        "groups": figures(groups, references),
+        "by_references": {
+            str(size): {
+                group: {f"{rate:g}": float((members.p_values(references.part(np.arange(size))) <= rate).mean()) for rate in NOMINAL}
+                for group, members in groups.items()
+            }
+            for size in REFERENCES
+            if size <= count
+        },
+        "memorized_among_the_references": {
+            "planted": len(planted),
+            "found": int(sum(number >= count for number in apart)),
+            "ordinary_taken_for_them": int(sum(number < count for number in apart)),
+            "exact_triggered": float((groups["exact"].p_values(left) <= 0.005).mean()),
+        },
+        "cost": {
+            "references": count,
+            "seconds_of_200": seconds * 200 / count,
+            "seconds_of_ten_images": ten_images,
+        },
+    }
+    text = json.dumps(result, indent=1)
+    print(text)
+    if arguments.json:
+        write_whole(arguments.json, text + "\n")
+
+
+if __name__ == "__main__":
+    main()
