@@ -2,10 +2,10 @@
 
     python benchmarks/first_evaluation.py --model FOLDER --world FOLDER --sampler Euler:30 --split evaluation --json FILE
 
-A profile is made from the first evaluations of the reference prompts. Every group's prompts are then evaluated, several seeds
-each: the share of ordinary ones that fall below each nominal rate, the share of memorized ones that do, AUC and TPR at 1 % FPR
-of the verdict and of the signals alone, all of these again with fewer references and with memorized prompts among them. Nothing
-is fitted here, and no prompt or seed is used for two purposes.
+The reference prompts are evaluated first, then every group's prompts, several seeds each: the share of ordinary ones that fall
+below each nominal rate, the share of memorized ones that do, AUC and TPR at 1 % FPR of the verdict and of the signals alone; all
+of it again with fewer references, and with memorized prompts among them. Nothing is fitted here, and no prompt or seed is used for
+two purposes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from samplers import SAMPLERS, texts_of
+from samplers import SAMPLERS
 from tqdm import tqdm
 
 from memorization_guard import Trace
@@ -63,7 +63,9 @@ class Beginnings:
         return Beginnings(prompts, self.detail[chosen], self.asked[chosen], self.guidance[chosen])
 
 
-def begun(pipe: Any, texts: Sequence[str], first_seed: int, *, steps: int, guidance: float, batch: int, bar: Any) -> Beginnings:
+def begun(
+    pipe: Any, texts: Sequence[str], first_seed: int, *, steps: int, guidance: float, batch: int, bar: Any
+) -> Beginnings:
     """The beginnings of one run a text, seeds counted up."""
     traces: list[Trace] = []
     for start in range(0, len(texts), batch):
@@ -106,6 +108,12 @@ def figures(groups: dict[str, Beginnings], references: Beginnings) -> dict[str, 
     return result
 
 
+def shares(images: Beginnings, references: Beginnings) -> dict[str, float]:
+    """Share of images below each nominal rate."""
+    p_values = images.p_values(references)
+    return {f"{rate:g}": float((p_values <= rate).mean()) for rate in NOMINAL}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=MODEL)
@@ -123,7 +131,7 @@ def main() -> None:
     if name in SAMPLERS:  # a flow model keeps its own
         pipe.scheduler = SAMPLERS[name](pipe.scheduler.config)
     texts = {group: [text for text in lab.prompts(group, arguments.split) for _ in range(n)] for group, n in SEEDS.items()}
-    planted = [text for text in lab.prompts("exact", "tuning" if arguments.split == "evaluation" else "evaluation")]
+    planted = lab.prompts("exact", "tuning" if arguments.split == "evaluation" else "evaluation")
     keywords: dict[str, Any] = {"steps": int(steps), "guidance": arguments.guidance, "batch": arguments.batch}
     with tqdm(total=len(lab.prompts("reference")) + len(planted) + sum(map(len, texts.values())), unit="prompt") as bar:
         started = time.perf_counter()
@@ -142,10 +150,7 @@ def main() -> None:
     count = len(references.prompts)
     mixed = Beginnings(
         references.prompts + others.prompts,
-        *(
-            np.concatenate([getattr(references, name), getattr(others, name)])
-            for name in ("detail", "asked", "guidance")
-        ),
+        *(np.concatenate([getattr(references, name), getattr(others, name)]) for name in ("detail", "asked", "guidance")),
     )
     apart = memorized(mixed.asked)
     left = mixed.part(np.setdiff1d(np.arange(count + len(others.prompts)), apart))
@@ -153,10 +158,7 @@ def main() -> None:
         "sampler": arguments.sampler,
         "groups": figures(groups, references),
         "by_references": {
-            str(size): {
-                group: {f"{rate:g}": float((members.p_values(references.part(np.arange(size))) <= rate).mean()) for rate in NOMINAL}
-                for group, members in groups.items()
-            }
+            str(size): {group: shares(members, references.part(np.arange(size))) for group, members in groups.items()}
             for size in REFERENCES
             if size <= count
         },

@@ -4,8 +4,8 @@
 
 The verdict comes from a run's first evaluation, and where that is suspicious from two more in a noise that is the same for all
 prompts. No solver, step count or guidance scale has a part in it; what a schedule still settles is the noise level at which a
-run begins, and a profile's reference runs say how detail changes with that. So runs of a setting (sampler, steps) are judged by
-one profile, and by the same reference prompts evaluated where those runs begin. Of every prompt these evaluations alone are
+run begins, and a profile's reference runs say how detail changes with that. So runs of a setting (sampler, steps) are judged
+by one profile, and by the same reference prompts evaluated where those runs begin. Of every prompt these evaluations alone are
 taken, but for the profile's runs. The traces are kept in --runs and read from there by the next call. No reference prompt or
 seed is in another group. What the verdict is worth at one setting is in ``first_evaluation.py``.
 """

@@ -8,8 +8,8 @@ import pytest
 
 from memorization_guard import Trace, trace_schema
 
+#: The models whose verdicts were measured, and what they are called.
 MODELS = {"bundled": "bundled", "model-1": "model 1"}
-SIGNALS = ("p-value, -log10", "S_mem", "local score", "guidance norm, first evaluation", "uncalibrated score")
 
 
 @pytest.fixture
@@ -17,49 +17,36 @@ def docs(request):
     return request.config.rootpath / "docs"
 
 
-def figures(docs, model, when):
-    return json.loads((docs / f"verdict-{model}-{when}.json").read_text(encoding="utf-8"))["samplers"]
-
-
-def detection_rows(docs):
-    """Before and after side by side: AUC and TPR at 1 % FPR of each signal."""
-    for model, title in MODELS.items():
-        before, after = (figures(docs, model, when) for when in ("before", "after"))
-        for sampler, found in after.items():
-            for group, signals in found["detection"].items():
-                for signal in SIGNALS:
-                    cells = []
-                    for side in (before[sampler]["detection"][group].get(signal), signals.get(signal)):
-                        cells.append("-" if not side else f"{side['auc']:.4f}, {side['tpr_at_1_fpr']:.2f}")
-                    yield f"| {title}, {sampler.replace(':', ' ')} | {group} | {signal} | {' | '.join(cells)} |"
+def verdicts(docs):
+    """The file of each model that was measured, by its name."""
+    files = {title: docs / f"verdict-{model}.json" for model, title in MODELS.items()}
+    return {title: json.loads(file.read_text(encoding="utf-8")) for title, file in files.items() if file.exists()}
 
 
 def verdict_rows(docs):
-    """Before and after side by side: how many trigger at a nominal share."""
-    for model, title in MODELS.items():
-        before, after = (figures(docs, model, when) for when in ("before", "after"))
-        for sampler, found in after.items():
-            for group in ("ordinary", "exact", "template"):
-                cells = []
-                for side in (before[sampler], found):
-                    cells += [str(side["triggered"][group][rate]["count"]) for rate in ("0.1", "0.01", "0.001")]
-                of = found["triggered"][group]["0.1"]["of"]
-                yield f"| {title}, {sampler.replace(':', ' ')} | {group}, {of} | {' | '.join(cells)} |"
+    """Share of images below each nominal rate, by group."""
+    for title, found in verdicts(docs).items():
+        for group, row in found["groups"].items():
+            cells = [f"{row['images']} of {row['prompts']}"]
+            cells += [with_interval(row["below"][rate], digits=3) for rate in ("0.1", "0.01", "0.005", "0.001")]
+            yield f"| {title} | {group} | {' | '.join(cells)} |"
 
 
-def mitigation_rows(docs):
-    """Copies without mitigation, and what either left; ordinary images touched."""
-    for model, title in MODELS.items():
-        before, after = (figures(docs, model, when) for when in ("before", "after"))
-        for sampler, found in after.items():
-            cells = []
-            for group in ("exact", "template"):
-                plain = found["copies"][group]["traced"]
-                left = [side["copies"][group]["mitigated"]["count"] for side in (before[sampler], found)]
-                cells.append(f"{plain['count']} of {plain['of']}: {left[0]}, {left[1]}")
-            touched = [side["touched"]["ordinary"]["count"] for side in (before[sampler], found)]
-            cells.append(f"{touched[0]}, {touched[1]} of {found['touched']['ordinary']['of']}")
-            yield f"| {title}, {sampler.replace(':', ' ')} | {' | '.join(cells)} |"
+def detection_rows(docs):
+    """AUC and TPR at 1 % FPR of the verdict and of the signals alone."""
+    for title, found in verdicts(docs).items():
+        for group in ("exact", "template", "quarter", "sixteenth"):
+            for signal, row in found["groups"][group]["detection"].items():
+                cells = [with_interval(row, "auc", 4), with_interval(row, "tpr_at_1_fpr")]
+                yield f"| {title} | {group} | {signal} | {' | '.join(cells)} |"
+
+
+def reference_rows(docs):
+    """By the number of references, at the default rate."""
+    for title, found in verdicts(docs).items():
+        for size, row in found["by_references"].items():
+            cells = [f"{row[group]['0.005']:.3f}" for group in ("ordinary", "settled", "exact", "template")]
+            yield f"| {title} | {size} | {' | '.join(cells)} |"
 
 
 def with_interval(row, name="mean", digits=2):
@@ -129,32 +116,33 @@ def test_the_tables_of_the_lab_are_those_of_its_file(rows, docs):
     assert [row for row in expected if row not in text] == []
 
 
-@pytest.mark.parametrize("rows", [detection_rows, verdict_rows, mitigation_rows])
-def test_the_tables_of_the_rebuilt_core_are_those_of_their_files(rows, docs):
+@pytest.mark.parametrize("rows", [verdict_rows, detection_rows, reference_rows])
+def test_the_tables_of_the_verdict_are_those_of_their_files(rows, docs):
     text = (docs / "evaluation.md").read_text(encoding="utf-8")
     expected = list(rows(docs))
     assert expected
     assert [row for row in expected if row not in text] == []
 
 
-def test_the_figures_of_the_readme_are_those_of_their_file(docs):
-    """The table in the README: model 1, Euler, 30 steps."""
-    text = (docs.parent / "README.md").read_text(encoding="utf-8")
-    found = figures(docs, "model-1", "after")["Euler:30"]
-    p_value = [found["detection"][group]["p-value, -log10"] for group in ("exact", "template")]
-    copies = [found["copies"][group] for group in ("exact", "template")]
-    ordinary = found["triggered"]["ordinary"]
+def readme_rows(docs):
+    """The table in the README: Euler, 30 steps, every model that was measured."""
+    lab = lab_figures(docs)["groups"]
+    for title, found in verdicts(docs).items():
+        groups = found["groups"]
+        for group in ("exact", "template"):
+            row = groups[group]
+            cells = [with_interval(row["detection"]["verdict"], "auc", 3), with_interval(row["below"]["0.005"])]
+            yield f"| {title} | {group} | {' | '.join(cells)} |"
+        for group in ("ordinary", "settled"):
+            yield f"| {title} | {group} | | {with_interval(groups[group]['below']['0.005'], digits=3)} |"
+    for group in ("exact", "template"):
+        cells = [with_interval(lab[group][when]["copies"]) for when in ("before", "after")]
+        yield f"| {group} | {' | '.join(cells)} |"
 
-    cells = {
-        "AUC of the p-value": [with_interval(row, "auc", 3) for row in p_value],
-        "TPR at 1 % FPR": [with_interval(row, "tpr_at_1_fpr") for row in p_value],
-        "copies without mitigation": [f"{row['traced']['count']} of {row['traced']['of']}" for row in copies],
-        "copies left": [f"{row['mitigated']['count']} of {row['mitigated']['of']}" for row in copies],
-    }
-    for name, values in cells.items():
-        assert f"| {name} | {' | '.join(values)} |" in text, name
-    for rate, words in (("0.1", "10 %"), ("0.01", "1 %")):
-        assert re.search(rf"{ordinary[rate]['count']} of 100 ordinary images[^.]*nominal {words}", text), words
+
+def test_the_figures_of_the_readme_are_those_of_their_files(docs):
+    text = (docs.parent / "README.md").read_text(encoding="utf-8")
+    assert [row for row in readme_rows(docs) if row not in text] == []
 
 
 def test_the_readme_says_what_a_steered_image_loses(docs):

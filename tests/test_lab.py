@@ -247,7 +247,8 @@ def test_the_bundled_profile_fits_the_bundled_model(bundled):
     assert run.traces[0].verdict != "unscored"
     assert run.traces[0].note is None
     assert isinstance(lab.profile(), StabilityProfile)
-    assert lab.profile().count == 48  # two outliers among the references are left out
+    assert lab.profile().count == 50
+    assert lab.profile().reference.count == len(lab.profile().reference.asked) == 400
 
 
 def test_the_bundled_model_reproduces_what_was_duplicated_and_nothing_else(sampled):

@@ -29,8 +29,8 @@ def calibrate(
 ) -> StabilityProfile:
     """Makes a stability profile from reference prompts; those that the model seems to have memorized are left out.
 
-    The first 50 are sampled to the end, the others stop after one evaluation: 350 further ones take the time of some seven
-    images.
+    The first 50 are sampled to the end. Of the others one evaluation is taken, and two more in a noise of ours: 350 take the
+    time of some twenty images.
 
     Args:
         pipe: as for :func:`guard`.

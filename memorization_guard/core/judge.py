@@ -65,10 +65,10 @@ class Judge:
 
     @property
     def wants_to_ask(self) -> bool:
-        """Whether the first evaluation is not enough: it is suspicious, or not in noise."""
+        """Whether the first evaluation is not enough: it is suspicious, not in noise, or one prediction only."""
         if self._reference is None or len(self.evaluations) != 1 or not len(self._reference.asked):
             return False
-        return self.judged_at is None or bool((self.p_value <= SUSPICIOUS).any())
+        return not bool((self.p_value > SUSPICIOUS).all())
 
     def take_in_asked(self, measurement: Measurement, block: np.ndarray) -> None:
         """Judges the run by what the network was asked beside it, the mean of two opposite noises."""
@@ -101,10 +101,14 @@ class Judge:
         return Evaluation(level, found, block[5:])
 
     def _judge(self, evaluation: Evaluation, tail: Tail) -> None:
+        """Judges the samples that are suspicious, or not judged yet: what else is in a batch has no part in a verdict."""
         self.judged_at = self.judged_at or evaluation
-        self.p_value = tail.p_value(evaluation.signals.detail)
+        found = tail.p_value(evaluation.signals.detail)
+        open_case = ~(self.p_value > SUSPICIOUS) & ~np.isnan(found)
+        self.p_value = np.where(open_case, found, self.p_value)
         # A rate that the references cannot tell would never trigger.
-        self.trigger = np.where(self.p_value <= max(self._rate, tail.lowest), 0, -1)
+        triggered = self.p_value <= max(self._rate, tail.lowest)
+        self.trigger = np.where(open_case, np.where(triggered, 0, -1), self.trigger)
 
     def to_correct(self) -> np.ndarray:
         """Samples ``[B]`` whose last evaluation is to be corrected: those that have triggered, while noise hides the image."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from . import steering
 from .noise_level import NoiseLevel, row_norm, sample_norm, widened
 from .profile import ProfileCheck, StabilityProfile
+from .reference import OPEN_SIGMA
 from .run import Run, Step, StepEvent
 from .settings import USUAL_GUIDANCE, Mode, RunSettings, Thresholds
 from .signals import Measurement, Meter
@@ -75,6 +76,7 @@ class StabilityMonitor:
         self._emitted = 0
         self._meter = Meter()
         self._evaluated: tuple[Tensor, Tensor] | None = None  # the last latent that was evaluated, and its norm
+        self._without: Tensor | None = None  # what the network answers without the prompt
         self._waiting: list[Measurement] = []  # not yet judged, oldest first
         self._arrivals: list[_Arrival] = []  # of the same, where they are sent one by one
         self._latent: tuple[Tensor, NoiseLevel, int] | None = None  # the last one, and the evaluation that starts from it
@@ -170,12 +172,16 @@ class StabilityMonitor:
         if self.mode != "mitigate" or not (chosen := run.judge.to_correct()).any():
             return cond
         run.judge.evaluations[-1].corrected = chosen
+        target = self.thresholds.steering_guidance
+        if uncond is None and self._without is not None and run.judge.evaluations[-1].level.sigma > OPEN_SIGMA:
+            # The host leaves it out early; in noise it is nearly the same for every latent.
+            return steering.steered(cond, self._without, chosen, guidance_scale=1.0, target=target)
         if uncond is None:
             return steering.rescaled(cond, chosen, run.judge.usual_norm())
         scale = self.settings.guidance_scale
         # At a scale of almost 0 the prompt has no part in the image.
         usable = USUAL_GUIDANCE if scale is None else scale if abs(scale) > 0.1 else 1.0
-        return steering.steered(cond, uncond, chosen, guidance_scale=usable, target=self.thresholds.steering_guidance)
+        return steering.steered(cond, uncond, chosen, guidance_scale=usable, target=target)
 
     def _ask(self, like: Tensor, ask: Ask) -> None:
         """Judges the run by what its prompts say in a noise that is the same for all, and in its negative."""
@@ -184,6 +190,7 @@ class StabilityMonitor:
             (x, sigma, *first), (_, _, *second) = ask(noise), ask(-noise)
             cond, uncond = (None if a is None or b is None else (a + b) / 2 for a, b in zip(first, second, strict=True))
             assert cond is not None
+            self._without = uncond
             found = Meter().measure(x, sigma, cond, uncond, self._run.scale)
             self._run.judge.take_in_asked(found, found.block().cpu().numpy())
         except Exception as error:
@@ -272,7 +279,7 @@ class StabilityMonitor:
 
         Waits for the device and sends the live events that are still due, so read it once the run is over.
         """
-        self._latent = self._evaluated = None  # a log of runs keeps their numbers, not their latents
+        self._latent = self._evaluated = self._without = None  # a log of runs keeps their numbers, not their latents
         self._meter = Meter()
         try:
             self._judge_all()

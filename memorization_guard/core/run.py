@@ -310,7 +310,7 @@ class Run:
                 f"{f', and could not be asked for ({self.unasked})' if self.unasked else ''}. Judge a run of the prompt that "
                 "begins in noise."
             )
-        if self.judges and judge.alone:
+        if self.judges and judge.alone and np.isnan(judge.p_value).any():
             return (
                 f"{judge.alone} of {self.taken} evaluations gave one prediction only and could not be judged: the profile was "
                 "made with guidance."

@@ -136,14 +136,15 @@ def test_side_by_side_differs_in_the_mode_alone_and_shows_a_copy_and_none(server
 def test_calibrate_and_save_makes_the_labs_profile_anew(server, load):
     prompt = load("calibrate_and_save")
     run = server.queue(prompt)
-    run.wait(300)
-    # Of the references some are settled, and outliers.
-    assert run.outputs(only(prompt, "PreviewAny"))["text"][0].startswith("Profile from 47 of 50 reference prompts.")
+    run.wait(600)
+    assert run.outputs(only(prompt, "PreviewAny"))["text"][0] == "Profile from 400 of 400 reference prompts."
     name = prompt[only(prompt, "MemorizationGuardSaveProfile")]["inputs"]["name"]
     made = StabilityProfile.load(server.folder / "models" / "stability_profiles" / f"{name}.safetensors")
     bundled = StabilityProfile.load(lab.MODEL / "profile-comfyui.safetensors")
     assert made.settings == bundled.settings
-    assert made.count == bundled.count == 47
+    assert made.count == bundled.count == 50
+    assert made.reference.count == bundled.reference.count == 400
+    np.testing.assert_allclose(made.reference.asked, bundled.reference.asked, rtol=1e-2)
     np.testing.assert_allclose(made.mean, bundled.mean, rtol=1e-3, atol=1e-3)
     np.testing.assert_allclose(made.std, bundled.std, rtol=2e-2, atol=1e-3)
 

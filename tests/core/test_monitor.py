@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -220,6 +221,24 @@ def test_only_what_is_suspicious_is_asked_about(world):
     assert all(len(calls) == 2 for calls in asked[3.0])
 
 
+def test_what_else_is_in_a_batch_has_no_part_in_a_verdict(world):
+    """One image is suspicious, so that all are asked about; the one that was not is judged as by itself."""
+    profile = with_answers(world)
+    factors = [3.0, 1.0, 0.8]
+
+    def ask(noise):
+        return noise * 14, 14.0, *world.predictions(noise * 14, 14.0, (500, 501, 502), factors)
+
+    together = StabilityMonitor(profile, settings=world.settings())
+    world.sample(together, seeds=(500, 501, 502), memorized=factors, ask=ask)
+    assert all(trace.asked is not None for trace in together.traces)
+    for seed, factor, trace in zip((500, 501, 502), factors, together.traces, strict=True):
+        alone = StabilityMonitor(profile, settings=world.settings())
+        world.sample(alone, seeds=(seed,), memorized=factor, ask=asking(world, seed=seed, memorized=factor))
+        assert alone.traces[0].p_value == pytest.approx(trace.p_value, rel=1e-6)
+        assert alone.traces[0].verdict == trace.verdict
+
+
 def test_what_the_network_answers_decides(world):
     """The first evaluation is suspicious by its own noise; the prompt is ordinary, or the other way round is not asked."""
     profile = with_answers(world)
@@ -307,8 +326,32 @@ def test_one_prediction_alone_is_not_judged_by_a_profile_with_guidance(world, pr
         cond, uncond = world.predictions(x, sigma, (500,), [1.0])
         partly.predicted(x, sigma, cond, None if number == 1 else uncond)
     assert partly.traces[0].verdict == "stable"
-    assert "1 of 3 evaluations gave one prediction only" in partly.traces[0].note
+    assert partly.traces[0].note is None
     assert np.isnan(partly.traces[0].evaluations.detail).tolist() == [False, True, False]
+
+
+def test_where_the_prediction_without_the_prompt_is_left_out_early_it_is_asked_for(world):
+    """The first five evaluations have one prediction: they are judged by the answers, and led away from the copy by them."""
+    profile = with_answers(world)
+    mean = torch.randn(world.shape, generator=torch.Generator().manual_seed(500))
+
+    def sampled(mode):
+        monitor = StabilityMonitor(profile, mode=mode, settings=world.settings())
+        x = torch.randn(1, *world.shape, generator=torch.Generator().manual_seed(1)) * 14
+        for number, (sigma, following) in enumerate(pairwise(world.schedule())):
+            cond, uncond = world.predictions(x, sigma, (500,), [3.0])
+            alone = number < 5
+            kept = monitor.predicted(x, sigma, cond, None if alone else uncond, ask=asking(world, memorized=3.0))
+            denoised = kept if alone else uncond + 3.0 * (kept - uncond)
+            x = denoised + (x - denoised) * (following / sigma)
+        return monitor.traces[0], float(torch.cosine_similarity(x.flatten(), mean.flatten(), dim=0))
+
+    (traced, copy), (mitigated, other) = sampled("trace"), sampled("mitigate")
+    assert traced.verdict == mitigated.verdict == "likely copy"
+    assert copy > 0.95
+    assert other < 0.1
+    assert mitigated.evaluations.corrected[:5].all()
+    assert traced.note is None
 
 
 def test_a_run_whose_predictions_never_arrive_says_so(world, profile):
