@@ -2,10 +2,10 @@
 
     python benchmarks/first_evaluation.py --model FOLDER --world FOLDER --sampler Euler:30 --split evaluation --json FILE
 
-The reference prompts are evaluated first, then every group's prompts, several seeds each: the share of ordinary ones that fall
-below each nominal rate, the share of memorized ones that do, AUC and TPR at 1 % FPR of the verdict and of the signals alone; all
-of it again with fewer references, and with memorized prompts among them. Nothing is fitted here, and no prompt or seed is used for
-two purposes.
+The reference prompts are evaluated first, then every group's prompts, several seeds each: the share of ordinary ones that
+fall below each nominal rate, the share of memorized ones that do, AUC and TPR at 1 % FPR of the verdict and of the signals
+alone; all of it again with fewer references, and with memorized prompts among them. Nothing is fitted here, and no prompt or
+seed is used for two purposes.
 """
 
 from __future__ import annotations

@@ -152,6 +152,9 @@ class Predictions:
         guider: asks for them; its conditionings tell which prediction is which.
     """
 
+    #: Whether some guard is asking the network: what it answers is no evaluation of a run, for none of several guards.
+    asking = False
+
     def __init__(self, run: SamplerRun, guider: Any) -> None:
         self._run = run
         self._guider = guider
@@ -181,7 +184,8 @@ class Predictions:
 
     def together(self, inner: Callable[..., Sequence[Tensor]], args: Mapping[str, Any]) -> Sequence[Tensor]:
         """A ``sampler_calc_cond_batch_function``, chained to the ``inner`` one."""
-        self._expected = False
+        if not Predictions.asking:
+            self._expected = False
 
         def evaluate(x: Tensor, sigma: Tensor) -> Sequence[Tensor]:
             return inner({**args, "input": x, "sigma": sigma, "timestep": sigma})
@@ -197,7 +201,7 @@ class Predictions:
             predictions: Sequence[Tensor] = executor(model, conds, x, sigma, *args, **kwargs)
             return predictions
 
-        if self._expected and self._place("positive", conds) is not None:
+        if self._expected and not Predictions.asking and self._place("positive", conds) is not None:
             self._expected = False
             return self._judged(conds, evaluate, x, sigma)
         return evaluate(x, sigma)
@@ -207,6 +211,8 @@ class Predictions:
     ) -> Sequence[Tensor]:
         """The predictions for ``conds``, the one with the prompt replaced where it was corrected."""
         predictions = evaluate(x, sigma)
+        if Predictions.asking:
+            return predictions
         try:
             place = self._place("positive", conds)
             if place is None or not _active(conds[place], sigma):
@@ -222,7 +228,11 @@ class Predictions:
                 latent = sampling.noise_scaling(
                     highest.view(-1, *(1,) * (noise.ndim - 1)), noise, torch.zeros_like(noise), max_denoise=True
                 )
-                found = evaluate(latent, highest)
+                Predictions.asking = True
+                try:
+                    found = evaluate(latent, highest)
+                finally:
+                    Predictions.asking = False
                 return latent, highest, found[place], None if without is None else found[without]
 
             cond = self._run.predicted(x, sigma, predictions[place], uncond, ask=ask)

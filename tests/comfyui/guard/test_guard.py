@@ -225,7 +225,7 @@ for sampler in args[1]:
         ["euler", "heun", "dpmpp_2m", "dpmpp_sde", "dpm_fast", "uni_pc", "ddim", "lcm", "res_multistep"],
     )
     for sampler, (plain, *_, traced, _, _, stopped, finite, shape, verdict) in result.items():
-        assert traced == plain, sampler
+        assert traced == plain + 2, sampler  # the prompt is suspicious, and asked about
         assert stopped < plain / 2, sampler
         assert finite, sampler
         assert shape == [1, 4, 16, 16], sampler
