@@ -145,6 +145,19 @@ def test_the_figures_of_the_readme_are_those_of_their_files(docs):
     assert [row for row in readme_rows(docs) if row not in text] == []
 
 
+def test_the_copies_of_model_1_are_those_of_its_file(docs):
+    found = json.loads((docs / "copies-model-1.json").read_text(encoding="utf-8"))["samplers"]["Euler:30"]["copies"]
+    (exact, left_exact), (template, left_template) = (
+        (found[group]["traced"], found[group]["mitigated"]) for group in ("exact", "template")
+    )
+    text = " ".join((docs / "evaluation.md").read_text(encoding="utf-8").split())
+    assert f"{exact['count']} of {exact['of']} exact prompts come back as copies" in text
+    assert f"and {template['count']} of {template['of']} templates" in text
+    assert f"mitigation leaves {left_exact['count']} and {left_template['count']}, which did not trigger" in text
+    readme = " ".join((docs.parent / "README.md").read_text(encoding="utf-8").split())
+    assert f"{template['count']} of its {template['of']} templates come back as copies at all" in readme
+
+
 def test_the_readme_says_what_a_steered_image_loses(docs):
     text = (docs.parent / "README.md").read_text(encoding="utf-8")
     groups = lab_figures(docs)["groups"]
