@@ -64,13 +64,12 @@ def _told(monitor: StabilityMonitor) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _random_kept(device: torch.device) -> Iterator[None]:
-    """What the network draws at random while it is entered (token merging in Forge, Hypertile), it draws again afterwards."""
+def _tiling_kept() -> Iterator[None]:
+    """What Hypertile draws at random while it is entered, it draws again afterwards: it has a generator of its own."""
     tiling = getattr(sys.modules.get("hypertile"), "RNG_INSTANCE", None)
     state = None if tiling is None else tiling.getstate()
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            yield
+        yield
     finally:
         if tiling is not None:
             tiling.setstate(state)
@@ -117,7 +116,7 @@ def _judge_rows(denoiser: Any, monitor: StabilityMonitor, predicted: Predicted, 
     def ask(noise: Tensor) -> tuple[Tensor, float, Tensor, Tensor]:
         owners = [image for image, each in enumerate(weights) for _ in each]
         latent, level = _in_noise(denoiser.inner_model, monitor, noise)
-        with _random_kept(noise.device):
+        with _tiling_kept():
             found = _rows(denoiser, given, owners, latent, level)
         return latent, level, _joined(found, weights), _parts(found, weights)[1]
 
@@ -303,7 +302,7 @@ def _judge(
     def ask(noise: Tensor) -> tuple[Tensor, float, Tensor, Tensor | None]:
         level = hosts.highest_sigma(args["model"])
         latent = noise * NoiseLevel.from_model(level, monitor.settings.prediction_type).scale
-        with _random_kept(noise.device):
+        with _tiling_kept():
             found, other = evaluate(latent, torch.full_like(sigma, level))
         alone = None if without is None else other
         return latent, level, at_weight(found, alone), alone

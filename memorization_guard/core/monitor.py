@@ -187,7 +187,9 @@ class StabilityMonitor:
         """Judges the run by what its prompts say in a noise that is the same for all, and in its negative."""
         try:
             noise = torch.randn(like.shape[1:], generator=torch.Generator().manual_seed(0)).to(like).expand_as(like)
-            (x, sigma, *first), (_, _, *second) = ask(noise), ask(-noise)
+            # Some networks draw at random (merged tokens): the sampler is to draw what it would have drawn.
+            with torch.random.fork_rng([like.device] if like.device.type == "cuda" else []):
+                (x, sigma, *first), (_, _, *second) = ask(noise), ask(-noise)
             cond, uncond = (None if a is None or b is None else (a + b) / 2 for a, b in zip(first, second, strict=True))
             assert cond is not None
             self._without = uncond
