@@ -328,7 +328,7 @@ def test_what_hypertile_draws_is_drawn_again(modules, predictions, monkeypatch, 
     tiling.RNG_INSTANCE = random.Random(5)
     monkeypatch.setitem(sys.modules, "hypertile", tiling)
     expected = random.Random(5).random()
-    with contextlib.suppress(ZeroDivisionError), predictions._random_kept(torch.device("cpu")):
+    with contextlib.suppress(ZeroDivisionError), predictions._tiling_kept():
         tiling.RNG_INSTANCE.random()
         if fails:
             raise ZeroDivisionError
