@@ -133,12 +133,11 @@ def test_a_calibration_goes_on_from_where_it_was_interrupted(calibration: Any, s
 
 def test_a_memorized_reference_prompt_is_left_out_and_named(calibration: Any, server: Any) -> None:
     memorized = prompts("exact", "tuning")[0]
-    run = server.queue((g := calibration([*prompts("reference")[:30], memorized], steps=30, batch_size=8)).prompt())
-    run.wait()
+    run = server.queue((g := calibration([*prompts("reference")[:99], memorized], steps=10, batch_size=10)).prompt())
+    run.wait(300)
     (said,) = run.outputs(g.said)["text"]
-    assert said.startswith("Profile from 30 of 31 reference prompts.")
-    assert memorized in said
-    assert "outlier" in said
+    assert said.startswith("Profile from 99 of 100 reference prompts.")
+    assert f"Left out: {memorized!r}: the model seems to have memorized it." in said
 
 
 def test_prompts_come_from_a_file_or_the_built_in_list(calibration: Any, server: Any) -> None:
@@ -151,14 +150,14 @@ def test_prompts_come_from_a_file_or_the_built_in_list(calibration: Any, server:
     assert "9 of 9" in run.outputs(g.said)["text"][0]
     run = server.queue((g := calibration(prompts="built-in list", steps=2, batch_size=16)).prompt())
     run.wait()
-    assert "64 reference prompts" in run.outputs(g.said)["text"][0]
+    assert "400 of 400 reference prompts" in run.outputs(g.said)["text"][0]
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"texts": REFERENCES[:5]}, "5 reference prompts: give at least 8"),
-        ({"sampler_name": "dpm_adaptive"}, r"5 usable reference runs, 7 left out \(other noise levels\)"),
+        ({"sampler_name": "dpm_adaptive"}, r"5 usable reference runs, .*left out \(other noise levels\)"),
     ],
 )
 def test_what_gives_no_profile_is_said(calibration: Any, server: Any, changes: dict, message: str) -> None:
