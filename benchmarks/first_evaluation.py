@@ -19,14 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from samplers import SAMPLERS
+from samplers import SAMPLERS, reference_runs
 from tqdm import tqdm
 
 from memorization_guard import Trace
-from memorization_guard.core.judge import SUSPICIOUS
+from memorization_guard.core.judge import decided
 from memorization_guard.core.reference import Tail, memorized
-from memorization_guard.diffusers import guard
 from memorization_guard.files import write_whole
 from memorization_guard.lab import MODEL, Lab
 from memorization_guard.lab.world import DATA
@@ -56,7 +54,7 @@ class Beginnings:
     def p_values(self, references: Beginnings) -> np.ndarray:
         """As the judge has them: by the first evaluation, and where that is suspicious by the answers."""
         first = Tail(np.log(references.detail)).p_value(self.detail)
-        return np.where(first <= SUSPICIOUS, Tail(np.log(references.asked)).p_value(self.asked), first)
+        return decided(first, Tail(np.log(references.asked)).p_value(self.asked))
 
     def part(self, chosen: np.ndarray) -> Beginnings:
         prompts = [self.prompts[number] for number in chosen]
@@ -68,15 +66,9 @@ def begun(
 ) -> Beginnings:
     """The beginnings of one run a text, seeds counted up."""
     traces: list[Trace] = []
-    for start in range(0, len(texts), batch):
-        part = list(texts[start : start + batch])
-        draws = [torch.Generator().manual_seed(first_seed + start + i) for i in range(len(part))]
-        with guard(pipe, serves="first") as run:
-            pipe(part, num_inference_steps=steps, guidance_scale=guidance, generator=draws, output_type="latent")
-        if run.error is not None:
-            raise run.error
-        traces += run.traces
-        bar.update(len(part))
+    for made in reference_runs(pipe, texts, first_seed, "first", steps=steps, guidance=guidance, batch=batch):
+        traces += made
+        bar.update(len(made))
     return Beginnings.of(traces, texts)
 
 
@@ -166,7 +158,7 @@ def main() -> None:
             "planted": len(planted),
             "found": int(sum(number >= count for number in apart)),
             "ordinary_taken_for_them": int(sum(number < count for number in apart)),
-            "exact_triggered": float((groups["exact"].p_values(left) <= 0.005).mean()),
+            "exact_triggered": shares(groups["exact"], left)["0.005"],
         },
         "cost": {
             "references": count,

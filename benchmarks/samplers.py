@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import diffusers
+import torch
 
+from memorization_guard import Trace
+from memorization_guard.core.monitor import Serves
+from memorization_guard.diffusers import guard
 from memorization_guard.lab import GROUPS, Lab
 from memorization_guard.lab.world import more_captions
 
@@ -39,3 +43,17 @@ def texts_of(lab: Lab, group: str, split: str, count: int) -> list[str]:
     if group in ("reference", "ordinary") and count > len(found):
         found = found + [c.text for c in more_captions(count, GROUPS.index(group) + 10 * (split == "evaluation"), lab.world)]
     return [found[i % len(found)] for i in range(count)]
+
+
+def reference_runs(
+    pipe: Any, texts: Sequence[str], first_seed: int, serves: Serves, *, steps: int, guidance: float = 7.5, batch: int = 16
+) -> Iterator[list[Trace]]:
+    """The traces of one run a text, as references are sampled, a batch at a time; seeds count up from ``first_seed``."""
+    for start in range(0, len(texts), batch):
+        part = list(texts[start : start + batch])
+        draws = [torch.Generator().manual_seed(first_seed + start + i) for i in range(len(part))]
+        with guard(pipe, serves=serves) as run:
+            pipe(part, num_inference_steps=steps, guidance_scale=guidance, generator=draws, output_type="latent")
+        if run.error is not None:
+            raise run.error
+        yield run.traces

@@ -20,16 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from samplers import SAMPLERS, texts_of
+from samplers import SAMPLERS, reference_runs, texts_of
 from tqdm import tqdm
 
 from memorization_guard import NoiseLevel, Thresholds, Trace
 from memorization_guard.core.calibration import WHOLE_RUNS, ReferenceRuns
-from memorization_guard.core.judge import SUSPICIOUS
+from memorization_guard.core.judge import decided
 from memorization_guard.core.monitor import Serves
 from memorization_guard.core.reference import OPEN_SIGMA, Reference, Tail
-from memorization_guard.diffusers import guard
 from memorization_guard.files import write_whole
 from memorization_guard.lab import MODEL, Lab
 from memorization_guard.lab.world import DATA
@@ -54,8 +52,7 @@ class Group:
     def p_values(self, first: Tail, asked: Tail) -> np.ndarray:
         """As the guard judges: by the first evaluation, and by what was asked where that is suspicious or not in noise."""
         alone = first.p_value(self.first) if self.level.sigma > OPEN_SIGMA else np.full(len(self.first), np.nan)
-        found: np.ndarray = np.where(alone > SUSPICIOUS, alone, asked.p_value(self.asked))
-        return found
+        return decided(alone, asked.p_value(self.asked))
 
 
 class Runs:
@@ -81,16 +78,8 @@ class Runs:
         return traces
 
     def _sampled(self, texts: list[str], first_seed: int, steps: int, serves: Serves) -> list[Trace]:
-        traces: list[Trace] = []
-        for start in range(0, len(texts), self._batch):
-            part = texts[start : start + self._batch]
-            draws = [torch.Generator().manual_seed(first_seed + start + i) for i in range(len(part))]
-            with guard(self._pipe, serves=serves) as run:
-                self._pipe(part, num_inference_steps=steps, guidance_scale=7.5, generator=draws, output_type="latent")
-            if run.error is not None:
-                raise run.error
-            traces += run.traces
-        return traces
+        batches = reference_runs(self._pipe, texts, first_seed, serves, steps=steps, batch=self._batch)
+        return [trace for traces in batches for trace in traces]
 
     def reference(self, count: int) -> Reference:
         """That of a profile of so many prompts."""
@@ -118,7 +107,7 @@ def transfer(runs: Runs, counts: dict[str, int], samplers: Sequence[str], steps:
     for setting in tqdm(list(itertools.product(samplers, steps)), unit="setting"):
         own, *others = (Group(runs(setting, group, counts[group])) for group in GROUPS)
         groups = dict(zip(GROUPS[1:], others, strict=True))
-        carried = figures(groups, reference.tail(own.level.angle), Tail(np.log(reference.asked)))
+        carried = figures(groups, reference.tail(own.level.angle), reference.answers)
         there = figures(groups, Tail(np.log(own.first)), Tail(np.log(own.asked)))
         row: dict[str, Any] = {"sampler": setting[0], "steps": setting[1], "sigma": own.level.sigma}
         rows.append(row | {"carried": carried, "calibrated there": there})

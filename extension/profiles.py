@@ -56,8 +56,8 @@ def describe(profile: StabilityProfile) -> str:
     parts.append(f"CFG {s.guidance_scale:g}" if s.guidance_scale is not None else None)
     if s.latent_shape is not None:
         parts.append("latent " + " x ".join(map(str, s.latent_shape)))
-    references = profile.count if profile.reference is None else profile.reference.count
-    return ", ".join(str(part) for part in parts if part) + f"; from {references} reference prompts"
+    prompts = profile.reference_prompts or profile.count
+    return ", ".join(str(part) for part in parts if part) + f"; from {prompts} reference prompts"
 
 
 def calibrate(p: Any, text: str, name: str, overwrite: bool) -> tuple[str, StabilityProfile, list[str]]:

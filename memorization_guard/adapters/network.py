@@ -40,7 +40,7 @@ class Call:
     keywords: Mapping[str, Any]
     output: Tensor
 
-    def again(self, x: Tensor, timestep: Any) -> Any:
+    def again(self, x: Tensor, timestep: Any) -> Tensor:
         """What the network answers to the same call with another latent and timestep; nobody who watches its calls sees it."""
         arguments, keywords = list(self.arguments), dict(self.keywords)
         if arguments:
@@ -51,7 +51,7 @@ class Call:
             keywords["timestep"] = timestep
         else:
             arguments[1] = timestep
-        return self.module.forward(*arguments, **keywords)
+        return answer(self.module.forward(*arguments, **keywords))
 
 
 class Evaluation:
@@ -107,9 +107,9 @@ class Network:
         #: Whether the network is told a guidance scale, and gives one prediction that is guided already.
         self.embeds_guidance = any(keywords.get(name) is not None for name in ("guidance", "timestep_cond"))
 
-    def read(self, number: int, x: Tensor, output: Any, coefficients: tuple[float, float] | None = None) -> Evaluation:
+    def read(self, number: int, x: Tensor, tensor: Tensor, coefficients: tuple[float, float] | None = None) -> Evaluation:
         """The evaluation of one call, the run's ``number``-th; ``coefficients`` are those of another noise level than its."""
-        x, tensor = own_part(x, answer(output), self._own_tokens)
+        x, tensor = own_part(x, tensor, self._own_tokens)
         parts = self._parts(x)
         cond, uncond = self._order(parts)
         self.batch = len(x) // parts

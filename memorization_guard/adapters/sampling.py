@@ -68,7 +68,7 @@ class Sampling:
         prompt = keywords.get("encoder_hidden_states")
         if network is None:
             network = self._network = Network(self._pipe, keywords, number_of(timestep))
-        evaluation = network.read(self._steps, x, output)
+        evaluation = network.read(self._steps, x, call.output)
         if self._pending is not None and evaluation.uncond is None:
             first, its_call = self._pending
             if prompt is None or prompt is not its_call.keywords.get("encoder_hidden_states"):

@@ -316,7 +316,7 @@ def _begun(
             "file": PROFILE,
             "sha256": file_hash(target),
             "reference_runs": stability.count,
-            "reference_prompts": None if stability.reference is None else stability.reference.count,
+            "reference_prompts": stability.reference_prompts,
         },
         "images": plan.images,
         "part_size": plan.part_size,

@@ -137,14 +137,8 @@ class Calibrator:
             count=len(self._traces),
             settings=settings,
             left_out=dict(self.left_out),
-            reference=self._reference(settings.prediction_type),
+            reference=_reference(self._traces, self._probes, settings.prediction_type),
         )
-
-    def _reference(self, prediction_type: str | None) -> Reference | None:
-        asked = [trace.asked for trace in (*self._traces, *self._probes)]
-        probed = [trace.evaluations.detail[0] for trace in self._probes]
-        known = [value for value in asked if value is not None]
-        return _reference(self._traces, prediction_type, probed, known if len(known) == len(asked) else [])
 
     def _refuse(self, reason: str, message: str) -> None:
         self.left_out[reason] += 1
@@ -160,9 +154,7 @@ def _same_levels(ours: Evaluations, theirs: Evaluations) -> bool:
     return len(ours) == len(theirs) and np.allclose(ours.sigma, theirs.sigma, rtol=_SAME_SIGMA, atol=1e-6)
 
 
-def _reference(
-    traces: Sequence[Trace], prediction_type: str | None, probed: Sequence[float], asked: Sequence[float]
-) -> Reference | None:
+def _reference(traces: Sequence[Trace], probes: Sequence[Trace], prediction_type: str | None) -> Reference | None:
     """The signals of the runs at each noise level; where a sampler evaluates one level twice, at the last time."""
     signals = Signals(*(np.stack([getattr(t.evaluations, name) for t in traces]) for name in Signals._fields))
     needed = np.stack([signals.velocity, signals.denoised, signals.detail])
@@ -176,12 +168,13 @@ def _reference(
     std = np.stack([trace.evaluations.patch_std for trace in traces])[:, chosen]
     pooled = mean.mean(axis=0)
     spread = np.sqrt((std**2 + mean**2).mean(axis=0) - pooled**2)
+    asked = [trace.asked for trace in (*traces, *probes)]
     return Reference(
         signals=Signals(*(values[:, chosen] for values in signals)),
         angles=angles[chosen],
         patches=np.stack([pooled, spread], axis=1),
-        probed=np.array(probed),
-        asked=np.array(asked),
+        probed=np.array([probe.evaluations.detail[0] for probe in probes]),
+        asked=np.array([] if None in asked else asked, dtype=np.float64),
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -22,6 +21,12 @@ SUSPICIOUS = 0.1
 #: to the copy again: at 1, 19 to 62 % of exact images did on the lab models' tuning splits; at 0.5 none did there, and some of
 #: a model whose memories are blurs.
 HOLD_SIGMA = 0.2
+
+
+def decided(first: np.ndarray, asked: np.ndarray) -> np.ndarray:
+    """The p-values that count: of the first evaluation, and where that is suspicious or has none, of the network's answers."""
+    found: np.ndarray = np.where((first > SUSPICIOUS) | np.isnan(asked), first, asked)
+    return found
 
 
 @dataclass
@@ -75,7 +80,7 @@ class Judge:
         evaluation = self._evaluation(measurement, block)
         self.asked = evaluation.signals.detail
         if self._reference is not None and len(self._reference.asked):
-            self._judge(evaluation, Tail(np.log(self._reference.asked)))
+            self._judge(evaluation, self._reference.answers)
 
     def take_in(self, measurement: Measurement, block: np.ndarray) -> None:
         """Takes in the next evaluation, from its block ``[5 + patches, B]`` in host memory; judges the first."""
@@ -103,16 +108,13 @@ class Judge:
     def _judge(self, evaluation: Evaluation, tail: Tail) -> None:
         """Judges the samples that are suspicious, or not judged yet: what else is in a batch has no part in a verdict."""
         self.judged_at = self.judged_at or evaluation
-        found = tail.p_value(evaluation.signals.detail)
-        open_case = ~(self.p_value > SUSPICIOUS) & ~np.isnan(found)
-        self.p_value = np.where(open_case, found, self.p_value)
+        self.p_value = decided(self.p_value, tail.p_value(evaluation.signals.detail))
         # A rate that the references cannot tell would never trigger.
-        triggered = self.p_value <= max(self._rate, tail.lowest)
-        self.trigger = np.where(open_case, np.where(triggered, 0, -1), self.trigger)
+        self.trigger = np.where(self.p_value <= max(self._rate, tail.lowest), 0, -1)
 
     def to_correct(self) -> np.ndarray:
         """Samples ``[B]`` whose last evaluation is to be corrected: those that have triggered, while noise hides the image."""
-        held = math.tan(self.evaluations[-1].level.angle) > HOLD_SIGMA
+        held = self.evaluations[-1].level.sigma > HOLD_SIGMA
         return (self.trigger >= 0) & (self.broken < 0) & held
 
     def usual_norm(self) -> float:

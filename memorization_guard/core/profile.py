@@ -139,6 +139,11 @@ class StabilityProfile:
         """Number of solver steps."""
         return len(self.mean.latent)
 
+    @property
+    def reference_prompts(self) -> int | None:
+        """Number of prompts that a run is held against; ``None`` in a profile that has only the published bands."""
+        return None if self.reference is None else self.reference.count
+
     def row(self, step: int) -> tuple[Norms, Norms]:
         """Mean and standard deviation of the norms at a step."""
         return Norms(*(norm[step] for norm in self.mean)), Norms(*(norm[step] for norm in self.std))

@@ -152,6 +152,11 @@ class Reference:
         shift = float((runs - self._logs("detail", self.angles[0])).mean())
         return Tail(np.concatenate([runs, np.log(self.probed) + shift]))
 
+    @cached_property
+    def answers(self) -> Tail:
+        """Where ordinary prompts are in what the network is asked; only where it was."""
+        return Tail(np.log(self.asked))
+
     def band(self, angle: float, signal: str) -> tuple[float, float]:
         """Mean and standard deviation of a signal over the runs at ``angle``, held constant outside; to be drawn."""
         logs = self._logs(signal, angle)
@@ -167,11 +172,16 @@ class Reference:
     def _rising(self) -> np.ndarray:
         return self.angles[::-1]
 
+    @cached_property
+    def _rising_logs(self) -> Signals:
+        """Logarithms of the signals, by rising angle."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return Signals(*(np.log(values)[:, ::-1] for values in self.signals))
+
     def _logs(self, signal: str, angle: float) -> np.ndarray:
         """Logarithms of a signal of every run at ``angle``, ``[runs]``."""
         after = int(np.clip(np.searchsorted(self._rising, angle), 1, max(len(self.angles) - 1, 1)))
-        with np.errstate(divide="ignore", invalid="ignore"):
-            logs = np.log(getattr(self.signals, signal))[:, ::-1]
+        logs: np.ndarray = getattr(self._rising_logs, signal)
         if len(self.angles) == 1:
             return logs[:, 0]
         low, high = self._rising[after - 1 : after + 1]

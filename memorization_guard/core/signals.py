@@ -152,8 +152,8 @@ def _patches(squares: Tensor) -> Tensor:
     *_, high, wide = sums.shape
     height, width = min(PATCHES, max(1, high // 2)), min(PATCHES, max(1, wide // 2))
     if high % height == 0 and wide % width == 0:
-        return torch.nn.functional.avg_pool2d(sums, (high // height, wide // width))[:, 0]
-    return torch.nn.functional.adaptive_avg_pool2d(sums, (height, width))[:, 0]
+        return functional.avg_pool2d(sums, (high // height, wide // width))[:, 0]
+    return functional.adaptive_avg_pool2d(sums, (height, width))[:, 0]
 
 
 def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:

@@ -135,6 +135,6 @@ def conditions(folder: Path) -> dict[str, Any]:
         "device": ", ".join(manifest["devices"]),
         "dtype": manifest["model"]["dtype"],
         "reference_runs": profile.count,
-        "reference_prompts": None if profile.reference is None else profile.reference.count,
+        "reference_prompts": profile.reference_prompts,
         "versions": ", ".join(f"{name} {version}" for name, version in manifest["versions"].items()),
     }

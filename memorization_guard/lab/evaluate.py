@@ -239,7 +239,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     lab = Lab(arguments.model, arguments.world)
-    pipe = lab.pipeline().to(arguments.device)
+    pipe, stability = lab.pipeline().to(arguments.device), lab.profile()
     texts = {
         group: [text for text in lab.prompts(group, arguments.split)[:ORDINARY] for _ in range(count)]
         for group, count in SEEDS.items()
@@ -255,9 +255,9 @@ def main() -> None:
         keywords: dict[str, Any] = {"thresholds": thresholds, "batch": arguments.batch, "progress": bar.update}
         for group, group_texts in texts.items():
             seed = first_seed + 10_000 * list(SEEDS).index(group)
-            plain[group] = sample(lab, pipe, group_texts, seed, lab.profile(), **keywords)
-            mitigated[group] = sample(lab, pipe, group_texts, seed, lab.profile(), mode="mitigate", **keywords)
-        second = sample(lab, pipe, again, first_seed + 90_000, lab.profile(), **keywords) if again else None
+            plain[group] = sample(lab, pipe, group_texts, seed, stability, **keywords)
+            mitigated[group] = sample(lab, pipe, group_texts, seed, stability, mode="mitigate", **keywords)
+        second = sample(lab, pipe, again, first_seed + 90_000, stability, **keywords) if again else None
     result: dict[str, Any] = {"thresholds": thresholds.to_dict(), "groups": figures(plain, mitigated)}
     if second is not None:
         alike = similarity(plain["ordinary"].images[: len(again)], second.images)
