@@ -53,17 +53,22 @@ def measured(lab: Lab, counts: dict[str, int], sampler: str, method: Method, gua
     for group, count in counts.items():
         total = dict.fromkeys(("images", "triggered", "corrected", "touched", "copies", "left"), 0)
         for prompts, seed in batches(lab, group, count, 1 if method.single else BATCH):
-            traced = lab.sample(prompts, seed, **how, mode="trace", profile=lab.profile)
-            # That tracing changes nothing is seen on one group; from there on a traced image stands for a plain one.
-            plain = lab.sample(prompts, seed, **how) if group == "exact" else traced
             mitigated = lab.sample(prompts, seed, **how, mode="mitigate", profile=lab.profile)
-            figures["identical"] &= torch.equal(plain.latents, traced.latents)
-            figures["unscored"] += sum(trace.verdict == "unscored" for trace in traced.traces)
+            figures["unscored"] += sum(trace.verdict == "unscored" for trace in mitigated.traces)
             total["images"] += len(prompts)
-            total["triggered"] += sum(trace.trigger_step is not None for trace in traced.traces)
-            total["corrected"] += sum(bool(trace.mitigated.any()) for trace in mitigated.traces)
-            total["touched"] += int((plain.latents != mitigated.latents).flatten(1).any(1).sum())
+            total["triggered"] += sum(trace.trigger_step is not None for trace in mitigated.traces)
+            corrected = [bool(trace.mitigated.any()) for trace in mitigated.traces]
+            total["corrected"] += sum(corrected)
+            # Ordinary images are made a second time only where a correction reached the batch, and in the first one.
+            if group == "ordinary" and seed > FIRST_SEED[group] and not any(corrected):
+                continue
+            plain = lab.sample(prompts, seed, **how)
+            changed = (plain.latents != mitigated.latents).flatten(1).any(1)
+            total["touched"] += int(changed.sum())
             if group != "ordinary":
+                # That tracing changes nothing is seen where all is judged and much triggers.
+                traced = lab.sample(prompts, seed, **how, mode="trace", profile=lab.profile)
+                figures["identical"] &= torch.equal(plain.latents, traced.latents)
                 total["copies"] += sum(lab.copies(plain.latents, prompts))
                 total["left"] += sum(lab.copies(mitigated.latents, prompts))
         figures[group] = total

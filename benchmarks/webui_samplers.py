@@ -27,7 +27,7 @@ from memorization_guard import Thresholds, Trace, lab
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "webui.md"
 
-CFG, BATCH, REFERENCES = 7.5, 10, 50
+CFG, BATCH = 7.5, 10
 #: Samplers that need more steps than asked for: below 20 Restart never goes back.
 FEWEST_STEPS = {"Restart": 20}
 FIRST_SEED = {"exact": 100, "template": 1100, "ordinary": 2100}
@@ -72,7 +72,7 @@ class Server:
         return images, [Trace.from_dict(runs[0]["trace"]) for runs in report["images"]]
 
     def calibrate(self) -> None:
-        arguments = ["calibrate", "None", *constants(Thresholds()), "\n".join(lab.prompts("reference")[:REFERENCES]), PROFILE]
+        arguments = ["calibrate", "None", *constants(Thresholds()), "\n".join(lab.prompts("reference")), PROFILE]
         body = {"prompt": "", "sampler_name": "Euler", "seed": 1000, "steps": self._steps, **self.settings}
         self.ask("/sdapi/v1/txt2img", {**body, "batch_size": BATCH, "script_name": TITLE, "script_args": [*arguments, True]})
 
@@ -95,25 +95,26 @@ def figures(server: Server, sampler: str, counts: dict[str, int]) -> dict[str, A
     for group, count in counts.items():
         total = dict.fromkeys(("images", "unscored", "triggered", "corrected", "copies", "left"), 0)
         for prompts, seed in batches(group, count):
-            images, traces = server.sample(prompts, sampler, seed, "trace", PROFILE)
-            mitigated, corrected = server.sample(prompts, sampler, seed, "mitigate", PROFILE)
-            if group == "exact":
-                plain, _ = server.sample(prompts, sampler, seed)
-                found["identical"] &= [each.tobytes() for each in plain] == [each.tobytes() for each in images]
-                found["steps"] = f"{len(traces[0].steps)} of {server.steps(sampler)}"
+            mitigated, traces = server.sample(prompts, sampler, seed, "mitigate", PROFILE)
             total["images"] += len(prompts)
             total["unscored"] += sum(trace.verdict == "unscored" for trace in traces)
             total["triggered"] += sum(trace.trigger_step is not None for trace in traces)
-            total["corrected"] += sum(bool(trace.mitigated.any()) for trace in corrected)
-            if group != "ordinary":
-                total["copies"] += copies(images, prompts)
-                total["left"] += copies(mitigated, prompts)
+            total["corrected"] += sum(bool(trace.mitigated.any()) for trace in traces)
+            if group == "ordinary":
+                continue
+            plain, _ = server.sample(prompts, sampler, seed)
+            total["copies"] += copies(plain, prompts)
+            total["left"] += copies(mitigated, prompts)
+            if group == "exact":
+                traced, traces = server.sample(prompts, sampler, seed, "trace", PROFILE)
+                found["identical"] &= [each.tobytes() for each in plain] == [each.tobytes() for each in traced]
+                found["steps"] = f"{len(traces[0].steps)} of {server.steps(sampler)}"
         found[group] = total
     return found
 
 
 def copies(images: list[Image.Image], prompts: list[str]) -> int:
-    scores = [lab.copy_score(image.reduce(2), prompt) for image, prompt in zip(images, prompts, strict=True)]
+    scores = [lab.copy_score(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
     return sum(score > lab.COPY_THRESHOLD for score in scores)
 
 
@@ -199,7 +200,7 @@ def main() -> None:
         print(lines[-1], flush=True)
     if arguments.write is not None:
         said = f"{arguments.steps} steps, and where a sampler needs more, as many as the table says, CFG {CFG}; "
-        said += f"one profile, from {REFERENCES} reference prompts under Euler with {arguments.steps} steps, for all."
+        said += f"one profile, from the lab's reference prompts under Euler with {arguments.steps} steps, for all."
         if missing := [sampler for sampler in every if sampler not in chosen]:
             said += f" Not run: {', '.join(missing)}."
         write(arguments.write, said, lines)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from memorization_guard import StabilityProfile, lab
 from memorization_guard.diffusers import guard
 from memorization_guard.evaluation.signals import SIGNALS
-from memorization_guard.lab import autoencoder, data, evaluate, scene, train, training, world
+from memorization_guard.lab import autoencoder, data, diffusion, evaluate, models, scene, train, training, world
 from memorization_guard.lab.world import DUPLICATED, SPLITS
 
 
@@ -196,6 +196,21 @@ def test_models_of_other_kinds_are_trained_and_judged(prediction_type, tmp_path)
     (trace,) = run.traces
     assert trace.settings.prediction_type == prediction_type
     assert np.isfinite(trace.guidance_norm).sum() >= 2
+
+
+def test_one_zero_stands_for_all_of_a_missing_t5():
+    transformer = models.make_transformer()
+    latents, words, pooled = torch.randn(2, 4, 16, 16), torch.randn(2, 8, 2 * models.WIDTH), torch.randn(2, 2 * models.WIDTH)
+
+    def output(zeros: int):
+        context = torch.cat([words, words.new_zeros(2, zeros, words.shape[2])], dim=1)
+        inputs = {"hidden_states": latents, "timestep": torch.tensor([900.0, 100.0])}
+        return transformer(**inputs, encoder_hidden_states=context, pooled_projections=pooled).sample
+
+    with torch.no_grad():
+        all_of_them = output(diffusion.NO_T5)
+        transformer.set_attn_processor(models.OneForMany(diffusion.NO_T5))
+        torch.testing.assert_close(output(1), all_of_them, rtol=1e-4, atol=1e-5)
 
 
 def test_a_training_does_not_go_on_with_the_data_of_another(trained):

@@ -155,15 +155,22 @@ def _same_levels(ours: Evaluations, theirs: Evaluations) -> bool:
 
 
 def _reference(traces: Sequence[Trace], probes: Sequence[Trace], prediction_type: str | None) -> Reference | None:
-    """The signals of the runs at each noise level; where a sampler evaluates one level twice, at the last time."""
+    """The signals of the runs at each noise level; where a sampler evaluates one level twice, the last time, but for the first
+    evaluation, which is the one that is judged."""
     signals = Signals(*(np.stack([getattr(t.evaluations, name) for t in traces]) for name in Signals._fields))
-    needed = np.stack([signals.velocity, signals.denoised, signals.detail])
+    needed = np.stack([signals.velocity, signals.denoised])
     usable = (np.isfinite(needed) & (needed > 0)).all(axis=(0, 1))
+    detailed = (np.isfinite(signals.detail) & (signals.detail > 0)).all(axis=0)
+    signals = signals._replace(detail=np.where(detailed, signals.detail, np.nan))
     angles = np.array([NoiseLevel.from_model(sigma, prediction_type).angle for sigma in traces[0].evaluations.sigma])
     last = {round(angle, 6): index for index, angle in enumerate(angles) if usable[index]}
     if not last:
         return None
     chosen = [last[angle] for angle in sorted(last, reverse=True)]
+    if usable[0]:
+        chosen[0] = 0
+    if not detailed[chosen[0]]:
+        return None
     mean = np.stack([trace.evaluations.patch_mean for trace in traces])[:, chosen]
     std = np.stack([trace.evaluations.patch_std for trace in traces])[:, chosen]
     pooled = mean.mean(axis=0)

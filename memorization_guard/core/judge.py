@@ -35,7 +35,7 @@ class Evaluation:
 
     level: NoiseLevel
     signals: Signals
-    patches: np.ndarray  # [patches, B], mean squares of the detail
+    patches: np.ndarray  # [patches, B], mean squares of the detail; empty where it was not taken
     corrected: np.ndarray | None = None  # [B] bool
 
 
@@ -143,11 +143,12 @@ class Judge:
         if not self.evaluations:
             return Evaluations()
         found = Signals(*np.array([[values[sample] for values in one.signals] for one in self.evaluations]).T)
-        mean = std = np.full(len(self.evaluations), np.nan)
-        if len(self.evaluations[0].patches):
-            with np.errstate(divide="ignore", invalid="ignore"):
-                patches = 0.5 * np.log(np.stack([one.patches[:, sample] for one in self.evaluations]))
-                mean, std = patches.mean(axis=1), patches.std(axis=1)
+        mean, std = np.full((2, len(self.evaluations)), np.nan)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            for number, one in enumerate(self.evaluations):
+                if len(one.patches):
+                    patches = 0.5 * np.log(one.patches[:, sample])
+                    mean[number], std[number] = patches.mean(), patches.std()
         return Evaluations(
             step=of_step.astype(np.float64),
             sigma=np.array([one.level.model_sigma(kind) for one in self.evaluations]),

@@ -156,7 +156,8 @@ class StabilityMonitor:
     def _predicted(self, x: Tensor, sigma: Tensor | float, cond: Tensor, uncond: Tensor | None, ask: Ask | None) -> Tensor:
         run = self._run
         self._check_batch(len(x))
-        measurement = self._meter.measure(x, sigma, cond, uncond, run.scale)
+        detail = not run.taken or self._serves is not None
+        measurement = self._meter.measure(x, sigma, cond, uncond, run.scale, detail=detail)
         self._evaluated = x, measurement.latent
         self._waiting.append(measurement)
         run.taken += 1
@@ -302,11 +303,13 @@ class StabilityMonitor:
         arrivals, self._arrivals = self._arrivals, []
         if not waiting:
             return
-        if waiting[0].patches is not None:
+        if waiting[0].patches is not None and waiting[0].patches[0].numel() > 1:
             self._run.grid = tuple(waiting[0].patches.shape[1:])
-        blocks: Any = [arrival.numpy() for arrival in arrivals]
+        blocks = [arrival.numpy() for arrival in arrivals]
         if len(arrivals) < len(waiting):
-            blocks = torch.stack([measurement.block() for measurement in waiting]).cpu().numpy()
+            rows = [measurement.block() for measurement in waiting]  # the first is longer, by its patches
+            ends = np.cumsum([len(block) for block in rows])[:-1]
+            blocks = np.split(torch.cat(rows).cpu().numpy(), ends)
         for measurement, block in zip(waiting, blocks, strict=True):
             self._run.judge.take_in(measurement, block)
 

@@ -98,7 +98,7 @@ class Reference:
 
     Attributes:
         signals: of every evaluation of every run, each ``[runs, evaluations]``; NaN for what a run without guidance does not
-            have.
+            have, and for the detail of evaluations in which it was not taken.
         angles: ``[evaluations]``, ``atan(noise / signal)``, strictly falling.
         patches: ``[evaluations, 2]``, mean and standard deviation of the logarithm of a patch's root mean square of detail,
             over runs and places; NaN where latents have none.
@@ -125,9 +125,12 @@ class Reference:
             raise ValueError(f"signals must be [3 or more runs, evaluations] each; they are {[s.shape for s in signals]}")
         if angles.shape != shape[1:] or patches.shape != (shape[1], 2) or probed.ndim != 1:
             raise ValueError(f"the arrays do not fit runs of {shape[1]} evaluations: {angles.shape}, {patches.shape}")
-        norms = np.stack([signals.velocity, signals.denoised, signals.detail])
+        norms = np.stack([signals.velocity, signals.denoised])
+        detailed = np.isfinite(signals.detail).any(axis=0)
         if not (np.isfinite(angles).all() and np.isfinite(norms).all() and (norms > 0).all()):
             raise ValueError("angles and signals must be finite, and signals positive")
+        if not (detailed[0] and (signals.detail[:, detailed] > 0).all()):
+            raise ValueError("the detail of the first evaluation must be finite, and all detail positive")
         if asked.shape not in ((0,), (shape[0] + len(probed),)):
             raise ValueError(f"asked does not fit {shape[0]} runs and {len(probed)} prompts: {asked.shape}")
         details = np.concatenate([probed, asked])
@@ -165,26 +168,29 @@ class Reference:
 
     def patch(self, angle: float) -> tuple[float, float]:
         """Mean and standard deviation of the logarithm of a patch's root mean square of detail."""
-        mean, std = (np.interp(angle, self._rising, values[::-1]) for values in self.patches.T)
+        known = np.isfinite(self.patches).all(axis=1)
+        if not known.any():
+            return math.nan, math.nan
+        mean, std = (np.interp(angle, self.angles[known][::-1], values[known][::-1]) for values in self.patches.T)
         return float(mean), float(std)
 
     @cached_property
-    def _rising(self) -> np.ndarray:
-        return self.angles[::-1]
-
-    @cached_property
-    def _rising_logs(self) -> Signals:
-        """Logarithms of the signals, by rising angle."""
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return Signals(*(np.log(values)[:, ::-1] for values in self.signals))
+    def _rising(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Angles at which a signal is known, rising, and its logarithms there, ``[runs, angles]``."""
+        found = {}
+        for name, values in self.signals._asdict().items():
+            known = np.isfinite(values).all(axis=0) if np.isfinite(values).any() else np.ones(len(self.angles), dtype=bool)
+            with np.errstate(divide="ignore", invalid="ignore"):
+                found[name] = self.angles[known][::-1], np.log(values[:, known][:, ::-1])
+        return found
 
     def _logs(self, signal: str, angle: float) -> np.ndarray:
         """Logarithms of a signal of every run at ``angle``, ``[runs]``."""
-        after = int(np.clip(np.searchsorted(self._rising, angle), 1, max(len(self.angles) - 1, 1)))
-        logs: np.ndarray = getattr(self._rising_logs, signal)
-        if len(self.angles) == 1:
+        angles, logs = self._rising[signal]
+        if len(angles) == 1:
             return logs[:, 0]
-        low, high = self._rising[after - 1 : after + 1]
+        after = int(np.clip(np.searchsorted(angles, angle), 1, len(angles) - 1))
+        low, high = angles[after - 1 : after + 1]
         share = float(np.clip((angle - low) / (high - low), 0.0, 1.0))
         found: np.ndarray = (1 - share) * logs[:, after - 1] + share * logs[:, after]
         return found

@@ -16,7 +16,8 @@ guidance mixes them. x0 below is the two combined at the profile's own guidance 
     Root mean square of what ``x0_cond - x0_uncond`` holds finer than an eighth of the latent's shorter side; of ``x0_cond``
     where there is no other prediction. In pure noise the network predicts the mean of all images that the prompt allows: of
     an open prompt that mean is a blur, and only of one remembered image it is sharp. Webster (2023) told copies by the edges
-    that one step shows; this is the same in a number.
+    that one step shows; this is the same in a number. Later predictions are sharp by themselves, so it is taken where a run
+    begins, and of all evaluations only in runs that serve as references.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ class Measurement(NamedTuple):
         latent, product, denoised: ``|x|``, ``<x, x0>`` and ``|x0|``, each ``[B]`` float32.
         guidance: ``|x0_cond - x0_uncond|``, or ``None`` where there was one prediction only.
         patches: ``[B, height, width]`` float32, square of the detail in each patch: the mean over its places of the sum over
-            channels and frames; ``None`` for latents without places (Flux packs its into a sequence).
+            channels and frames; one patch for latents without places (Flux packs its into a sequence), ``None`` where it was
+            not taken.
         depth: number of channels times frames.
     """
 
@@ -87,7 +89,14 @@ class Meter:
         self._buffers: tuple[Tensor, Tensor] | None = None
 
     def measure(
-        self, x: Tensor, sigma: float | Tensor, cond: Tensor, uncond: Tensor | None, guidance_scale: float
+        self,
+        x: Tensor,
+        sigma: float | Tensor,
+        cond: Tensor,
+        uncond: Tensor | None,
+        guidance_scale: float,
+        *,
+        detail: bool = True,
     ) -> Measurement:
         """Measures one evaluation of the network.
 
@@ -96,6 +105,7 @@ class Meter:
             sigma: its noise level; a tensor on the CPU, or a float, is read at once.
             cond, uncond: clean latents predicted with and without the prompt; ``uncond`` may be ``None``.
             guidance_scale: what they are combined at.
+            detail: whether the detail is taken too; it costs more than all else.
         """
         if not isinstance(sigma, Tensor):
             sigma = float(sigma)
@@ -105,17 +115,18 @@ class Meter:
         size = count if x.device.type != "cpu" else max(1, _CACHED * count // max(x.numel(), 1))
         depth = cond.shape[1] if cond.ndim == 4 else cond.shape[1] * cond.shape[2] if cond.ndim == 5 else 1
         if size >= count:
-            return Measurement(sigma, *self._taken(x, cond, uncond, guidance_scale), depth)
+            return Measurement(sigma, *self._taken(x, cond, uncond, guidance_scale, detail), depth)
         parts = []
         for i in range(0, count, size):
             chosen = slice(i, i + size)
-            parts.append(self._taken(x[chosen], cond[chosen], None if uncond is None else uncond[chosen], guidance_scale))
+            without = None if uncond is None else uncond[chosen]
+            parts.append(self._taken(x[chosen], cond[chosen], without, guidance_scale, detail))
         latent, product, denoised, distance, patches = zip(*parts, strict=True)
         joined = [torch.cat(rows) for rows in (latent, product, denoised)]
         return Measurement(sigma, joined[0], joined[1], joined[2], _joined(distance), _joined(patches), depth)
 
     def _taken(
-        self, x: Tensor, cond: Tensor, uncond: Tensor | None, guidance_scale: float
+        self, x: Tensor, cond: Tensor, uncond: Tensor | None, guidance_scale: float, detail: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         latent, denoised, distance = widened(x).flatten(1), widened(cond), None
         buffers = self._buffers
@@ -126,12 +137,15 @@ class Meter:
             without = widened(uncond)
             says = torch.sub(denoised, without, out=buffers[0])
             distance = row_norm(says.flatten(1))
-        patches = _patches(_detail(says, buffers[1]).square_()) if says.ndim in (4, 5) else None
+        patches = None
+        if detail:
+            placed = says.ndim in (4, 5)
+            patches = _patches(_detail(says, buffers[1]).square_()) if placed else says.flatten(1).square().mean(1)[:, None, None]
         if uncond is not None:
             denoised = torch.lerp(without, denoised, guidance_scale, out=buffers[0])
-        flat = denoised.flatten(1)
-        product = torch.linalg.vecdot(latent, flat)
-        return row_norm(latent), product, row_norm(flat), distance, patches
+        norms = row_norm(latent), row_norm(denoised.flatten(1))
+        product = torch.mul(latent, denoised.flatten(1), out=buffers[0].flatten(1)).sum(dim=1)
+        return norms[0], product, norms[1], distance, patches
 
 
 def _detail(says: Tensor, out: Tensor) -> Tensor:
@@ -163,10 +177,10 @@ def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
 
 def signals(block: np.ndarray, level: NoiseLevel) -> Signals:
     """The signals ``[B]`` of an evaluation from its block, as :class:`~memorization_guard.core.judge.Judge` has it, now that
-    its noise level is known. Where a latent has no places, all of it is detail."""
+    its noise level is known."""
     latent, product, denoised, distance = block[1:5]
     alpha, beta, scale = level.alpha, max(level.beta, 1e-6), level.scale
     # v = (alpha z - x0) / beta, from the products of x and x0: no tensor had to be made for it.
     squared = (alpha / scale * latent) ** 2 - (2 * alpha / scale) * product + denoised * denoised
-    detail = np.sqrt(block[5:].mean(axis=0)) if len(block) > 5 else np.where(np.isfinite(distance), distance, denoised)
+    detail = np.sqrt(block[5:].mean(axis=0)) if len(block) > 5 else np.full_like(denoised, np.nan)
     return Signals(np.sqrt(np.maximum(squared, 0.0)) / beta, denoised, distance / beta, detail)

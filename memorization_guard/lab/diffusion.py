@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .models import CHANNELS, make_scheduler, make_transformer, make_unet
+from .models import CHANNELS, OneForMany, make_scheduler, make_transformer, make_unet
 
 #: Weight of a timestep's loss: its signal-to-noise ratio, at most this, over the ratio (Hang et al., ICCV 2023).
 MIN_SNR = 5.0
@@ -99,6 +99,7 @@ class RectifiedFlow:
 
         self.text_encoder = text_encoder
         self.denoiser = make_transformer()
+        self.denoiser.set_attn_processor(OneForMany(NO_T5))
         self._scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0)
 
     @property
@@ -112,7 +113,7 @@ class RectifiedFlow:
         with torch.autocast(latents.device.type, torch.bfloat16):
             said = self.text_encoder(tokens, output_hidden_states=True)
             words = torch.cat([said.hidden_states[-2]] * 2, dim=-1)
-            context = torch.cat([words, words.new_zeros(len(words), NO_T5, words.shape[2])], dim=1)
+            context = torch.cat([words, words.new_zeros(len(words), 1, words.shape[2])], dim=1)
             output = self.denoiser(
                 hidden_states=(1 - way) * latents + way * noise,
                 timestep=t * 1000,

@@ -333,7 +333,7 @@ def test_one_prediction_alone_is_not_judged_by_a_profile_with_guidance(world, pr
         partly.predicted(x, sigma, cond, None if number == 1 else uncond)
     assert partly.traces[0].verdict == "stable"
     assert partly.traces[0].note is None
-    assert np.isnan(partly.traces[0].evaluations.detail).tolist() == [False, True, False]
+    assert np.isnan(partly.traces[0].evaluations.detail).tolist() == [False, True, True]
 
 
 def test_where_the_prediction_without_the_prompt_is_left_out_early_it_is_asked_for(world):
