@@ -138,9 +138,10 @@ class Meter:
             says = torch.sub(denoised, without, out=buffers[0])
             distance = row_norm(says.flatten(1))
         patches = None
-        if detail:
-            placed = says.ndim in (4, 5)
-            patches = _patches(_detail(says, buffers[1]).square_()) if placed else says.flatten(1).square().mean(1)[:, None, None]
+        if detail and says.ndim in (4, 5):
+            patches = _patches(_detail(says, buffers[1]).square_())
+        elif detail:
+            patches = says.flatten(1).square().mean(dim=1)[:, None, None]
         if uncond is not None:
             denoised = torch.lerp(without, denoised, guidance_scale, out=buffers[0])
         norms = row_norm(latent), row_norm(denoised.flatten(1))

@@ -174,8 +174,8 @@ def make_transformer() -> Any:
 class OneForMany:
     """SD 3's joint attention, in which the last token of the text stands for ``count`` equal ones.
 
-    Text tokens have no places in this transformer, so the zeros that stand for a missing T5 stay equal from block to block, and
-    one of them with ``log count`` added to its attention logits does what all do, in a third of the time.
+    Text tokens have no places in this transformer, so the zeros that stand for a missing T5 stay equal from block to block. One
+    of them, with ``log count`` added to its attention logits, does what all do, in a third of the time.
     """
 
     def __init__(self, count: int) -> None:
