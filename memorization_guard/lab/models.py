@@ -174,7 +174,7 @@ def make_transformer() -> Any:
 class OneForMany:
     """SD 3's joint attention, in which the last token of the text stands for ``count`` equal ones.
 
-    Text tokens have no places in this transformer, so the zeros that stand for a missing T5 stay equal from block to block. One
+    Text tokens have no places in this transformer, so the zeros that stand for a missing T5 stay equal in every block. One
     of them, with ``log count`` added to its attention logits, does what all do, in a third of the time.
     """
 
