@@ -4,8 +4,8 @@
 
 The reference prompts are evaluated first, then every group's prompts, several seeds each: the share of ordinary ones that
 fall below each nominal rate, the share of memorized ones that do, AUC and TPR at 1 % FPR of the verdict and of the signals
-alone; all of it again with fewer references, and with memorized prompts among them. Nothing is fitted here, and no prompt or
-seed is used for two purposes.
+alone; all of it again with fewer references, and with memorized prompts among them; and the shares with negative prompts,
+which the references do not have. Nothing is fitted here, and no prompt or seed is used for two purposes.
 """
 
 from __future__ import annotations
@@ -34,6 +34,10 @@ from memorization_guard.statistics import detection_with_intervals, rate_with_in
 SEEDS = {"ordinary": 2, "settled": 4, "near": 4, "rare": 4, "exact": 4, "template": 4, "quarter": 4, "sixteenth": 4}
 NOMINAL = (0.1, 0.01, 0.005, 0.001)
 REFERENCES = (50, 100, 200, 400)
+#: A negative prompt of the kind that people use for everything.
+LONG = "worst quality, low quality, blurry, watermark, text, ugly, deformed, extra fingers, jpeg artifacts"
+#: Groups that are sampled with negative prompts too, and how many of their prompts.
+WITH_NEGATIVE = {"ordinary": 200, "settled": 30, "exact": 30, "template": 24}
 FIRST_SEED = {"tuning": 3_000_000, "evaluation": 4_000_000}
 
 
@@ -61,12 +65,10 @@ class Beginnings:
         return Beginnings(prompts, self.detail[chosen], self.asked[chosen], self.guidance[chosen])
 
 
-def begun(
-    pipe: Any, texts: Sequence[str], first_seed: int, *, steps: int, guidance: float, batch: int, bar: Any
-) -> Beginnings:
+def begun(pipe: Any, texts: Sequence[str], first_seed: int, *, bar: Any, **keywords: Any) -> Beginnings:
     """The beginnings of one run a text, seeds counted up."""
     traces: list[Trace] = []
-    for made in reference_runs(pipe, texts, first_seed, "first", steps=steps, guidance=guidance, batch=batch):
+    for made in reference_runs(pipe, texts, first_seed, "first", **keywords):
         traces += made
         bar.update(len(made))
     return Beginnings.of(traces, texts)
@@ -106,6 +108,23 @@ def shares(images: Beginnings, references: Beginnings) -> dict[str, float]:
     return {f"{rate:g}": float((p_values <= rate).mean()) for rate in NOMINAL}
 
 
+def negatives(lab: Lab, split: str) -> dict[str, dict[str, list[str]]]:
+    """Negative prompts of several kinds, for every prompt of the groups that get some."""
+    texts = {group: lab.prompts(group, split)[:count] for group, count in WITH_NEGATIVE.items()}
+    others = {name: lab.prompts(name, "tuning" if split == "evaluation" else "evaluation") for name in ("ordinary", "exact")}
+    kinds = {
+        "short": lambda text, number: "blurry",
+        "long": lambda text, number: LONG,
+        "its own first words": lambda text, number: " ".join(text.split()[:4]),
+        "another ordinary prompt": lambda text, number: others["ordinary"][number % len(others["ordinary"])],
+        "a memorized prompt": lambda text, number: others["exact"][number % len(others["exact"])],
+    }
+    return {
+        kind: {group: [of(text, number) for number, text in enumerate(members)] for group, members in texts.items()}
+        for kind, of in kinds.items()
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=MODEL)
@@ -123,9 +142,11 @@ def main() -> None:
     if name in SAMPLERS:  # a flow model keeps its own
         pipe.scheduler = SAMPLERS[name](pipe.scheduler.config)
     texts = {group: [text for text in lab.prompts(group, arguments.split) for _ in range(n)] for group, n in SEEDS.items()}
+    negative = negatives(lab, arguments.split)
     planted = lab.prompts("exact", "tuning" if arguments.split == "evaluation" else "evaluation")
     keywords: dict[str, Any] = {"steps": int(steps), "guidance": arguments.guidance, "batch": arguments.batch}
-    with tqdm(total=len(lab.prompts("reference")) + len(planted) + sum(map(len, texts.values())), unit="prompt") as bar:
+    total = sum(map(len, texts.values())) + len(negative) * sum(WITH_NEGATIVE.values())
+    with tqdm(total=len(lab.prompts("reference")) + len(planted) + total, unit="prompt") as bar:
         started = time.perf_counter()
         references = begun(pipe, lab.prompts("reference"), 0, **keywords, bar=bar)
         seconds = time.perf_counter() - started
@@ -134,6 +155,14 @@ def main() -> None:
             group: begun(pipe, prompts, FIRST_SEED[arguments.split] + 10_000 * number, **keywords, bar=bar)
             for number, (group, prompts) in enumerate(texts.items())
         }
+        against: dict[str, Any] = {}
+        for kind, of_group in negative.items():
+            against[kind] = {}
+            for number, (group, members) in enumerate(of_group.items()):
+                first = FIRST_SEED[arguments.split] + 100_000 + 10_000 * number
+                prompts = lab.prompts(group, arguments.split)[: len(members)]
+                images = begun(pipe, prompts, first, **keywords, negative=members, bar=bar)
+                against[kind][group] = {"images": len(members), **shares(images, references)}
     started = time.perf_counter()
     image = {"num_inference_steps": int(steps), "guidance_scale": arguments.guidance, "output_type": "latent"}
     pipe(lab.prompts("reference")[:10], **image)
@@ -154,6 +183,7 @@ def main() -> None:
             for size in REFERENCES
             if size <= count
         },
+        "with_negative_prompts": against,
         "memorized_among_the_references": {
             "planted": len(planted),
             "found": int(sum(number >= count for number in apart)),

@@ -46,14 +46,27 @@ def texts_of(lab: Lab, group: str, split: str, count: int) -> list[str]:
 
 
 def reference_runs(
-    pipe: Any, texts: Sequence[str], first_seed: int, serves: Serves, *, steps: int, guidance: float = 7.5, batch: int = 16
+    pipe: Any,
+    texts: Sequence[str],
+    first_seed: int,
+    serves: Serves,
+    *,
+    steps: int,
+    guidance: float = 7.5,
+    batch: int = 16,
+    negative: Sequence[str] | None = None,
 ) -> Iterator[list[Trace]]:
-    """The traces of one run a text, as references are sampled, a batch at a time; seeds count up from ``first_seed``."""
+    """The traces of one run a text, as references are sampled, a batch at a time; seeds count up from ``first_seed``.
+
+    Args:
+        negative: a negative prompt for each text; none if left out.
+    """
     for start in range(0, len(texts), batch):
         part = list(texts[start : start + batch])
+        keywords: dict[str, Any] = {} if negative is None else {"negative_prompt": list(negative[start : start + batch])}
         draws = [torch.Generator().manual_seed(first_seed + start + i) for i in range(len(part))]
         with guard(pipe, serves=serves) as run:
-            pipe(part, num_inference_steps=steps, guidance_scale=guidance, generator=draws, output_type="latent")
+            pipe(part, num_inference_steps=steps, guidance_scale=guidance, generator=draws, output_type="latent", **keywords)
         if run.error is not None:
             raise run.error
         yield run.traces

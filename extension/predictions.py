@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..memorization_guard import NoiseLevel, StabilityMonitor
 from ..memorization_guard.core.monitor import Ask
+from ..memorization_guard.core.noise_level import resized
 from . import hosts
 from .timesteps import changed
 
@@ -160,6 +161,8 @@ def _rows(denoiser: Any, given: Any, owners: Sequence[int], latent: Tensor, leve
             with_prompt, without = denoiser.pad_cond_uncond(with_prompt, without)
 
     rows, images = [], given.image_cond
+    if images.ndim == 4 and images.shape[-1] > 1:  # an inpainting model's; others are given a single pixel
+        images = resized(images, latent.shape[2:])
     for text, of in ((with_prompt, owners), (without, range(len(latent)))):
         for start in range(0, len(of), len(latent)):
             x = latent[list(of[start : start + len(latent)])]

@@ -61,8 +61,8 @@ class MemorizationGuard(io.ComfyNode):
                     "profile",
                     optional=True,
                     tooltip=(
-                        "Stability profile of this model and size, from Load or Calibrate Stability Profile. It is "
-                        "transferred to other samplers, step counts and cfg. Without one the run is traced, not judged."
+                        "Stability profile of this model, from Load or Calibrate Stability Profile. It is "
+                        "transferred to other samplers, step counts, cfg and sizes. Without one the run is traced, not judged."
                     ),
                 ),
                 *map(_threshold, CONSTANTS),

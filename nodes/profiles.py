@@ -113,7 +113,7 @@ class CalibrateStabilityProfile(io.ComfyNode):
             category=CATEGORY,
             description=(
                 "Samples reference prompts, which the model should not have memorized, and measures what it predicts for "
-                "them. The profile holds for this model and size, and is transferred to other samplers, steps and cfg. No "
+                "them. The profile holds for this model, and is transferred to other samplers, steps, cfg and sizes. No "
                 "image is decoded."
             ),
             inputs=[

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.noise_level import widened
+from ..core.noise_level import resized, widened
 from .schedule import Schedule
 
 
@@ -118,15 +118,17 @@ class Network:
         return Evaluation(number, x[: self.batch], split[cond], without, coefficients or self.schedule.coefficients[number])
 
     def asked(self, call: Call, noise: Tensor) -> Evaluation:
-        """What the network says in Gaussian noise ``[B, ...]``, at its highest noise level, with the prompts of ``call``.
+        """What the network says in Gaussian noise ``[B, ...]``, of the run's size or another, at its highest noise level, with
+        the prompts of ``call``.
 
         Raises:
             ValueError: if that noise level is not known.
         """
         timestep, _, coefficients = self.schedule.in_noise()
         given, at = called_with(call.arguments, call.keywords)
-        x = given.clone()
-        own_part(x, call.output, self._own_tokens)[0].copy_(noise.repeat(len(x) // len(noise), *(1,) * (noise.ndim - 1)))
+        x = resized(given, noise.shape[2:])
+        every = noise.repeat(len(x) // len(noise), *(1,) * (noise.ndim - 1))
+        own_part(x, every, self._own_tokens)[0].copy_(every)
         number = torch.full_like(at, timestep) if isinstance(at, Tensor) else type(at)(timestep)
         return self.read(0, x, call.again(x, number), coefficients)
 

@@ -36,6 +36,7 @@ class Evaluation:
     level: NoiseLevel
     signals: Signals
     patches: np.ndarray  # [patches, B], mean squares of the detail; empty where it was not taken
+    grid: tuple[int, ...]  # the patches' rows and columns; (1, 1) where the latent has no places
     corrected: np.ndarray | None = None  # [B] bool
 
 
@@ -46,11 +47,18 @@ class Judge:
         reference: what ordinary prompts do; ``None`` where nothing is judged and the signals are kept alone.
         false_positive_rate: share of ordinary images that may trigger.
         guided: whether the profile was made with guidance: then one prediction says nothing of the two combined.
+        sized: whether the run's latents have the size of the references': of another, only what the network is asked tells.
         level: the noise level that the host's own number stands for.
     """
 
     def __init__(
-        self, reference: Reference | None, false_positive_rate: float, *, guided: bool, level: Callable[[float], NoiseLevel]
+        self,
+        reference: Reference | None,
+        false_positive_rate: float,
+        *,
+        guided: bool,
+        sized: bool,
+        level: Callable[[float], NoiseLevel],
     ) -> None:
         self.evaluations: list[Evaluation] = []
         #: Evaluation at which each sample triggered, -1 if it has not: ``[B]``; empty before the first.
@@ -59,34 +67,45 @@ class Judge:
         self.broken = np.zeros(0, dtype=int)
         #: Share of ordinary images with as much detail as each sample's, ``[B]``; NaN where nothing was judged.
         self.p_value = np.zeros(0)
-        #: The run's first evaluation if it was judged, else what the network was asked; ``None`` if neither was.
+        #: Where the detail can be shown: the run's first evaluation if it was judged, else what the network was asked.
         self.judged_at: Evaluation | None = None
         #: Detail of what the network was asked, ``[B]``; ``None`` if it was not.
         self.asked: np.ndarray | None = None
         self._reference = reference
         self._rate = false_positive_rate
         self._guided = guided
+        self._sized = sized
         self._level = level
 
     @property
     def wants_to_ask(self) -> bool:
-        """Whether the first evaluation is not enough: it is suspicious, not in noise, or one prediction only."""
+        """Whether the first evaluation is not enough: suspicious, not in noise, of another size, or one prediction only."""
         if self._reference is None or len(self.evaluations) != 1 or not len(self._reference.asked):
             return False
         return not bool((self.p_value > SUSPICIOUS).all())
 
-    def take_in_asked(self, measurement: Measurement, block: np.ndarray) -> None:
-        """Judges the run by what the network was asked beside it, the mean of two opposite noises."""
-        evaluation = self._evaluation(measurement, block)
-        self.asked = evaluation.signals.detail
+    def take_in_asked(self, alone: Measurement, both: Measurement) -> None:
+        """Judges the run by what the network was asked beside it, the mean of two opposite noises. Waits for the device.
+
+        Args:
+            alone: of the prediction with the prompt, which is judged. both: of the two, to show where its detail is.
+        """
+        asked, shown = (self._evaluation(each, each.block().cpu().numpy()) for each in (alone, both))
+        self.asked = asked.signals.detail
         if self._reference is not None and len(self._reference.asked):
-            self._judge(evaluation, self._reference.answers)
+            self._judge(asked.signals.detail, self._reference.answers)
+            self.judged_at = self.judged_at or (shown if self._sized else None)
 
     def take_in(self, measurement: Measurement, block: np.ndarray) -> None:
         """Takes in the next evaluation, from its block ``[5 + patches, B]`` in host memory; judges the first."""
         evaluation = self._evaluation(measurement, block)
-        if not self.evaluations and self._reference is not None and evaluation.level.sigma > OPEN_SIGMA:
-            self._judge(evaluation, self._reference.tail(evaluation.level.angle))
+        if self._guided and measurement.guidance is None:
+            nothing = np.full(block.shape[1], np.nan)
+            evaluation.signals = Signals(*(nothing for _ in Signals._fields))
+        in_noise = not self.evaluations and evaluation.level.sigma > OPEN_SIGMA
+        if in_noise and self._sized and self._reference is not None:
+            self.judged_at = evaluation
+            self._judge(evaluation.signals.detail, self._reference.tail(evaluation.level.angle))
         # A sample that was NaN or infinite once has lost its trajectory: what comes later means nothing.
         self.broken[~np.isfinite(block[1:4]).all(axis=0) & (self.broken < 0)] = len(self.evaluations)
         self.evaluations.append(evaluation)
@@ -97,18 +116,15 @@ class Judge:
         block[5:] /= measurement.depth
         sigma = measurement.sigma
         level = self._level(float(block[0, 0]) if isinstance(sigma, Tensor) else sigma)
-        found = signals(block, level)
-        if self._guided and measurement.guidance is None:
-            found = Signals(*(np.full_like(values, np.nan) for values in found))
         if not len(self.trigger):
             batch = block.shape[1]
             self.trigger, self.broken, self.p_value = np.full(batch, -1), np.full(batch, -1), np.full(batch, np.nan)
-        return Evaluation(level, found, block[5:])
+        grid = () if measurement.patches is None else tuple(measurement.patches.shape[1:])
+        return Evaluation(level, signals(block, level), block[5:], grid)
 
-    def _judge(self, evaluation: Evaluation, tail: Tail) -> None:
+    def _judge(self, detail: np.ndarray, tail: Tail) -> None:
         """Judges the samples that are suspicious, or not judged yet: what else is in a batch has no part in a verdict."""
-        self.judged_at = self.judged_at or evaluation
-        self.p_value = decided(self.p_value, tail.p_value(evaluation.signals.detail))
+        self.p_value = decided(self.p_value, tail.p_value(detail))
         # A rate that the references cannot tell would never trigger.
         self.trigger = np.where(self.p_value <= max(self._rate, tail.lowest), 0, -1)
 
@@ -158,11 +174,11 @@ class Judge:
             corrected=np.array([one.corrected is not None and bool(one.corrected[sample]) for one in self.evaluations]),
         )
 
-    def map(self, sample: int, grid: tuple[int, ...] | None) -> np.ndarray:
+    def map(self, sample: int) -> np.ndarray:
         """By how many standard deviations each patch has more detail than ordinary ones, where the prompt was judged."""
         at = self.judged_at
-        if self._reference is None or at is None or grid is None or not len(at.patches):
+        if self._reference is None or at is None or len(at.patches) < 2:
             return np.zeros((0, 0))
         mean, std = self._reference.patch(at.level.angle)
         with np.errstate(divide="ignore", invalid="ignore"):
-            return ((0.5 * np.log(at.patches[:, sample]) - mean) / std).reshape(grid)
+            return ((0.5 * np.log(at.patches[:, sample]) - mean) / std).reshape(at.grid)

@@ -138,8 +138,9 @@ class StabilityMonitor:
             sigma: the host's own noise level, ``[B]`` or one number.
             cond, uncond: clean latents predicted with and without the prompt, before guidance, of any dtype; ``uncond`` is
                 ``None`` where the host computed none.
-            ask: has the network evaluate another latent with the same prompts: twice at a run's beginning, where the first
-                evaluation is suspicious or not in noise (image to image, a second pass). Without it the latter is not judged.
+            ask: has the network evaluate another latent with the same prompts, of the references' size: twice at a run's
+                beginning, where the first evaluation is suspicious, not in noise (image to image, a second pass), of another
+                size, or one prediction only. Without it the last three are not judged.
 
         Returns:
             ``cond`` itself where nothing is corrected; otherwise a new tensor, in which samples that are not corrected are
@@ -178,24 +179,30 @@ class StabilityMonitor:
             # The host leaves it out early; in noise it is nearly the same for every latent.
             return steering.steered(cond, self._without, chosen, guidance_scale=1.0, target=target)
         if uncond is None:
-            return steering.rescaled(cond, chosen, run.judge.usual_norm())
+            return steering.rescaled(cond, chosen, run.usual_norm())
         scale = self.settings.guidance_scale
         # At a scale of almost 0 the prompt has no part in the image.
         usable = USUAL_GUIDANCE if scale is None else scale if abs(scale) > 0.1 else 1.0
         return steering.steered(cond, uncond, chosen, guidance_scale=usable, target=target)
 
     def _ask(self, like: Tensor, ask: Ask) -> None:
-        """Judges the run by what its prompts say in a noise that is the same for all, and in its negative."""
+        """Judges the run by what its prompts say in a noise that is the same for all, and in its negative.
+
+        The noise has the size of the references, whatever the run's is. The prediction without the prompt has no part in it,
+        so that a negative prompt has none, and a host may leave it out.
+        """
         try:
-            noise = torch.randn(like.shape[1:], generator=torch.Generator().manual_seed(0)).to(like).expand_as(like)
+            shape = self._run.reference_shape or like.shape[1:]
+            noise = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(like).expand(len(like), *shape)
             # Some networks draw at random (merged tokens): the sampler is to draw what it would have drawn.
             with torch.random.fork_rng([like.device] if like.device.type == "cuda" else []):
                 (x, sigma, *first), (_, _, *second) = ask(noise), ask(-noise)
             cond, uncond = (None if a is None or b is None else (a + b) / 2 for a, b in zip(first, second, strict=True))
             assert cond is not None
-            self._without = uncond
-            found = Meter().measure(x, sigma, cond, uncond, self._run.scale)
-            self._run.judge.take_in_asked(found, found.block().cpu().numpy())
+            self._without = uncond if tuple(shape) == tuple(like.shape[1:]) else None
+            meter = Meter()
+            alone = meter.measure(x, sigma, cond, None, self._run.scale)
+            self._run.judge.take_in_asked(alone, meter.measure(x, sigma, cond, uncond, self._run.scale))
         except Exception as error:
             log.warning("Memorization Guard cannot judge this run; the image is not affected: %s", error, exc_info=error)
             self._run.unasked = f"{type(error).__name__}: {error}"
@@ -303,8 +310,6 @@ class StabilityMonitor:
         arrivals, self._arrivals = self._arrivals, []
         if not waiting:
             return
-        if waiting[0].patches is not None and waiting[0].patches[0].numel() > 1:
-            self._run.grid = tuple(waiting[0].patches.shape[1:])
         blocks = [arrival.numpy() for arrival in arrivals]
         if len(arrivals) < len(waiting):
             rows = [measurement.block() for measurement in waiting]  # the first is longer, by its patches

@@ -17,10 +17,12 @@ them there, so one stability profile means the same in every host.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 #: The largest noise-to-signal ratio that is told apart from pure noise.
 MAX_SIGMA = 4096.0
@@ -151,6 +153,12 @@ class Timesteps:
 def widened(x: Tensor) -> Tensor:
     """``x`` in float32 if it is of half precision, which would round what is computed from it; otherwise itself."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def resized(x: Tensor, size: Sequence[int]) -> Tensor:
+    """A copy of ``x`` ``[B, C, ...]`` whose last axes have another size, by nearest values: of a latent, and of what stands
+    beside one (a mask, an image to go by)."""
+    return x.clone() if tuple(x.shape[2:]) == tuple(size) else functional.interpolate(x, size=tuple(size), mode="nearest")
 
 
 def sample_norm(x: Tensor) -> Tensor:

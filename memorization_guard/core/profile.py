@@ -24,7 +24,7 @@ from .signals import Signals
 
 FORMAT = "memorization-guard.profile"
 EXTENSION = ".safetensors"
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 
 #: Relative distance up to which two noise levels, or two guidance scales, count as the same.
 SIGMA_TOLERANCE = 0.01
@@ -238,11 +238,12 @@ class StabilityProfile:
     def check(self, settings: RunSettings) -> ProfileCheck:
         """Names every field in which a run differs from this profile; what either side does not know is no difference.
 
-        Invalid (never judged): other weights, prediction type or latent shape. Transferred, with the reference runs: another
-        sampler, other noise levels, and another guidance scale; without reference runs they are invalid too. Guidance up to
-        10 % away, and a run over part of the profile's schedule in the same steps (image to image), only weaken. A model name
-        or scheduler name that differs is a warning when what the name stands for (weights, noise levels) cannot be compared
-        or agrees. Whether there is a prediction without the prompt is seen at each evaluation: a scale of 1 does not tell.
+        Invalid (never judged): other weights or prediction type. Transferred, with the reference runs: another sampler, other
+        noise levels, another guidance scale, and another size, where the network could be asked about the references; without
+        reference runs they are invalid too. Guidance up to 10 % away, and a run over part of the profile's schedule in the
+        same steps (image to image), only weaken. A model name or scheduler name that differs is a warning when what the name
+        stands for (weights, noise levels) cannot be compared or agrees. Whether there is a prediction without the prompt is
+        seen at each evaluation: a scale of 1 does not tell.
         """
         invalid: list[Mismatch] = []
         weakened: list[Mismatch] = []
@@ -252,9 +253,11 @@ class StabilityProfile:
             ours, theirs = getattr(self.settings, name), getattr(settings, name)
             return Mismatch(name, ours, theirs) if None not in (ours, theirs) and ours != theirs else None
 
-        for name in ("model_hash", "prediction_type", "latent_shape"):
+        for name in ("model_hash", "prediction_type"):
             if found := differs(name):
                 invalid.append(found)
+        if found := differs("latent_shape"):
+            (transferred if self._resizable(found.run) else invalid).append(found)
         if found := differs("sampler"):
             transferred.append(found)
         same_weights = self.settings.model_hash is not None and self.settings.model_hash == settings.model_hash
@@ -274,6 +277,12 @@ class StabilityProfile:
         if found := differs("scheduler"):
             weakened.append(found)
         return ProfileCheck(tuple(invalid), () if self.reference is None else tuple(transferred), tuple(weakened))
+
+    def _resizable(self, shape: tuple[int, ...]) -> bool:
+        """Whether latents of this shape are the references' in another size."""
+        ours = self.settings.latent_shape or ()
+        asked = self.reference is not None and len(self.reference.asked) > 0
+        return asked and len(ours) == len(shape) >= 3 and ours[0] == shape[0]
 
     def _covers(self, sigmas: Sequence[float], end_sigma: float | None) -> bool:
         row = None

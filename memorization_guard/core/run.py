@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -85,7 +86,6 @@ class Run:
         level: the noise level that the host's own number stands for.
         check: how the profile fits the settings, or ``None`` without a profile.
         batch: number of samples; 0 before the first latent.
-        grid: patches of the latent, height and width.
         taken: number of evaluations taken in, judged or not.
         error: what ended the watching early. ended: why the run came to no regular end.
         unasked: why a run that does not begin in noise could not be judged by a probe.
@@ -97,7 +97,6 @@ class Run:
     settings: RunSettings
     level: Callable[[float], NoiseLevel]
     batch: int = 0
-    grid: tuple[int, ...] | None = None
     taken: int = 0
     steps: list[Step] = field(default_factory=list)
     error: Exception | None = None
@@ -115,6 +114,22 @@ class Run:
         return self.profile.reference
 
     @cached_property
+    def reference_shape(self) -> tuple[int, ...] | None:
+        """Shape of one latent of the references; ``None`` if unknown."""
+        return self.profile.settings.latent_shape if self.reference is not None and self.profile is not None else None
+
+    @property
+    def other_size(self) -> bool:
+        """Whether the run's latents have another size than those of the references."""
+        ours, theirs = self.settings.latent_shape, self.reference_shape
+        return None not in (ours, theirs) and ours != theirs
+
+    def usual_norm(self) -> float:
+        """The norm that ordinary images' x0 has at the last evaluation."""
+        norm, ours, theirs = self.judge.usual_norm(), self.settings.latent_shape, self.reference_shape
+        return norm if ours is None or theirs is None else norm * math.sqrt(math.prod(ours) / math.prod(theirs))
+
+    @cached_property
     def detector(self) -> published.Detector | None:
         """Who judges solver steps, where the published method was asked for and the profile holds for them."""
         if self.profile is None or self.check is None or not self.check.exact or self.thresholds.method != "published":
@@ -130,7 +145,7 @@ class Run:
     @cached_property
     def judge(self) -> Judge:
         rate = self.thresholds.false_positive_rate
-        return Judge(self.reference, rate, guided=self.scale != 1.0, level=self.level)
+        return Judge(self.reference, rate, guided=self.scale != 1.0, sized=not self.other_size, level=self.level)
 
     @cached_property
     def judges(self) -> bool:
@@ -176,7 +191,7 @@ class Run:
 
     def _bands(self, levels: Sequence[NoiseLevel]) -> dict[str, dict[str, np.ndarray]]:
         """Of steps, from the noise levels before each and after the last."""
-        if not self.judges or self.profile is None or self.check is None or len(levels) < 2:
+        if not self.judges or self.profile is None or self.check is None or self.other_size or len(levels) < 2:
             return {}
         return self.profile.bands([self._sigma(level) for level in levels[:-1]], levels, exact=self.check.exact)
 
@@ -231,7 +246,7 @@ class Run:
                 asked=None if judge.asked is None else _finite(judge.asked, sample),
                 steps=self._traced(sample, norms, scores, mitigated),
                 evaluations=judge.traced(sample, of_step, self.settings.prediction_type),
-                local_map=judge.map(sample, self.grid),
+                local_map=judge.map(sample),
                 bands=bands,
                 reference_count=self._reference_count,
                 settings=self.settings,
@@ -302,20 +317,25 @@ class Run:
                 reasons = "; ".join(map(str, self.check.transferred))
                 return f"The published method holds for one sampler and schedule ({reasons})."
             return "The profile has the published bands alone: calibrate again for one that holds for any sampler."
-        judge = self.judge
-        if self.reference is not None and judge.evaluations and judge.judged_at is None:
-            begins = judge.evaluations[0].level.sigma
-            return (
-                f"The run begins at noise level {begins:.2g}, below {OPEN_SIGMA:g}: what the prompt does cannot be seen there"
-                f"{f', and could not be asked for ({self.unasked})' if self.unasked else ''}. Judge a run of the prompt that "
-                "begins in noise."
-            )
-        if self.judges and judge.alone and np.isnan(judge.p_value).any():
-            return (
-                f"{judge.alone} of {self.taken} evaluations gave one prediction only and could not be judged: the profile was "
-                "made with guidance."
-            )
+        if self.reference is not None and self.judge.evaluations and np.isnan(self.judge.p_value).any():
+            return self._unjudged()
         return None if self.check == ProfileCheck() else str(self.check)
+
+    def _unjudged(self) -> str:
+        """Why a run with a profile could not be judged, and what to do."""
+        begins = self.judge.evaluations[0].level.sigma
+        asked = f", and what the prompt does could not be asked for ({self.unasked or 'this host has no way to ask'})"
+        if self.other_size:
+            sizes = f"latents of {self.settings.latent_shape}, the profile of {self.reference_shape}"
+            return f"The run has {sizes}{asked}. Calibrate a profile with the run's size."
+        if begins <= OPEN_SIGMA:
+            below = (
+                f"The run begins at noise level {begins:.2g}, below {OPEN_SIGMA:g}: what the prompt does cannot be seen there"
+            )
+            return f"{below}{asked}. Judge a run of the prompt that begins in noise."
+        if self.judge.alone:
+            return f"The network gave one prediction only{asked}: the profile was made with guidance. Calibrate one without."
+        return "The first prediction is NaN or infinite: run the model in float32 or bfloat16."
 
 
 def _finite(values: np.ndarray, sample: int) -> float | None:

@@ -18,7 +18,7 @@ from .reference import OPEN_SIGMA
 from .settings import MODES, VERDICTS, Mode, RunSettings, Thresholds, Verdict
 
 FORMAT = "memorization-guard.trace"
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 
 #: What every trace, report and record says of itself: what was measured, and what that does not prove.
 STATEMENT = (
@@ -183,7 +183,7 @@ class Trace:
         return np.array([NoiseLevel.from_model(sigma, kind).angle for sigma in self.evaluations.sigma])
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON form, version 4; strict JSON, with ``null`` for what is not there."""
+        """The JSON form, version 5; strict JSON, with ``null`` for what is not there."""
         return {
             "format": FORMAT,
             "version": FORMAT_VERSION,

@@ -193,7 +193,52 @@ for guider in ("CFG", "PerpNeg"):
         assert len(corrected) >= (1 if "mitigate" in modes else 0), name
 
 
-def test_without_guidance_a_profile_made_with_it_judges_nothing_and_says_so(in_comfyui: Any) -> None:
+def test_another_size_a_second_pass_of_it_and_negative_prompts_change_no_verdict(in_comfyui: Any) -> None:
+    result = in_comfyui(
+        SETUP
+        + """
+import comfy.sample
+
+def run(prompts, mode, size, denoise=1.0, latent=None, negative=""):
+    model, log = lab.sampling.guard(lab.model, mode=mode, profile=lab.profile)
+    latent = torch.zeros(len(prompts), 4, *size) if latent is None else latent
+    noise = torch.cat([comfy.sample.prepare_noise(latent[:1], 5 + i) for i in range(len(prompts))])
+    conds = [lab.encoded(prompts), lab.encoded([negative])]
+    with torch.inference_mode():
+        out = comfy.sample.sample(model, noise, 12, 7.5, "euler", "normal", *conds, latent, denoise=denoise, disable_pbar=True)
+    return out, log.runs()[0].traces
+
+LONG = "worst quality, low quality, blurry, watermark, text, ugly, deformed, extra fingers, jpeg artifacts"
+for name, prompts in (("exact", exact), ("ordinary", ordinary)):
+    first, _ = run(prompts, "trace", (16, 16))
+    larger = torch.nn.functional.interpolate(first, size=(24, 24), mode="nearest")
+    ways = {
+        "wide": dict(size=(16, 24)), "tall": dict(size=(24, 16)), "large": dict(size=(32, 32)), "small": dict(size=(12, 12)),
+        "second pass": dict(size=(24, 24), latent=larger, denoise=0.6),
+        "a long negative prompt": dict(size=(16, 16), negative=LONG),
+        "a memorized negative prompt": dict(size=(16, 16), negative=exact[0] if name == "ordinary" else exact[1]),
+    }
+    for way, how in ways.items():
+        out, traces = run(prompts, "mitigate", **how)
+        plain, _ = run(prompts, "trace", **how)
+        result[f"{name}: {way}"] = {
+            "verdicts": [trace.verdict for trace in traces],
+            "corrected": [bool(trace.evaluations.corrected[0]) for trace in traces],
+            "untouched": torch.equal(out, plain),
+            "left": sum(lab.copies(out, prompts)) if prompts is exact and out.shape[2:] == (16, 16) else 0,
+        }
+""",
+        BENCHMARKS,
+    )
+    for name, found in result.items():
+        memorized = name.startswith("exact")
+        assert found["verdicts"] == (["likely copy"] * 2 if memorized else ["stable"] * 2), name
+        assert found["corrected"] == [memorized] * 2, name
+        assert found["untouched"] == (not memorized), name
+        assert found["left"] == 0, name
+
+
+def test_without_guidance_the_answers_are_judged(in_comfyui: Any) -> None:
     result = in_comfyui(
         SETUP
         + """
@@ -223,7 +268,6 @@ for name, guider in {"CFG 1": unguided, "BasicGuider": basic}.items():
         BENCHMARKS,
     )
     for name, found in result.items():
-        assert found["identical"], name
-        assert found["verdicts"] == ["unscored"] * 2, name
-        assert found["note"].startswith("12 of 12 evaluations gave one prediction only and could not be judged"), name
+        assert not found["identical"], name
+        assert found["verdicts"] == ["likely copy"] * 2, name
         assert found["evaluations"] == 12, name

@@ -1,5 +1,6 @@
 """The monitor: what it measures, when an image triggers, and what is left once it was corrected."""
 
+import dataclasses
 import json
 import logging
 import math
@@ -195,7 +196,7 @@ def test_a_run_that_begins_in_the_middle_is_judged_by_asking(world):
 
 def test_without_a_way_to_ask_a_run_that_begins_in_the_middle_says_so(world, profile):
     low = world.schedule(8, start=1.5)
-    for ask, why in ((None, "cannot be seen there"), (lambda noise: 1 / 0, "ZeroDivisionError")):
+    for ask, why in ((None, "no way to ask"), (lambda noise: 1 / 0, "ZeroDivisionError")):
         monitor = StabilityMonitor(with_answers(world) if ask else profile, mode="mitigate", settings=world.settings(low))
         world.sample(monitor, sigmas=low, memorized=2.0, ask=ask)
         trace = monitor.traces[0]
@@ -203,6 +204,81 @@ def test_without_a_way_to_ask_a_run_that_begins_in_the_middle_says_so(world, pro
         assert "begins at noise level 1.5" in trace.note
         assert why in trace.note
         assert not trace.mitigated.any()
+
+
+def resized_run(world, profile, *, ask, shape=(4, 12, 16), mode="mitigate"):
+    """One evaluation of latents of another size than the references', and what is to go on."""
+    settings = dataclasses.replace(world.settings(), latent_shape=shape)
+    monitor = StabilityMonitor(profile, mode=mode, settings=settings)
+    x = torch.randn(1, *shape, generator=torch.Generator().manual_seed(5)) * 14
+    cond = x / 20
+    return monitor, cond, monitor.predicted(x, 14.0, cond, cond * 0.9, ask=ask)
+
+
+def test_a_run_of_another_size_is_judged_by_asking_at_the_size_of_the_references(world):
+    profile = with_answers(world)
+    for factor, verdict in ((1.0, "stable"), (2.0, "likely copy")):
+        asked = []
+        monitor, cond, kept = resized_run(world, profile, ask=asking(world, memorized=factor, asked=asked))
+        assert [tuple(noise.shape) for noise in asked] == [(1, *world.shape)] * 2
+        trace = monitor.traces[0]
+        assert trace.verdict == verdict
+        assert "latent shape: profile (4, 8, 8), run (4, 12, 16)" in trace.note
+        assert not trace.local_map.size
+        assert not trace.bands
+        assert (kept is cond) == (factor == 1.0)
+
+
+def test_what_cannot_be_asked_at_another_size_is_not_judged_and_says_so(world, profile):
+    def fails(noise):
+        raise RuntimeError("the mask has another size")
+
+    for ask, why in ((None, "no way to ask"), (fails, "the mask has another size")):
+        monitor, cond, kept = resized_run(world, with_answers(world), ask=ask)
+        assert kept is cond
+        assert monitor.traces[0].verdict == "unscored"
+        assert "The run has latents of (4, 12, 16), the profile of (4, 8, 8)" in monitor.traces[0].note
+        assert why in monitor.traces[0].note
+    # Latents of another kind, and a profile whose references were not asked, do not fit at all.
+    for other, shape in ((with_answers(world), (16, 8, 8)), (with_answers(world), (4, 3, 8, 8)), (profile, (4, 12, 16))):
+        monitor, cond, kept = resized_run(world, other, ask=asking(world, memorized=3.0), shape=shape)
+        assert not monitor.judges
+        assert "does not fit" in monitor.traces[0].note
+
+
+def test_one_prediction_alone_is_judged_by_asking(world):
+    """At a guidance scale of 1 there is no prediction without the prompt; the answers need none."""
+    profile = with_answers(world)
+    for factor, verdict in ((1.0, "stable"), (2.0, "likely copy")):
+        monitor = StabilityMonitor(profile, mode="mitigate", settings=world.settings(guidance=1.0))
+        world.sample(monitor, guided=False, memorized=factor, ask=asking(world, memorized=factor))
+        assert monitor.traces[0].verdict == verdict
+        assert monitor.traces[0].mitigated.any() == (factor > 1)
+
+
+def test_a_negative_prompt_has_no_part_in_the_answers(world):
+    """What the prediction without the prompt holds makes the first evaluation suspicious, and decides nothing."""
+    profile = with_answers(world)
+
+    def negative(ask):
+        def with_detail(noise):
+            x, sigma, cond, uncond = ask(noise)
+            return x, sigma, cond, uncond + 3 * torch.randn(uncond.shape, generator=torch.Generator().manual_seed(7))
+
+        return with_detail
+
+    for factor, verdict in ((1.0, "stable"), (2.0, "likely copy")):
+        ask = asking(world, memorized=factor)
+        x, sigma, cond, uncond = negative(ask)(torch.randn(1, *world.shape, generator=torch.Generator().manual_seed(8)))
+        monitor = StabilityMonitor(profile, mode="mitigate", settings=world.settings())
+        monitor.predicted(x, sigma, cond, uncond, ask=negative(ask))
+        plain = StabilityMonitor(profile, settings=world.settings())
+        plain.predicted(x, sigma, cond, ask(x / sigma)[3], ask=ask)
+        found = monitor.traces[0]
+        assert found.asked is not None
+        assert found.verdict == verdict
+        if factor > 1:
+            assert found.p_value == plain.traces[0].p_value
 
 
 def test_only_what_is_suspicious_is_asked_about(world):
@@ -325,7 +401,7 @@ def test_one_prediction_alone_is_not_judged_by_a_profile_with_guidance(world, pr
     world.sample(monitor, guided=False, memorized=2.0)
     assert monitor.traces[0].verdict == "unscored"
     assert monitor.traces[0].nonfinite_step is None
-    assert "20 of 20 evaluations gave one prediction only" in monitor.traces[0].note
+    assert "gave one prediction only, and what the prompt does could not be asked for" in monitor.traces[0].note
     partly = StabilityMonitor(profile, settings=world.settings())
     for number, sigma in enumerate((14.0, 10.0, 1.0)):
         x = torch.randn(1, *world.shape) * sigma

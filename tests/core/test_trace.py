@@ -74,7 +74,7 @@ def test_the_documents_name_every_field(traces, request):
     ("change", "message"),
     [
         (lambda d: d.update(format="other"), "not a trace"),
-        (lambda d: d.update(version=2), "reads 4"),
+        (lambda d: d.update(version=2), "reads 5"),
         (lambda d: d.pop("steps"), "incomplete"),
         (lambda d: d["evaluations"].pop("velocity"), "incomplete"),
         (lambda d: d["steps"].update(sigma="12345"), "incomplete"),
