@@ -52,8 +52,8 @@ class Controls:
         if accordion:
             with InputAccordion(False, label=TITLE, elem_id=elem_id("enabled")) as enabled:
                 self.inputs = [enabled, *self._common(_ON, host_inputs)]
-            # What the dropdown's script made comes back there.
-            self.infotext_fields = [PasteField(enabled, lambda fields: TITLE in fields and fields.get("Script") != TITLE)]
+            # What the dropdown's script made comes back there. An image that we have no part in leaves the guard on.
+            self.infotext_fields = [PasteField(enabled, _pasted_enabled)]
         else:
             self.inputs = self._common((*_ON, COMPARE, CALIBRATE), host_inputs)
             self.infotext_fields = []
@@ -197,6 +197,11 @@ def _describe_fit(name: str, sampler: Any = None, cfg: Any = None, width: Any = 
         kind = "" if check.valid else " class='error'"
         verdict = f"<p{kind}>{html.escape(str(check))}</p>"
     return f"<p>{html.escape(profiles.describe(profile))}.</p>{verdict}"
+
+
+def _pasted_enabled(fields: Mapping[str, str]) -> bool | None:
+    """Whether a pasted image switches the accordion on or off; ``None`` where it says nothing of us."""
+    return None if TITLE not in fields else fields.get("Script") != TITLE
 
 
 def _pasted(get: Callable[[Options], Any]) -> Callable[[Mapping[str, str]], Any]:

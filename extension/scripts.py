@@ -15,7 +15,7 @@ from ..memorization_guard import Mode, StabilityProfile
 from . import profiles, sampling, xyz
 from .controls import CALIBRATE, COMPARE, HOST_INPUTS, Controls, add_settings, setting
 from .live import LiveRuns, add_route
-from .session import CALIBRATING, CHOSEN, LABEL, SESSION, TITLE, Options, Session
+from .session import CALIBRATING, CHOSEN, FAILED, LABEL, SESSION, TITLE, Options, Session
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +72,7 @@ class MemorizationGuardAccordion(_WithControls):
 
     def before_process(self, p: Any, enabled: bool = False, *args: Any) -> None:
         setattr(p, SESSION, None)
+        setattr(p, FAILED, None)
         session = None
         # What was written for another cell of a plot, which may share the mapping.
         fields = p.extra_generation_params.items()
@@ -87,6 +88,7 @@ class MemorizationGuardAccordion(_WithControls):
             # The image is made all the same.
             log.warning("%s: not watched: %s", TITLE, error)
             p.comment(f"{TITLE}: not watched: {error}")
+            setattr(p, FAILED, f"not watched: {error}")
         setattr(p, SESSION, session)
 
     def _choice(self, p: Any, enabled: bool, args: tuple[Any, ...]) -> tuple[Options | None, StabilityProfile | None]:
@@ -113,7 +115,9 @@ class MemorizationGuardAccordion(_WithControls):
             session.saving = p.iteration, p.batch_index
 
     def postprocess(self, p: Any, processed: Any, *args: Any) -> None:
-        session = getattr(p, SESSION, None)
+        session, failed = getattr(p, SESSION, None), getattr(p, FAILED, None)
+        if failed is not None and getattr(p, "is_api", False):
+            p.extra_generation_params[f"{TITLE} traces"] = _InInfo(images=[], warnings=[failed])
         if session is None or getattr(p, CALIBRATING, False):
             return
         said = len(p.comments)
@@ -123,7 +127,7 @@ class MemorizationGuardAccordion(_WithControls):
         processed.comments += "".join(f"{comment}\n" for comment in list(p.comments)[said:])
         if getattr(p, "is_api", False):
             # The host calls what it finds callable, and writes what it does not know as null.
-            p.extra_generation_params[f"{TITLE} traces"] = _InInfo(images=session.report(p))
+            p.extra_generation_params[f"{TITLE} traces"] = _InInfo(images=session.report(p), warnings=session.said)
         if setting("gallery_graph"):
             for number in range(len(p.all_prompts)):
                 for drawn in session.graphs(*divmod(number, p.batch_size)):

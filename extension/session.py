@@ -50,6 +50,7 @@ SESSION = "memorization_guard_session"
 CHOSEN = "memorization_guard_options"  # what the dropdown's script chose, instead of the accordion
 LABEL = "memorization_guard_label"
 CALIBRATING = "memorization_guard_calibrating"  # what the run serves for, of a reference
+FAILED = "memorization_guard_failed"  # why a generation is not watched that should be
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class Options:
             return None
         try:
             constants = [fields.get(f"{TITLE} {each.name}") for each in CONSTANTS]
-            return cls.of(fields[TITLE], fields.get(f"{TITLE} profile"), *constants)
+            return cls.of(fields[TITLE].partition(",")[0], fields.get(f"{TITLE} profile"), *constants)
         except ValueError:
             return None  # written by hand, or by another version
 
@@ -115,6 +116,20 @@ def pasted_result(fields: Mapping[str, str]) -> str:
             ]
             passes.append(", ".join(words))
     return "; ".join(passes)
+
+
+class _ModeField(str):
+    """The mode, as what reads all fields has it; called by the host for an image's infotext, what became of it there."""
+
+    def __new__(cls, mode: str, became: Callable[..., str]) -> _ModeField:
+        field = super().__new__(cls, mode)
+        field._became = became
+        return field
+
+    _became: Callable[..., str]
+
+    def __call__(self, **scope: Any) -> str:
+        return self._became(scope)
 
 
 @dataclass
@@ -157,7 +172,8 @@ class Session:
         self._live = live
         self._task = task
         self._label = label
-        self._said: set[str] = set()
+        #: What the user was told below the images.
+        self.said: list[str] = []
         #: The image that the host is about to save, as (batch, number in it).
         self.saving: tuple[int, int] | None = None
         self._saved: tuple[Any, _Evidence] | None = None
@@ -179,7 +195,7 @@ class Session:
         )
         outline = monitor.outline()
         self.runs.append(Run(name, batch, hires, monitor, outline["note"]))
-        if self._profile is not None and not monitor.judges:
+        if outline["note"] is not None and not monitor.judges:
             self.say(p, f"hires pass: {outline['note']}" if hires else outline["note"])
         first = batch * p.batch_size + 1
         images = f"image {first}" if p.batch_size == 1 else f"images {first}-{first + p.batch_size - 1}"
@@ -199,8 +215,8 @@ class Session:
 
     def say(self, p: Any, message: str) -> None:
         """Tells the user below the image, and once."""
-        if message not in self._said:
-            self._said.add(message)
+        if message not in self.said:
+            self.said.append(message)
             log.warning("%s: %s", TITLE, message)
             p.comment(f"{TITLE}: {message}")
 
@@ -211,21 +227,32 @@ class Session:
     def write_infotext(self, p: Any) -> None:
         """Has the host write what is known of each image into its infotext."""
         fields = self.options.infotext()
+        fields[TITLE] = _ModeField(self.options.mode, self._mode)
         for hires in (False, True):
             for name in ("verdict", "rarity", "score", "trigger step"):
                 key = f"{TITLE} {'hires ' if hires else ''}{name}"
                 fields[key] = lambda _name=name, _hires=hires, **scope: self._field(_name, _hires, scope)
         p.extra_generation_params.update(fields)
 
-    def _field(self, name: str, hires: bool, scope: Mapping[str, Any]) -> str | None:
-        """Called by the host's ``create_infotext`` with its own variables."""
+    def _scoped(self, scope: Mapping[str, Any]) -> list[tuple[Run, Trace]]:
+        """The runs of the image that the host's ``create_infotext`` is about, by its own variables."""
         p, index = scope["p"], scope["index"]
-        if scope.get("use_main_prompt"):
-            return None  # a grid of several images
         # While a batch is made the host counts within it, and afterwards over all.
         inside = scope.get("all_prompts") is getattr(p, "prompts", None)
-        batch, index = (p.iteration, index) if inside else divmod(index, p.batch_size)
-        trace = next((trace for run, trace in self.runs_of(batch, index) if run.hires == hires), None)
+        return self.runs_of(*(p.iteration, index) if inside else divmod(index, p.batch_size))
+
+    def _mode(self, scope: Mapping[str, Any]) -> str:
+        """The mode, and whether it came to nothing: who reads *mitigate* is to know that the image was protected."""
+        of_image = [trace for run in self.runs for trace in run.traces]  # a grid of several images
+        if not scope.get("use_main_prompt"):
+            of_image = [trace for _, trace in self._scoped(scope)]
+        judged = of_image and all(trace.verdict != "unscored" for trace in of_image)
+        return self.options.mode if judged or self.options.mode == "trace" else f"{self.options.mode}, not judged"
+
+    def _field(self, name: str, hires: bool, scope: Mapping[str, Any]) -> str | None:
+        if scope.get("use_main_prompt"):
+            return None  # a grid of several images
+        trace = next((trace for run, trace in self._scoped(scope) if run.hires == hires), None)
         if trace is None:
             return None
         if name == "verdict":

@@ -14,8 +14,10 @@ const AXIS_TITLES = {
 };
 const BUTTONS = { update: "update", denoised: "image", latent: "latent" };
 // The badge of each verdict, the worst verdict first.
-const BADGES = { strong: "solid", "likely copy": "solid", mild: "outlined", stable: "plain", unscored: "muted" };
-const TRIGGERED = ["likely copy", "mild", "strong"];
+const BADGES = {
+  strong: "solid", "likely copy": "solid", corrected: "outlined", mild: "outlined", stable: "plain", unscored: "muted",
+};
+const TRIGGERED = ["corrected", "likely copy", "mild", "strong"];
 const NO_PROFILE = "no profile: not scored";
 const MOST_STEPS = 10000; // a larger step number is an error of the sender
 const REDRAW_MS = 50;

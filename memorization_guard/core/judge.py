@@ -71,6 +71,8 @@ class Judge:
         self.judged_at: Evaluation | None = None
         #: Detail of what the network was asked, ``[B]``; ``None`` if it was not.
         self.asked: np.ndarray | None = None
+        #: Whether any evaluation of each sample was corrected, ``[B]``; empty before the first.
+        self.corrected = np.zeros(0, dtype=bool)
         self._reference = reference
         self._rate = false_positive_rate
         self._guided = guided
@@ -119,6 +121,7 @@ class Judge:
         if not len(self.trigger):
             batch = block.shape[1]
             self.trigger, self.broken, self.p_value = np.full(batch, -1), np.full(batch, -1), np.full(batch, np.nan)
+            self.corrected = np.zeros(batch, dtype=bool)
         grid = () if measurement.patches is None else tuple(measurement.patches.shape[1:])
         return Evaluation(level, signals(block, level), block[5:], grid)
 
@@ -133,6 +136,11 @@ class Judge:
         held = self.evaluations[-1].level.sigma > HOLD_SIGMA
         return (self.trigger >= 0) & (self.broken < 0) & held
 
+    def corrects(self, chosen: np.ndarray) -> None:
+        """The last evaluation of the chosen samples ``[B]`` is corrected."""
+        self.evaluations[-1].corrected = chosen
+        self.corrected |= chosen
+
     def usual_norm(self) -> float:
         """The norm that ordinary images' x0 has at the last evaluation."""
         assert self._reference is not None
@@ -141,7 +149,7 @@ class Judge:
     def verdict(self, sample: int) -> Verdict:
         """The verdict on a sample."""
         if len(self.trigger) and self.trigger[sample] >= 0:
-            return "likely copy"
+            return "corrected" if self.corrected[sample] else "likely copy"
         judged = len(self.p_value) and np.isfinite(self.p_value[sample])
         return "stable" if judged and self.broken[sample] < 0 else "unscored"
 

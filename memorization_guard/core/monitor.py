@@ -173,7 +173,7 @@ class StabilityMonitor:
         self._judge_all()
         if self.mode != "mitigate" or not (chosen := run.judge.to_correct()).any():
             return cond
-        run.judge.evaluations[-1].corrected = chosen
+        run.judge.corrects(chosen)
         target = self.thresholds.steering_guidance
         if uncond is None and self._without is not None and run.judge.evaluations[-1].level.sigma > OPEN_SIGMA:
             # The host leaves it out early; in noise it is nearly the same for every latent.

@@ -311,7 +311,8 @@ class Run:
         if self.detector is not None and self.detector.off_schedule is not None:
             return f"The run is not scored: {self.detector.off_schedule}. Calibrate a profile with the run's own schedule."
         if self.check is None:
-            return None
+            nothing = f"No profile was given: nothing is judged, and mode {self.mode} does nothing. Give one of this model."
+            return nothing if self.mode in ("mitigate", "stop") else None
         if self.check.valid and not self.judges:
             if self.thresholds.method == "published":
                 reasons = "; ".join(map(str, self.check.transferred))

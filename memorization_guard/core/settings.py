@@ -17,10 +17,11 @@ MODES: tuple[Mode, ...] = get_args(Mode)
 Method = Literal["reference", "published"]
 METHODS: tuple[Method, ...] = get_args(Method)
 
-#: ``likely copy`` is the reference method's word for an image that triggered, ``mild`` and ``strong`` are the published one's.
-Verdict = Literal["stable", "likely copy", "mild", "strong", "unscored"]
+#: ``likely copy`` is the reference method's word for an image that triggered, and ``corrected`` for one that was led elsewhere
+#: from then on; ``mild`` and ``strong`` are the published one's.
+Verdict = Literal["stable", "corrected", "likely copy", "mild", "strong", "unscored"]
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
-TRIGGERED: tuple[Verdict, ...] = ("likely copy", "mild", "strong")
+TRIGGERED: tuple[Verdict, ...] = ("corrected", "likely copy", "mild", "strong")
 
 #: The step count at which the published constants were reported.
 PUBLISHED_STEPS = 50

@@ -26,7 +26,8 @@ STATEMENT = (
     "nor that it is none."
 )
 
-_WEIGHT: Mapping[Verdict, int] = {"stable": 0, "unscored": 1, "likely copy": 2, "mild": 2, "strong": 3}
+#: How much each says against an image, the least first.
+_WEIGHT: Mapping[Verdict, int] = {"stable": 0, "unscored": 1, "corrected": 2, "likely copy": 3, "mild": 3, "strong": 4}
 
 #: Uncalibrated score from which an image is suspected: no ordinary image of the lab models (tuning splits, samplers, guidance
 #: 3 to 12) reaches 0.36, their exact ones reach 0.36 to 0.7. What large models do is not known.
@@ -100,9 +101,9 @@ class Trace:
     """One image's run.
 
     Attributes:
-        verdict: ``"stable"``; ``"likely copy"``, or with the published method ``"mild"`` or ``"strong"``, of an image that
-            triggered; or ``"unscored"`` (no profile that fits, a latent that was NaN, or a run that was not watched to its
-            end).
+        verdict: ``"stable"``; of an image that triggered ``"likely copy"``, ``"corrected"`` if it was led elsewhere from then
+            on, or with the published method ``"mild"`` or ``"strong"``; or ``"unscored"`` (no profile that fits, a latent that
+            was NaN, or a run that was not watched to its end).
         trigger_step: the step of the evaluation that triggered, or ``None``.
         nonfinite_step: first step at which the latent was NaN or infinite, or ``None``.
         note: one sentence for people on why a run is unscored or less certain, or ``None``.
@@ -283,7 +284,7 @@ def _read(kind: type[_Record], data: Mapping[str, Any]) -> _Record:
 def worst(traces: Iterable[Trace]) -> Trace:
     """The trace that says most against an image that several runs made (a second pass, tiles).
 
-    Triggered before unscored before stable; among equals the rarest, then the highest joint score.
+    Triggered before corrected before unscored before stable; among equals the rarest, then the highest joint score.
 
     Raises:
         ValueError: if there is none.

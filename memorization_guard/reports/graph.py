@@ -82,6 +82,7 @@ _STYLES = {
 #: Roles of the badge and its text, for each verdict.
 _BADGES = {
     "stable": ("badge", "caption"),
+    "corrected": ("badge-alarm", "caption-alarm"),
     "likely copy": ("badge-solid", "caption-solid"),
     "mild": ("badge-alarm", "caption-alarm"),
     "strong": ("badge-solid", "caption-solid"),

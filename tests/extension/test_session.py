@@ -216,6 +216,26 @@ def test_every_image_of_every_batch_has_its_own_verdict(session):
     assert len({event["run"] for _, event in sent}) == 2
 
 
+def test_an_image_says_that_it_was_protected_only_where_it_was(session):
+    """Mode mitigate without a profile makes the copy: its infotext and the page say so."""
+    p = Processing()
+    one = session.Session(session.Options(mode="mitigate"), None, live=None, task=None)
+    one.write_infotext(p)
+    sample(one, p)
+    written = infotext(p, index=0, all_prompts=p.all_prompts)
+    assert written["Memorization Guard"] == "mitigate, not judged"
+    of_grid = infotext(p, index=0, all_prompts=p.all_prompts, use_main_prompt=True)
+    assert of_grid == {"Memorization Guard": "mitigate, not judged"}
+    assert session.Options.from_infotext(written).mode == "mitigate"
+    (said,) = one.said
+    assert said.startswith("No profile was given: nothing is judged, and mode mitigate does nothing.")
+    # What reads the fields without the host gets text too.
+    assert json.loads(json.dumps(p.extra_generation_params, default=lambda _: None))["Memorization Guard"] == "mitigate"
+    for trace in one.runs[0].traces:
+        trace.verdict = "corrected"
+    assert infotext(p, index=0, all_prompts=p.all_prompts)["Memorization Guard"] == "mitigate"
+
+
 def test_a_hires_pass_is_told_apart(session):
     p = Processing()
     one = session.Session(session.Options(), None, live=None, task=None)
