@@ -214,8 +214,10 @@ def test_the_published_method_is_a_choice_of_the_settings(serve):
 
 
 @pytest.mark.parametrize(("action", "status"), [("allow", 200), ("refuse", 422)])
-def test_what_is_done_with_an_unscored_image(serve, action, status):
-    answer = ask(serve(policy={"unscored": action}), ORDINARY, guidance_scale=1.0)
+def test_what_is_done_with_an_unscored_image(serve, action, status, monkeypatch):
+    client = serve(policy={"unscored": action})
+    monkeypatch.setattr("memorization_guard.adapters.sampling.fingerprint", lambda _: 1 / 0)
+    answer = ask(client, ORDINARY)
     assert answer.status_code == status
     assert answer.headers["X-Memorization-Verdict"] == "unscored"
     assert "X-Memorization-Score" not in answer.headers
@@ -301,7 +303,7 @@ def test_requests_side_by_side_are_those_one_after_the_other(serve, pipe):
         together = list(pool.map(lambda body: ask(client, accept="application/json", **body).json(), REQUESTS))
     assert together == alone
     assert len({answer["image"] for answer in alone}) == len(REQUESTS)
-    assert len({answer["trace"]["verdict"] for answer in alone}) >= 3
+    assert {answer["trace"]["verdict"] for answer in alone} == {"stable", "corrected"}
     assert not pipe.unet._forward_hooks
 
 
@@ -455,13 +457,13 @@ def test_nothing_of_a_prompt_leaves_but_in_the_image(serve, caplog, capfd):
 def test_prometheus_is_told_what_was_done(serve):
     client = serve(policy={"triggered": "mitigate", "unscored": "refuse"})
     assert all(value == 0 for (name, *_), value in metrics_of(client).items() if not name.endswith("_created"))
-    answers = [ask(client), ask(client, ORDINARY), ask(client, OTHERS[0]), ask(client, ORDINARY, guidance_scale=1.0)]
+    answers = [ask(client), ask(client, ORDINARY), ask(client, OTHERS[0]), ask(client, OTHERS[1], guidance_scale=1.0)]
     found = metrics_of(client)
     outcomes = {labels[0]: v for (name, *labels), v in found.items() if name == "requests_total"}
-    assert outcomes == {"served": 1, "mitigated": 2, "refused": 1, "failed": 0, "turned_away": 0, "abandoned": 0}
+    assert outcomes == {"served": 1, "mitigated": 3, "refused": 0, "failed": 0, "turned_away": 0, "abandoned": 0}
     verdicts = {labels[0]: v for (name, *labels), v in found.items() if name == "verdicts_total"}
-    assert verdicts == {"stable": 1, "likely copy": 2, "mild": 0, "strong": 0, "unscored": 1}
-    assert found["corrected_images_total",] == 2
+    assert verdicts == {"stable": 1, "corrected": 3, "likely copy": 0, "mild": 0, "strong": 0, "unscored": 0}
+    assert found["corrected_images_total",] == 3
     assert found["corrected_steps_total",] == sum(int(a.headers["X-Memorization-Corrected-Steps"]) for a in answers) > 2
     assert found["sampling_seconds_count",] == found["overhead_seconds_count",] == 4
     assert 0 < found["overhead_seconds_sum",] < 0.5 * found["sampling_seconds_sum",]

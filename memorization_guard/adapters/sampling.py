@@ -127,12 +127,9 @@ class Sampling:
         if sample.numel() != evaluation.x.numel():
             shapes = f"{tuple(evaluation.x.shape)} and {tuple(sample.shape)}"
             raise ValueError(f"the network is not given the latent that the scheduler steps from ({shapes})")
-        if not self._steps:
-            base = evaluation.cond if evaluation.uncond is None else evaluation.uncond
-            along = torch.nn.functional.cosine_similarity(guided.flatten().float(), base.flatten().float(), dim=0)
-            # Waits for the device, once a run. Some pipelines turn the prediction round, so that x0 is not what it seems.
-            if guided.numel() == base.numel() and float(along) * self._network.schedule.output_sign < -0.5:
-                raise ValueError("this pipeline does not hand its network's prediction to the scheduler as it is")
+        # Waits for the device, once a run. Some pipelines turn the prediction round, so that x0 is not what it seems.
+        if not self._steps and _along(guided, evaluation) * self._network.schedule.output_sign < 0:
+            raise ValueError("this pipeline does not hand its network's prediction to the scheduler as it is")
 
     def after_step(self, guided: Tensor, sample: Tensor, proposed: Tensor) -> Tensor:
         """The scheduler has stepped from ``sample`` to ``proposed``; gives the latent to go on with."""
@@ -209,3 +206,16 @@ class Sampling:
             sigmas=tuple(sigmas),
             end_sigma=end,
         )
+
+
+def _along(guided: Tensor, evaluation: Evaluation) -> float:
+    """How much of the network's own predictions a guided one holds, together: 1 whatever the guidance scale, negative where
+    it was turned round. 1 where they cannot be compared."""
+    parts = [part for part in (evaluation.cond, evaluation.uncond) if part is not None]
+    if any(part.numel() != guided.numel() for part in parts):
+        return 1.0
+    basis = torch.stack([part.flatten().float() for part in parts], dim=1)
+    gram = basis.T @ basis
+    # Two predictions that are nearly the same share what there is.
+    gram += 1e-4 * gram.diagonal().mean() * torch.eye(len(parts), device=gram.device)
+    return float(torch.linalg.solve(gram, basis.T @ guided.flatten().float()).sum())

@@ -167,7 +167,7 @@ def test_every_sampler_is_corrected_from_its_first_evaluation_on(name, profile):
     mitigated = sample(name, Prompts(seeds, memorized), noise(), monitor)
     plain = sample(name, Prompts(seeds, memorized), noise())
     ordinary, copy = monitor.traces
-    assert (ordinary.verdict, copy.verdict) == ("stable", "likely copy")
+    assert (ordinary.verdict, copy.verdict) == ("stable", "corrected")
     assert not ordinary.evaluations.corrected.any()
     assert copy.trigger_step == 0
     np.testing.assert_array_equal(copy.evaluations.corrected, copy.evaluations.sigma > HOLD_SIGMA)

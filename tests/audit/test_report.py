@@ -139,6 +139,7 @@ def test_what_came_out_is_counted(audit):
     assert found["prompts_triggered"]["chance"] == pytest.approx(30 * (1 - 0.995**2))
     assert {name: rate["count"] for name, rate in found["verdicts"].items()} == {
         "stable": 56,
+        "corrected": 0,
         "likely copy": 4,
         "mild": 0,
         "strong": 0,

@@ -181,7 +181,7 @@ def test_a_run_that_begins_in_the_middle_is_judged_by_asking(world):
     profile = with_answers(world)
     low = world.schedule(8, start=1.5)
     settings = world.settings(low)
-    for factor, verdict in ((1.0, "stable"), (2.0, "likely copy")):
+    for factor, verdict in ((1.0, "stable"), (2.0, "corrected")):
         asked = []
         monitor = StabilityMonitor(profile, mode="mitigate", settings=settings)
         world.sample(monitor, sigmas=low, memorized=factor, ask=asking(world, memorized=factor, asked=asked))
@@ -217,7 +217,7 @@ def resized_run(world, profile, *, ask, shape=(4, 12, 16), mode="mitigate"):
 
 def test_a_run_of_another_size_is_judged_by_asking_at_the_size_of_the_references(world):
     profile = with_answers(world)
-    for factor, verdict in ((1.0, "stable"), (2.0, "likely copy")):
+    for factor, verdict in ((1.0, "stable"), (2.0, "corrected")):
         asked = []
         monitor, cond, kept = resized_run(world, profile, ask=asking(world, memorized=factor, asked=asked))
         assert [tuple(noise.shape) for noise in asked] == [(1, *world.shape)] * 2
@@ -249,7 +249,7 @@ def test_what_cannot_be_asked_at_another_size_is_not_judged_and_says_so(world, p
 def test_one_prediction_alone_is_judged_by_asking(world):
     """At a guidance scale of 1 there is no prediction without the prompt; the answers need none."""
     profile = with_answers(world)
-    for factor, verdict in ((1.0, "stable"), (2.0, "likely copy")):
+    for factor, verdict in ((1.0, "stable"), (2.0, "corrected")):
         monitor = StabilityMonitor(profile, mode="mitigate", settings=world.settings(guidance=1.0))
         world.sample(monitor, guided=False, memorized=factor, ask=asking(world, memorized=factor))
         assert monitor.traces[0].verdict == verdict
@@ -267,7 +267,7 @@ def test_a_negative_prompt_has_no_part_in_the_answers(world):
 
         return with_detail
 
-    for factor, verdict in ((1.0, "stable"), (2.0, "likely copy")):
+    for factor, verdict in ((1.0, "stable"), (2.0, "corrected")):
         ask = asking(world, memorized=factor)
         x, sigma, cond, uncond = negative(ask)(torch.randn(1, *world.shape, generator=torch.Generator().manual_seed(8)))
         monitor = StabilityMonitor(profile, mode="mitigate", settings=world.settings())
@@ -333,7 +333,7 @@ def test_a_failing_answer_leaves_the_first_evaluation_to_decide(world, caplog):
     with caplog.at_level(logging.WARNING):
         world.sample(monitor, memorized=2.0, ask=ask)
     assert monitor.error is None
-    assert monitor.traces[0].verdict == "likely copy"
+    assert monitor.traces[0].verdict == "corrected"
     assert monitor.traces[0].mitigated.any()
     assert "no such layer" in caplog.text
 
@@ -429,7 +429,7 @@ def test_where_the_prediction_without_the_prompt_is_left_out_early_it_is_asked_f
         return monitor.traces[0], float(torch.cosine_similarity(x.flatten(), mean.flatten(), dim=0))
 
     (traced, copy), (mitigated, other) = sampled("trace"), sampled("mitigate")
-    assert traced.verdict == mitigated.verdict == "likely copy"
+    assert (traced.verdict, mitigated.verdict) == ("likely copy", "corrected")
     assert copy > 0.95
     assert other < 0.1
     assert mitigated.evaluations.corrected[:5].all()
@@ -477,7 +477,7 @@ def test_a_broken_sample_is_reported_and_left_alone(world, profile, value):
     assert (broken.nonfinite_step, broken.verdict) == (7, "unscored")
     assert not broken.steps.mitigated.any()
     assert healthy.nonfinite_step is None
-    assert healthy.verdict == "likely copy"
+    assert healthy.verdict == "corrected"
     assert not torch.isfinite(latents[-1][1]).all()
     assert torch.isfinite(latents[-1][0]).all()
     assert Trace.from_dict(broken.to_dict()).to_dict() == broken.to_dict()
@@ -504,7 +504,7 @@ def test_events_come_in_order_and_say_what_the_trace_says(world, profile):
         np.testing.assert_allclose([e.guidance_norm[b] for e in events], trace.guidance_norm, rtol=1e-6)
         assert [e.mitigated[b] for e in events] == trace.steps.mitigated.tolist()
         assert events[-1].state[b] == trace.verdict
-    assert {event.state[1] for event in events} == {"likely copy"}
+    assert {event.state[1] for event in events} == {"corrected"}
     assert {event.state[0] for event in events} == {"stable"}
 
 

@@ -7,6 +7,8 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from memorization_guard.adapters.network import Evaluation
+from memorization_guard.adapters.sampling import _along
 from memorization_guard.diffusers import guard
 
 from .conftest import near, profile_around, recorded
@@ -64,7 +66,7 @@ def check(pipe, *, guided=True, halves=lambda outputs: outputs[0].chunk(2)[::-1]
     assert stable.traces[0].verdict == "stable"
     changed, corrected, record = watched(profile_around(traces[0], 0.01), "mitigate")
     assert corrected.error is None
-    assert all(trace.verdict == "likely copy" and trace.trigger_step == 0 for trace in corrected.traces)
+    assert all(trace.verdict == "corrected" and trace.trigger_step == 0 for trace in corrected.traces)
     assert not torch.equal(torch.as_tensor(changed), torch.as_tensor(plain))
     mask = corrected.traces[0].evaluations.corrected
     assert mask[0]
@@ -358,3 +360,18 @@ def test_wan_asks_for_the_two_predictions_one_after_the_other():
     trace = check(pipe, images=1, halves=lambda outputs: outputs, height=16, width=16, num_frames=5, **texts)
     assert len(trace.evaluations) == 4
     assert trace.settings.guidance_scale == 5.0
+
+
+@pytest.mark.parametrize("scale", [-1.0, 0.0, 1.0, 7.5, 15.0])
+def test_a_contrary_negative_prompt_is_no_prediction_turned_round(scale):
+    """A v prediction in noise is little but the mean image: guidance away from another one points away from it."""
+    mean = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    other = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    for cond, uncond in ((mean, other), (mean, mean + 0.3 * other), (mean, mean.clone())):
+        evaluation = Evaluation(0, mean, cond, uncond, (0.0, 1.0))
+        guided = uncond + scale * (cond - uncond)
+        assert _along(guided, evaluation) == pytest.approx(1.0, abs=0.05)
+        assert _along(0.5 * guided, evaluation) > 0
+        assert _along(-guided, evaluation) < 0
+    assert _along(-mean, Evaluation(0, mean, mean, None, (0.0, 1.0))) < 0
+    assert _along(mean[:, :2], Evaluation(0, mean, mean, None, (0.0, 1.0))) == 1.0

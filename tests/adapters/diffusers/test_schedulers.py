@@ -143,7 +143,7 @@ def test_a_run_is_corrected_from_its_first_evaluation_on(name, sampler):
     with recorded(sampler) as record, guard(sampler, profile, "mitigate", STRICT) as run:
         painted(sampler)
     trace = run.traces[0]
-    assert trace.verdict == "likely copy"
+    assert trace.verdict == "corrected"
     corrected = trace.evaluations.corrected
     assert corrected[0]
     assert trace.trigger_step == 0
@@ -175,7 +175,7 @@ def test_a_sample_beside_a_corrected_one_is_bit_identical(sampler):
     loud = painted(sampler)
     with guard(sampler, profile, "mitigate", Thresholds(false_positive_rate=1e-6)) as run:
         corrected = painted(sampler)
-    assert [trace.verdict for trace in run.traces] == ["stable", "likely copy"]
+    assert [trace.verdict for trace in run.traces] == ["stable", "corrected"]
     assert torch.equal(corrected[0], plain[0])
     assert not torch.equal(corrected[1], loud[1])
 
