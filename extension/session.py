@@ -128,6 +128,9 @@ class _ModeField(str):
 
     _became: Callable[..., str]
 
+    def __deepcopy__(self, memo: Any) -> _ModeField:
+        return self
+
     def __call__(self, **scope: Any) -> str:
         return self._became(scope)
 

@@ -49,6 +49,14 @@ def reference_rows(docs):
             yield f"| {title} | {size} | {' | '.join(cells)} |"
 
 
+def negative_rows(docs):
+    """With negative prompts, which the references do not have, at the default rate."""
+    for title, found in verdicts(docs).items():
+        for kind, groups in found["with_negative_prompts"].items():
+            cells = [f"{round(row['images'] * row['0.005'])} of {row['images']}" for row in groups.values()]
+            yield f"| {title} | {kind} | {' | '.join(cells)} |"
+
+
 def with_interval(row, name="mean", digits=2):
     """A figure and its 95 % interval."""
     low, high = row[f"{name}_95"]
@@ -116,7 +124,7 @@ def test_the_tables_of_the_lab_are_those_of_its_file(rows, docs):
     assert [row for row in expected if row not in text] == []
 
 
-@pytest.mark.parametrize("rows", [verdict_rows, detection_rows, reference_rows])
+@pytest.mark.parametrize("rows", [verdict_rows, detection_rows, reference_rows, negative_rows])
 def test_the_tables_of_the_verdict_are_those_of_their_files(rows, docs):
     text = (docs / "evaluation.md").read_text(encoding="utf-8")
     expected = list(rows(docs))

@@ -54,7 +54,7 @@ def check(row: dict[str, Any], name: str, ordinary: bool = True) -> None:
     exact = row["exact"]
     assert row["identical"], name
     assert row["finite"], name
-    assert exact["verdicts"] == ["likely copy"], name
+    assert exact["verdicts"] in (["corrected"], ["corrected", "likely copy"]), name
     assert None not in exact["triggered"], name
     assert exact["corrected"] == exact["triggered"], name
     assert row["left"] == 0, name
@@ -156,7 +156,7 @@ for name in ("CFG", "PerpNeg"):
         BENCHMARKS,
     )
     joined, apart = result["CFG"], result["PerpNeg"]
-    assert (joined["evaluations"], joined["verdict"], joined["copies"]) == (12, "likely copy", [True, False])
+    assert (joined["evaluations"], joined["verdict"], joined["copies"]) == (12, "corrected", [True, False])
     assert (apart["evaluations"], apart["verdict"], apart["copies"]) == (0, "unscored", [True, True])
     assert apart["note"].startswith("In 12 of 12 steps no prediction of the network reached the guard")
 
@@ -187,7 +187,8 @@ for guider in ("CFG", "PerpNeg"):
         modes = name.partition(": ")[2].split(", then ")
         assert found["left"] == (0 if "mitigate" in modes else 2), name
         # One of them sees the predictions as the network made them.
-        assert ["likely copy"] * 2 + ["stable"] * 2 in found["verdicts"], name
+        seen = (["likely copy"] * 2 + ["stable"] * 2, ["corrected"] * 2 + ["stable"] * 2)
+        assert any(each in found["verdicts"] for each in seen), name
         corrected = [mode for mode, images in zip(modes, found["corrected"], strict=True) if any(images)]
         assert set(corrected) <= {"mitigate"}, name
         assert len(corrected) >= (1 if "mitigate" in modes else 0), name
@@ -232,7 +233,7 @@ for name, prompts in (("exact", exact), ("ordinary", ordinary)):
     )
     for name, found in result.items():
         memorized = name.startswith("exact")
-        assert found["verdicts"] == (["likely copy"] * 2 if memorized else ["stable"] * 2), name
+        assert found["verdicts"] == (["corrected"] * 2 if memorized else ["stable"] * 2), name
         assert found["corrected"] == [memorized] * 2, name
         assert found["untouched"] == (not memorized), name
         assert found["left"] == 0, name
@@ -269,5 +270,5 @@ for name, guider in {"CFG 1": unguided, "BasicGuider": basic}.items():
     )
     for name, found in result.items():
         assert not found["identical"], name
-        assert found["verdicts"] == ["likely copy"] * 2, name
+        assert found["verdicts"] == ["corrected"] * 2, name
         assert found["evaluations"] == 12, name

@@ -94,7 +94,7 @@ def test_every_sampler_is_judged_by_one_profile_and_corrected_from_the_first_eva
         answer = host.make("mitigate", profile, *host.constants(EVERYTHING), sampler_name=sampler)
         trace, own = answer.trace, sampler == "Euler"
         well = (
-            trace.verdict == "likely copy"
+            trace.verdict == "corrected"
             and trace.p_value is not None
             and (trace.score is not None) == own
             and corrected_from_the_first(trace)
@@ -341,7 +341,7 @@ def test_guidance_changes_nothing_in_the_first_verdict(host, profile):
 def test_another_size_is_judged_at_the_size_of_the_profile(host, profile):
     for size in ({"width": 192, "height": 192}, {"width": 192, "height": 128}):
         answer = host.make("mitigate", profile, *host.constants(EVERYTHING), **size)
-        assert answer.trace.verdict == "likely copy"
+        assert answer.trace.verdict == "corrected"
         assert answer.trace.asked is not None
         assert answer.trace.mitigated.any()
         assert "latent shape: profile" in answer.trace.note
@@ -352,7 +352,7 @@ def test_where_there_is_one_prediction_only_the_answers_are_judged(host, profile
     for changed, settings in (({"skip_early_cond": 1.0}, {}), ({}, {"cfg_scale": 1})):
         with host.options(**changed):
             trace = host.make("mitigate", profile, *host.constants(EVERYTHING), **settings).trace
-        assert trace.verdict == "likely copy"
+        assert trace.verdict == "corrected"
         assert trace.asked is not None
         assert trace.mitigated.any()
 
@@ -530,7 +530,7 @@ def test_of_many_references_those_after_the_first_fifty_are_evaluated_once(host,
 def test_a_profile_can_be_made_with_other_samplers(host, sampler):
     host.calibrate("of-sampler", REFERENCES, sampler_name=sampler)
     trace = host.make("mitigate", "of-sampler", *host.constants(EVERYTHING), sampler_name=sampler).trace
-    assert trace.verdict == "likely copy"
+    assert trace.verdict == "corrected"
     assert corrected_from_the_first(trace)
 
 
@@ -593,7 +593,7 @@ def test_a_second_pass_leaves_no_copy_where_its_profile_fits(webui, lab_profile)
     settings = {"prompt": EXACT, "steps": 20, **hires}
     assert is_copy(webui.make(**settings), EXACT)
     answer = webui.make("mitigate", lab_profile, **settings)
-    assert [trace.verdict for trace in answer.traces[0]] == ["likely copy"] * 2
+    assert [trace.verdict for trace in answer.traces[0]] == ["corrected"] * 2
     assert not is_copy(answer, EXACT)
 
 
