@@ -284,7 +284,7 @@ def _read(kind: type[_Record], data: Mapping[str, Any]) -> _Record:
 def worst(traces: Iterable[Trace]) -> Trace:
     """The trace that says most against an image that several runs made (a second pass, tiles).
 
-    Triggered and not corrected before corrected before unscored before stable; among equals the rarest, then the highest joint score.
+    Triggered before corrected before unscored before stable; among equals the rarest, then the highest joint score.
 
     Raises:
         ValueError: if there is none.
