@@ -237,6 +237,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--sheets", type=Path, help="write a contact sheet of each group into this folder")
     arguments = parser.parse_args()
+    if arguments.sheets:
+        arguments.sheets.mkdir(parents=True, exist_ok=True)
 
     lab = Lab(arguments.model, arguments.world)
     pipe, stability = lab.pipeline().to(arguments.device), lab.profile()
