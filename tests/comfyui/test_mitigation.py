@@ -217,7 +217,7 @@ for name, prompts in (("exact", exact), ("ordinary", ordinary)):
         "wide": dict(size=(16, 24)), "tall": dict(size=(24, 16)), "large": dict(size=(32, 32)), "small": dict(size=(12, 12)),
         "second pass": dict(size=(24, 24), latent=larger, denoise=0.6),
         "a long negative prompt": dict(size=(16, 16), negative=LONG),
-        "a memorized negative prompt": dict(size=(16, 16), negative=exact[0] if name == "ordinary" else exact[1]),
+        "a memorized negative prompt": dict(size=(16, 16), negative=lab.lab.prompts("exact", "tuning")[1]),
     }
     for way, how in ways.items():
         out, traces = run(prompts, "mitigate", **how)

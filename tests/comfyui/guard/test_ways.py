@@ -132,7 +132,7 @@ WAYS: dict[str, tuple[Callable[[Any], Any], list[int], list[str]]] = {
     "another scheduler": (lambda b: b.ksampler(scheduler="karras"), [30], [TRANSFERRED]),
     "another sampler": (lambda b: b.ksampler(sampler_name="dpmpp_2m_sde"), [30], [TRANSFERRED]),
     "a sampler with steps of its own": (lambda b: b.ksampler(sampler_name="dpm_fast"), [11], [TRANSFERRED]),
-    "flipped sigmas": (flipped, [30, 30], [FITS, NEVER]),
+    "flipped sigmas": (flipped, [30, 30], [FITS, TRANSFERRED]),
 }
 
 
