@@ -234,7 +234,7 @@ def test_a_prompt_joined_with_itself_is_judged_as_alone(host, profile):
     alone = host.make("trace", profile).trace
     joined = host.make("trace", profile, prompt="a fox :0.25 AND a fox :0.75").trace
     assert joined.p_value == pytest.approx(alone.p_value, rel=1e-2, abs=1e-4)
-    assert np.allclose(joined.evaluations.detail, alone.evaluations.detail, rtol=1e-2)
+    assert np.allclose(joined.evaluations.detail, alone.evaluations.detail, rtol=1e-2, equal_nan=True)
     assert np.allclose(joined.evaluations.guidance, alone.evaluations.guidance, rtol=1e-2)
 
 
@@ -339,7 +339,9 @@ def test_guidance_changes_nothing_in_the_first_verdict(host, profile):
 
 
 def test_another_size_is_judged_at_the_size_of_the_profile(host, profile):
-    for size in ({"width": 192, "height": 192}, {"width": 192, "height": 128}):
+    # On the lab model no reference has less detail than the usual prompt, which then exceeds no threshold.
+    prompt = {"prompt": EXACT} if host.kind == "webui" else {}
+    for size in ({"width": 192, "height": 192, **prompt}, {"width": 192, "height": 128, **prompt}):
         answer = host.make("mitigate", profile, *host.constants(EVERYTHING), **size)
         assert answer.trace.verdict == "corrected"
         assert answer.trace.asked is not None
@@ -349,9 +351,10 @@ def test_another_size_is_judged_at_the_size_of_the_profile(host, profile):
 
 
 def test_where_there_is_one_prediction_only_the_answers_are_judged(host, profile):
+    prompt = {"prompt": EXACT} if host.kind == "webui" else {}
     for changed, settings in (({"skip_early_cond": 1.0}, {}), ({}, {"cfg_scale": 1})):
         with host.options(**changed):
-            trace = host.make("mitigate", profile, *host.constants(EVERYTHING), **settings).trace
+            trace = host.make("mitigate", profile, *host.constants(EVERYTHING), **settings, **prompt).trace
         assert trace.verdict == "corrected"
         assert trace.asked is not None
         assert trace.mitigated.any()
