@@ -177,6 +177,24 @@ def test_the_readme_says_what_a_steered_image_loses(docs):
     ) in " ".join(text.split())
 
 
+def test_what_the_readme_says_of_samplers_is_in_their_table(docs):
+    text = (docs / "comfyui.md").read_text(encoding="utf-8")
+    table = text[text.index("<!-- samplers: begin -->") : text.index("<!-- samplers: end -->")]
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| ")][2:]
+    assert len(rows) == 42
+    _, identical, exact, template, ordinary, _, _, left, templates_left, touched = zip(*rows, strict=True)
+    assert set(identical) == {"yes"}
+    most = max(int(cell.split()[0]) for cell in templates_left)
+    assert [set(column) for column in (exact, template, ordinary, left, touched)] == [
+        {"30 of 30"}, {"13 of 16"}, {"0 of 100"}, {"0 of 30"}, {"0 of 100"}
+    ]  # fmt: skip
+    said = " ".join((docs.parent / "README.md").read_text(encoding="utf-8").split())
+    assert (
+        "under each of the 42 of ComfyUI it found 30 of 30 exact images and 13 of 16 template images and touched 0 of 100 "
+        f"ordinary ones; 0 of 30 exact copies were left, and at most {most} of 16 of templates"
+    ) in said
+
+
 def test_the_trace_that_is_shown_is_one(docs):
     (shown,) = re.findall(r"```json\n(.*?)```", (docs / "trace.md").read_text(encoding="utf-8"), re.DOTALL)
     data = json.loads(shown)
