@@ -104,6 +104,31 @@ def test_inpainting(tiny_pipe, channels):
     check(pipe, prompt=["a red cat"] * 2, image=PHOTO, mask_image=MASK, height=16, width=16, strength=1.0)
 
 
+@pytest.mark.parametrize("channels", [None, 4, 9])
+def test_another_size_is_judged_at_the_size_of_the_profile(tiny_pipe, channels):
+    """From text, and with the mask and the image that an inpainting network is given beside the latent."""
+    pipe, inputs = tiny_pipe, {}
+    if channels is not None:
+        tiny_pipe.unet = unet(in_channels=channels)
+        pipe = diffusers.StableDiffusionInpaintPipeline(**tiny_pipe.components, requires_safety_checker=False)
+        inputs = {"image": PHOTO, "mask_image": MASK, "strength": 1.0}
+    pipe.set_progress_bar_config(disable=True)
+
+    def run(height, *arguments, **more):
+        with guard(pipe, *arguments, **more) as run:
+            pipe("a red cat", height=height, width=16, num_inference_steps=4, output_type="latent", **inputs)
+        assert run.error is None
+        return run.traces[0]
+
+    own = run(16, serves="whole")
+    for scale, verdict in ((1.0, "stable"), (0.01, "corrected")):
+        trace = run(32, profile_around(own, scale), "mitigate")
+        assert trace.verdict == verdict
+        assert trace.settings.latent_shape == (4, 16, 8)
+        # What is asked at the profile's size is what was asked there, but for the picture beside it.
+        assert trace.asked == pytest.approx(own.asked, rel=1e-4 if channels != 9 else 0.5)
+
+
 def test_controlnet(tiny_pipe):
     torch.manual_seed(0)
     control = diffusers.ControlNetModel(
@@ -118,7 +143,15 @@ def test_controlnet(tiny_pipe):
     pipe = diffusers.StableDiffusionControlNetPipeline(
         **tiny_pipe.components, controlnet=control, requires_safety_checker=False
     )
-    check(pipe, prompt=["a red cat"] * 2, image=torch.rand(2, 3, 16, 16), height=16, width=16)
+    own = check(pipe, prompt=["a red cat"] * 2, image=torch.rand(2, 3, 16, 16), height=16, width=16)
+    # What a ControlNet adds has the run's size, so that the network cannot be asked at another: the run says so.
+    with guard(pipe, profile_around(own, 0.01), "mitigate") as run:
+        image = torch.rand(1, 3, 32, 16)
+        pipe("a red cat", image=image, height=32, width=16, num_inference_steps=4, output_type="latent")
+    assert run.traces[0].verdict == "unscored"
+    assert run.traces[0].note.startswith(
+        "The run has latents of (4, 16, 8), the profile of (4, 8, 8), and what the prompt does"
+    )
 
 
 def test_instruct_pix2pix(tiny_pipe):
