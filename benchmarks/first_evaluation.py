@@ -108,20 +108,14 @@ def shares(images: Beginnings, references: Beginnings) -> dict[str, float]:
     return {f"{rate:g}": float((p_values <= rate).mean()) for rate in NOMINAL}
 
 
-def negatives(lab: Lab, split: str) -> dict[str, dict[str, list[str]]]:
-    """Negative prompts of several kinds, for every prompt of the groups that get some."""
-    texts = {group: lab.prompts(group, split)[:count] for group, count in WITH_NEGATIVE.items()}
-    others = {name: lab.prompts(name, "tuning" if split == "evaluation" else "evaluation") for name in ("ordinary", "exact")}
-    kinds = {
-        "short": lambda text, number: "blurry",
-        "long": lambda text, number: LONG,
-        "its own first words": lambda text, number: " ".join(text.split()[:4]),
-        "another ordinary prompt": lambda text, number: others["ordinary"][number % len(others["ordinary"])],
-        "a memorized prompt": lambda text, number: others["exact"][number % len(others["exact"])],
-    }
+def negatives(texts: Sequence[str], ordinary: Sequence[str], memorized: Sequence[str]) -> dict[str, list[str]]:
+    """Negative prompts of several kinds, one for each of ``texts``; ``ordinary`` and ``memorized`` are of another split."""
     return {
-        kind: {group: [of(text, number) for number, text in enumerate(members)] for group, members in texts.items()}
-        for kind, of in kinds.items()
+        "short": ["blurry" for _ in texts],
+        "long": [LONG for _ in texts],
+        "its own first words": [" ".join(text.split()[:4]) for text in texts],
+        "another ordinary prompt": [ordinary[number % len(ordinary)] for number in range(len(texts))],
+        "a memorized prompt": [memorized[number % len(memorized)] for number in range(len(texts))],
     }
 
 
@@ -142,10 +136,13 @@ def main() -> None:
     if name in SAMPLERS:  # a flow model keeps its own
         pipe.scheduler = SAMPLERS[name](pipe.scheduler.config)
     texts = {group: [text for text in lab.prompts(group, arguments.split) for _ in range(n)] for group, n in SEEDS.items()}
-    negative = negatives(lab, arguments.split)
-    planted = lab.prompts("exact", "tuning" if arguments.split == "evaluation" else "evaluation")
+    other_split = "tuning" if arguments.split == "evaluation" else "evaluation"
+    planted, elsewhere = lab.prompts("exact", other_split), lab.prompts("ordinary", other_split)
+    with_negative = {group: lab.prompts(group, arguments.split)[:count] for group, count in WITH_NEGATIVE.items()}
+    negative = {group: negatives(prompts, elsewhere, planted) for group, prompts in with_negative.items()}
     keywords: dict[str, Any] = {"steps": int(steps), "guidance": arguments.guidance, "batch": arguments.batch}
-    total = sum(map(len, texts.values())) + len(negative) * sum(WITH_NEGATIVE.values())
+    total = sum(map(len, texts.values()))
+    total += sum(len(members) for of_kind in negative.values() for members in of_kind.values())
     with tqdm(total=len(lab.prompts("reference")) + len(planted) + total, unit="prompt") as bar:
         started = time.perf_counter()
         references = begun(pipe, lab.prompts("reference"), 0, **keywords, bar=bar)
@@ -156,13 +153,11 @@ def main() -> None:
             for number, (group, prompts) in enumerate(texts.items())
         }
         against: dict[str, Any] = {}
-        for kind, of_group in negative.items():
-            against[kind] = {}
-            for number, (group, members) in enumerate(of_group.items()):
-                first = FIRST_SEED[arguments.split] + 100_000 + 10_000 * number
-                prompts = lab.prompts(group, arguments.split)[: len(members)]
+        for number, (group, prompts) in enumerate(with_negative.items()):
+            first = FIRST_SEED[arguments.split] + 100_000 + 10_000 * number
+            for kind, members in negative[group].items():
                 images = begun(pipe, prompts, first, **keywords, negative=members, bar=bar)
-                against[kind][group] = {"images": len(members), **shares(images, references)}
+                against.setdefault(kind, {})[group] = {"images": len(members), **shares(images, references)}
     started = time.perf_counter()
     image = {"num_inference_steps": int(steps), "guidance_scale": arguments.guidance, "output_type": "latent"}
     pipe(lab.prompts("reference")[:10], **image)

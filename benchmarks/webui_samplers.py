@@ -4,9 +4,10 @@
 
 The server needs --api, and among its extensions this repository and ``benchmarks/webui_batch``. One profile, calibrated with
 Euler, judges every sampler. With the lab model chosen, which the script's page adds, exact, template and ordinary prompts of
-the evaluation split are sampled traced and mitigated, from the same noise, and copies are counted. With any other model it is
-only seen whether each sampler is judged and a correction reaches the image, with thresholds that everything exceeds. Figures
-of each sampler go to a JSON file in FOLDER; a second call does what is missing. A sampler takes some minutes on one core.
+the evaluation split are sampled mitigated, the memorized ones from the same noise without the guard too, and copies are
+counted. With any other model it is only seen whether each sampler is judged and a correction reaches the image, with
+thresholds that everything exceeds. Figures of each sampler go to a JSON file in FOLDER; a second call does what is missing. A
+sampler takes some minutes on one core.
 """
 
 from __future__ import annotations

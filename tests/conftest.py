@@ -1,5 +1,6 @@
 """Tiny pipelines with random weights, and one thread, so that tests running side by side do not fight for cores."""
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -95,6 +96,17 @@ def model(tiny_pipe, tmp_path):
     """The folder of the same."""
     tiny_pipe.save_pretrained(tmp_path / "model")
     return tmp_path / "model"
+
+
+@pytest.fixture
+def of_another_model():
+    """Saves a profile as that of a model with other weights; gives its file."""
+
+    def saved(profile, path):
+        settings = dataclasses.replace(profile.settings, model_hash="0" * 16)
+        return dataclasses.replace(profile, settings=settings).save(path)
+
+    return saved
 
 
 @pytest.fixture

@@ -236,12 +236,10 @@ def test_the_folder_of_another_evaluation_is_refused(evaluate, profile, tmp_path
         evaluate()
 
 
-def test_a_profile_that_does_not_fit_ends_it_after_one_batch(evaluate, batches, profile, tmp_path):
-    dataclasses.replace(profile, settings=dataclasses.replace(profile.settings, model_hash="0" * 16)).save(
-        tmp_path / "p.safetensors"
-    )
+def test_a_profile_that_does_not_fit_ends_it_after_one_batch(evaluate, batches, profile, of_another_model, tmp_path):
+    other = of_another_model(profile, tmp_path / "p.safetensors")
     with pytest.raises(AuditError, match="model hash: profile"):
-        evaluate(profile=tmp_path / "p.safetensors")
+        evaluate(profile=other)
     assert len(batches) == 1
 
 

@@ -68,7 +68,7 @@ class Judge:
         #: Share of ordinary images with as much detail as each sample's, ``[B]``; NaN where nothing was judged.
         self.p_value = np.zeros(0)
         #: Where the detail can be shown: the run's first evaluation if it was judged, else what the network was asked.
-        self.judged_at: Evaluation | None = None
+        self.shown: Evaluation | None = None
         #: Detail of what the network was asked, ``[B]``; ``None`` if it was not.
         self.asked: np.ndarray | None = None
         #: Whether any evaluation of each sample was corrected, ``[B]``; empty before the first.
@@ -86,17 +86,22 @@ class Judge:
             return False
         return not bool((self.p_value > SUSPICIOUS).all())
 
-    def take_in_asked(self, alone: Measurement, both: Measurement) -> None:
-        """Judges the run by what the network was asked beside it, the mean of two opposite noises. Waits for the device.
-
-        Args:
-            alone: of the prediction with the prompt, which is judged. both: of the two, to show where its detail is.
-        """
-        asked, shown = (self._evaluation(each, each.block().cpu().numpy()) for each in (alone, both))
-        self.asked = asked.signals.detail
+    def take_in_asked(self, measurement: Measurement) -> None:
+        """Judges the run by what the network was asked beside it: the prediction with the prompt alone, the mean of two
+        opposite noises. Waits for the device."""
+        self.asked = self._evaluation(measurement, measurement.block().cpu().numpy()).signals.detail
         if self._reference is not None and len(self._reference.asked):
-            self._judge(asked.signals.detail, self._reference.answers)
-            self.judged_at = self.judged_at or (shown if self._sized else None)
+            self._judge(self.asked, self._reference.answers)
+
+    @property
+    def shows_asked(self) -> bool:
+        """Whether the map is to come from what the network was asked, since the run's own first evaluation has none."""
+        judged = self._reference is not None and len(self._reference.asked) > 0
+        return judged and self._sized and self.shown is None
+
+    def show(self, measurement: Measurement) -> None:
+        """Takes the map from what the network was asked, of both predictions. Waits for the device."""
+        self.shown = self._evaluation(measurement, measurement.block().cpu().numpy())
 
     def take_in(self, measurement: Measurement, block: np.ndarray) -> None:
         """Takes in the next evaluation, from its block ``[5 + patches, B]`` in host memory; judges the first."""
@@ -106,7 +111,7 @@ class Judge:
             evaluation.signals = Signals(*(nothing for _ in Signals._fields))
         in_noise = not self.evaluations and evaluation.level.sigma > OPEN_SIGMA
         if in_noise and self._sized and self._reference is not None:
-            self.judged_at = evaluation
+            self.shown = evaluation
             self._judge(evaluation.signals.detail, self._reference.tail(evaluation.level.angle))
         # A sample that was NaN or infinite once has lost its trajectory: what comes later means nothing.
         self.broken[~np.isfinite(block[1:4]).all(axis=0) & (self.broken < 0)] = len(self.evaluations)
@@ -141,11 +146,6 @@ class Judge:
         self.evaluations[-1].corrected = chosen
         self.corrected |= chosen
 
-    def usual_norm(self) -> float:
-        """The norm that ordinary images' x0 has at the last evaluation."""
-        assert self._reference is not None
-        return self._reference.band(self.evaluations[-1].level.angle, "denoised")[0]
-
     def verdict(self, sample: int) -> Verdict:
         """The verdict on a sample."""
         if len(self.trigger) and self.trigger[sample] >= 0:
@@ -154,9 +154,9 @@ class Judge:
         return "stable" if judged and self.broken[sample] < 0 else "unscored"
 
     @property
-    def alone(self) -> int:
-        """Number of evaluations that could not be judged, since there was one prediction only."""
-        return sum(bool(np.isnan(one.signals.velocity).all()) for one in self.evaluations) if self._guided else 0
+    def alone(self) -> bool:
+        """Whether any evaluation could not be judged, since there was one prediction only."""
+        return self._guided and any(np.isnan(one.signals.velocity).all() for one in self.evaluations)
 
     def traced(self, sample: int, of_step: np.ndarray, kind: str | None) -> Evaluations:
         """The evaluations of a sample as a trace has them.
@@ -184,7 +184,7 @@ class Judge:
 
     def map(self, sample: int) -> np.ndarray:
         """By how many standard deviations each patch has more detail than ordinary ones, where the prompt was judged."""
-        at = self.judged_at
+        at = self.shown
         if self._reference is None or at is None or len(at.patches) < 2:
             return np.zeros((0, 0))
         mean, std = self._reference.patch(at.level.angle)

@@ -200,9 +200,10 @@ class StabilityMonitor:
             cond, uncond = (None if a is None or b is None else (a + b) / 2 for a, b in zip(first, second, strict=True))
             assert cond is not None
             self._without = uncond if tuple(shape) == tuple(like.shape[1:]) else None
-            meter = Meter()
-            alone = meter.measure(x, sigma, cond, None, self._run.scale)
-            self._run.judge.take_in_asked(alone, meter.measure(x, sigma, cond, uncond, self._run.scale))
+            meter, judge, scale = Meter(), self._run.judge, self._run.scale
+            judge.take_in_asked(meter.measure(x, sigma, cond, None, scale))
+            if judge.shows_asked:
+                judge.show(meter.measure(x, sigma, cond, uncond, scale))
         except Exception as error:
             log.warning("Memorization Guard cannot judge this run; the image is not affected: %s", error, exc_info=error)
             self._run.unasked = f"{type(error).__name__}: {error}"

@@ -126,7 +126,9 @@ class Run:
 
     def usual_norm(self) -> float:
         """The norm that ordinary images' x0 has at the last evaluation."""
-        norm, ours, theirs = self.judge.usual_norm(), self.settings.latent_shape, self.reference_shape
+        assert self.reference is not None
+        norm = self.reference.band(self.judge.evaluations[-1].level.angle, "denoised")[0]
+        ours, theirs = self.settings.latent_shape, self.reference_shape
         return norm if ours is None or theirs is None else norm * math.sqrt(math.prod(ours) / math.prod(theirs))
 
     @cached_property
@@ -214,7 +216,7 @@ class Run:
             guidance_norm=guidance.tolist(),
             update_score=scores.update_score.tolist() if scores else None,
             denoised_score=scores.denoised_score.tolist() if scores else None,
-            p_value=self.judge.p_value.tolist() if self.judge.judged_at is not None else None,
+            p_value=self.judge.p_value.tolist() if self.judge.shown is not None else None,
             state=[self.verdict(sample) for sample in range(self.batch)],
             mitigated=self._mitigated(step).tolist(),
         )

@@ -144,9 +144,10 @@ class Meter:
             patches = says.flatten(1).square().mean(dim=1)[:, None, None]
         if uncond is not None:
             denoised = torch.lerp(without, denoised, guidance_scale, out=buffers[0])
-        norms = row_norm(latent), row_norm(denoised.flatten(1))
-        product = torch.mul(latent, denoised.flatten(1), out=buffers[0].flatten(1)).sum(dim=1)
-        return norms[0], product, norms[1], distance, patches
+        flat = denoised.flatten(1)
+        norm = row_norm(flat)  # before the product, which is made in the same memory
+        product = torch.mul(latent, flat, out=buffers[0].flatten(1)).sum(dim=1)
+        return row_norm(latent), product, norm, distance, patches
 
 
 def _detail(says: Tensor, out: Tensor) -> Tensor:

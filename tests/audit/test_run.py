@@ -211,11 +211,10 @@ def test_a_folder_with_other_files_is_left_alone(run, tmp_path):
     assert [p.name for p in (tmp_path / "audit").iterdir()] == ["thesis.txt"]
 
 
-def test_a_profile_that_does_not_fit_is_said_before_anything_is_kept(run, recipe, tmp_path):
+def test_a_profile_that_does_not_fit_is_said_before_anything_is_kept(run, of_another_model, tmp_path):
     run(tmp_path / "first")
     profile = tmp_path / "first" / PROFILE
-    found, other = StabilityProfile.load(profile), tmp_path / "other.safetensors"
-    dataclasses.replace(found, settings=dataclasses.replace(found.settings, model_hash="0" * 16)).save(other)
+    other = of_another_model(StabilityProfile.load(profile), tmp_path / "other.safetensors")
     with pytest.raises(AuditError, match="model hash"):
         run(profile=other)
     assert not (tmp_path / "audit" / MANIFEST).exists()
