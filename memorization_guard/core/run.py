@@ -216,7 +216,7 @@ class Run:
             guidance_norm=guidance.tolist(),
             update_score=scores.update_score.tolist() if scores else None,
             denoised_score=scores.denoised_score.tolist() if scores else None,
-            p_value=self.judge.p_value.tolist() if self.judge.shown is not None else None,
+            p_value=self.judge.p_value.tolist() if np.isfinite(self.judge.p_value).any() else None,
             state=[self.verdict(sample) for sample in range(self.batch)],
             mitigated=self._mitigated(step).tolist(),
         )

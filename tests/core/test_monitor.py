@@ -206,10 +206,10 @@ def test_without_a_way_to_ask_a_run_that_begins_in_the_middle_says_so(world, pro
         assert not trace.mitigated.any()
 
 
-def resized_run(world, profile, *, ask, shape=(4, 12, 16), mode="mitigate"):
+def resized_run(world, profile, *, ask, shape=(4, 12, 16), mode="mitigate", on_step=None):
     """One evaluation of latents of another size than the references', and what is to go on."""
     settings = dataclasses.replace(world.settings(), latent_shape=shape)
-    monitor = StabilityMonitor(profile, mode=mode, settings=settings)
+    monitor = StabilityMonitor(profile, mode=mode, settings=settings, on_step=on_step)
     x = torch.randn(1, *shape, generator=torch.Generator().manual_seed(5)) * 14
     cond = x / 20
     return monitor, cond, monitor.predicted(x, 14.0, cond, cond * 0.9, ask=ask)
@@ -227,6 +227,16 @@ def test_a_run_of_another_size_is_judged_by_asking_at_the_size_of_the_references
         assert not trace.local_map.size
         assert not trace.bands
         assert (kept is cond) == (factor == 1.0)
+
+
+def test_the_live_graph_of_a_run_of_another_size_has_its_p_value(world):
+    events = []
+    ask = asking(world, memorized=2.0)
+    monitor, cond, kept = resized_run(world, with_answers(world), ask=ask, on_step=events.append)
+    monitor.latent(torch.zeros_like(cond), NoiseLevel.from_sigma(14.0), evaluated=True)
+    monitor.latent(kept, NoiseLevel.from_sigma(0.0), evaluated=False)
+    (trace,) = monitor.traces
+    assert [event.p_value for event in events] == [[trace.p_value]]
 
 
 def test_what_cannot_be_asked_at_another_size_is_not_judged_and_says_so(world, profile):
