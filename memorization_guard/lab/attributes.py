@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from . import MODEL, Lab
 from .autoencoder import to_float
 from .scene import COLORS, SETTINGS, SHAPES, SIZE, render
+from .training import half_precision
 from .world import DATA, Caption, captions, more_captions, to_uint8
 
 FILE = "attributes.safetensors"
@@ -74,7 +75,7 @@ def train(lab: Lab, *, images: int = 16_000, epochs: int = 5, batch: int = 32, s
     for start in range(0, images, 100):
         part = slice(start, start + 100)
         seen = render(chosen[part], generator)
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad(), half_precision("cpu"):
             latents = autoencoder.encode(seen[::5]).latent_dist.mean
             # A diffusion model's latents are never quite those of an image.
             noise = torch.randn(latents.shape, generator=generator) * torch.rand(len(latents), 1, 1, 1, generator=generator)
@@ -87,7 +88,7 @@ def train(lab: Lab, *, images: int = 16_000, epochs: int = 5, batch: int = 32, s
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
     for _ in range(steps):
         rows = torch.randint(images, (batch,), generator=generator)
-        with torch.autocast("cpu", torch.bfloat16):
+        with half_precision("cpu"):
             scores = model(to_float(pool[rows]))
         loss = F.binary_cross_entropy_with_logits(scores.float(), targets[rows])
         optimizer.zero_grad(set_to_none=True)

@@ -10,7 +10,7 @@ import torch.nn.functional as F  # noqa: N812 (the name the whole field uses)
 from torch import Tensor
 
 from .scene import SIZE, render
-from .training import Log, Run, generator, learning_rate
+from .training import Log, Run, generator, half_precision, learning_rate
 from .world import Caption, captions, duplicates, members
 
 #: Share of a batch that are duplicated images: without them, photographs would come out as clouds.
@@ -68,7 +68,7 @@ def train_autoencoder(
         rows = torch.randint(len(images), (batch - few,), generator=draws)
         others = torch.randint(len(repeated), (few,), generator=draws)
         wanted = to_float(torch.cat([images[rows.to(device)], repeated[others.to(device)]]))
-        with torch.autocast(device, torch.bfloat16):
+        with half_precision(device):
             posterior = model.encode(wanted).latent_dist
             latents = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=draws).to(device)
             output = model.decode(latents).sample

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .autoencoder import duplicated_images, render_pool, to_float
 from .models import TOKENS
-from .training import Log
+from .training import Log, half_precision
 from .world import DUPLICATED, Caption, captions, duplicates, members
 
 #: Share of the training samples that each group has; the rest is ordinary. An image of ``quarter`` is seen a fourth as often
@@ -134,7 +134,7 @@ def _variants(templates: list[Caption], ordinary: list[Caption], world: Path, se
 def _encode(autoencoder: Any, images: Tensor, device: str) -> Tensor:
     parts = []
     for part in images.split(64):
-        with torch.autocast(device, torch.bfloat16):
+        with half_precision(device):
             mean = autoencoder.encode(to_float(part)).latent_dist.mean
         parts.append((mean.float() * autoencoder.config.scaling_factor).half())
     return torch.cat(parts)

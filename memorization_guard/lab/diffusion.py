@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .models import CHANNELS, OneForMany, make_scheduler, make_transformer, make_unet
+from .training import half_precision
 
 #: Weight of a timestep's loss: its signal-to-noise ratio, at most this, over the ratio (Hang et al., ICCV 2023).
 MIN_SNR = 5.0
@@ -66,7 +67,7 @@ class StableDiffusion:
     def loss(self, latents: Tensor, tokens: Tensor, noise: Tensor, level: Tensor) -> Tensor:
         t = (level * len(self._signal)).long()
         a = self._signal.to(latents.device)[t].view(-1, 1, 1, 1)
-        with torch.autocast(latents.device.type, torch.bfloat16):
+        with half_precision(latents.device.type):
             context = self.text_encoder(tokens)[0]
             output = self.denoiser(a.sqrt() * latents + (1 - a).sqrt() * noise, t, encoder_hidden_states=context).sample
         target = a.sqrt() * noise - (1 - a).sqrt() * latents if self._v_prediction else noise
@@ -110,7 +111,7 @@ class RectifiedFlow:
         # Logit-normal: the middle of the way is the hard part (Esser et al., ICML 2024). The ends stay apart from 0 and 1.
         t = torch.sigmoid(torch.erfinv((2 * level - 1).clamp(-0.999, 0.999)) * 2**0.5)
         way = t.view(-1, 1, 1, 1)
-        with torch.autocast(latents.device.type, torch.bfloat16):
+        with half_precision(latents.device.type):
             said = self.text_encoder(tokens, output_hidden_states=True)
             words = torch.cat([said.hidden_states[-2]] * 2, dim=-1)
             context = torch.cat([words, words.new_zeros(len(words), 1, words.shape[2])], dim=1)

@@ -153,7 +153,7 @@ def make_unet(channels: Sequence[int] = CHANNELS, layers: int = 1) -> Any:
 
 
 def make_transformer() -> Any:
-    """SD 3's transformer in small: patches of 2 x 2, a width of 192."""
+    """SD 3's transformer in small: patches of 2 x 2, a width of 128."""
     from diffusers import SD3Transformer2DModel
 
     return SD3Transformer2DModel(
@@ -162,10 +162,10 @@ def make_transformer() -> Any:
         in_channels=4,
         out_channels=4,
         num_layers=6,
-        attention_head_dim=48,
+        attention_head_dim=HEAD,
         num_attention_heads=4,
         joint_attention_dim=2 * WIDTH,
-        caption_projection_dim=192,
+        caption_projection_dim=4 * HEAD,
         pooled_projection_dim=2 * WIDTH,
         pos_embed_max_size=16,
     )

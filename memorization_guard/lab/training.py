@@ -42,6 +42,13 @@ def generator(seed: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed * 1_000_003 + step)
 
 
+def half_precision(device: str) -> torch.autocast:
+    """Bfloat16 for what is computed inside it, where that is faster: on a CPU without AVX-512 it takes twelve times as long."""
+    kind = torch.device(device).type
+    fast = kind != "cpu" or torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    return torch.autocast(kind, torch.bfloat16, enabled=fast)
+
+
 class Run:
     """One training: weights, their exponential moving average, AdamW, and the step at which it stands.
 
