@@ -43,7 +43,7 @@ def generator(seed: int, step: int) -> torch.Generator:
 
 
 def half_precision(device: str) -> torch.autocast:
-    """Bfloat16 for what is computed inside it, where that is faster: on a CPU without AVX-512 it takes twelve times as long."""
+    """Bfloat16 for what is computed inside, where that is faster: on a CPU without AVX-512 it takes twelve times as long."""
     kind = torch.device(device).type
     fast = kind != "cpu" or torch.backends.cpu.get_cpu_capability().startswith("AVX512")
     return torch.autocast(kind, torch.bfloat16, enabled=fast)
