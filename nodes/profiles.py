@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import comfy.model_management
 import comfy.sample
 import comfy.samplers
 import comfy.utils
@@ -19,13 +18,8 @@ from ..memorization_guard.core.profile import EXTENSION, name_problem
 from ..memorization_guard.prompts import enough, read_prompts, reference_prompts, typed_prompts
 from .guard import CATEGORY, StabilityProfileType
 from .models import model_hash
-from .sampling import guard, is_guarded
-
-FOLDER = "stability_profiles"
-
-# As one of ComfyUI's own model folders, so that extra_model_paths.yaml can name others.
-folder_paths.add_model_folder_path(FOLDER, str(Path(folder_paths.models_dir) / FOLDER))
-folder_paths.folder_names_and_paths[FOLDER][1].add(EXTENSION)
+from .references import FOLDER, encoded, profile_folder, sample_references
+from .sampling import is_guarded
 
 BUILT_IN, TEXT = "built-in list", "text below"
 
@@ -88,7 +82,7 @@ class SaveStabilityProfile(io.ComfyNode):
     def execute(cls, profile: StabilityProfile, name: str, overwrite: bool) -> io.NodeOutput:
         if problem := name_problem(name):
             raise ValueError(problem)
-        folder = Path(folder_paths.get_folder_paths(FOLDER)[0])
+        folder = profile_folder()
         path = folder / f"{name.strip().removesuffix(EXTENSION)}{EXTENSION}"
         if path.exists() and not overwrite:
             raise FileExistsError(f"{path.name} is there already: choose another name, or switch 'overwrite' on")
@@ -183,31 +177,26 @@ class CalibrateStabilityProfile(io.ComfyNode):
         texts = _prompts(prompts, text)
         latent = comfy.sample.fix_empty_latent_channels(model, torch.zeros(1, 4, height // 8, width // 8))
         identity = [texts, negative, seed, steps, cfg, sampler_name, scheduler, list(latent.shape), model_hash(model)]
-        runs = ReferenceRuns.within(Path(folder_paths.get_folder_paths(FOLDER)[0]), identity)
+        runs = ReferenceRuns.within(profile_folder(), identity)
 
-        unconditional = clip.encode_from_tokens_scheduled(clip.tokenize(negative))
+        (unconditional,) = encoded(clip, [negative])
         bar = comfy.utils.ProgressBar(len(texts))
         while batch := runs.next_batch(len(texts), batch_size):
             start, end, serves = batch
-            part, positive = _alike(clip, texts[start:end])
             bar.update_absolute(start, len(texts))
-            comfy.model_management.throw_exception_if_processing_interrupted()
-            guarded, traces = guard(model, mode="trace", serves=serves)
-            noise = torch.cat([comfy.sample.prepare_noise(latent, seed + start + i) for i in range(len(part))])
-            comfy.sample.sample(
-                guarded,
-                noise,
-                steps,
-                cfg,
-                sampler_name,
-                scheduler,
-                positive,
+            traces = sample_references(
+                model,
+                encoded(clip, texts[start:end]),
                 unconditional,
-                latent.repeat(len(part), *(1,) * (latent.ndim - 1)),
-                disable_pbar=True,
-                seed=seed + start,
+                seed + start,
+                serves,
+                steps=steps,
+                cfg=cfg,
+                latent=latent,
+                sampler_name=sampler_name,
+                scheduler=scheduler,
             )
-            runs.add([trace for run in traces.runs() for trace in run.traces], len(part))
+            runs.add(traces, end - start)
         bar.update_absolute(len(texts), len(texts))
         profile, left_out = runs.profile()
         runs.forget()
@@ -222,31 +211,3 @@ def _prompts(source: str, text: str) -> list[str]:
     if source == TEXT:
         return typed_prompts(text)
     return enough(read_prompts(Path(folder_paths.get_input_directory()) / Path(source).name))
-
-
-def _alike(clip: Any, texts: list[str]) -> tuple[list[str], Any]:
-    """The first of ``texts`` whose conditionings fit into one batch, and that batch."""
-    encoded = [clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in texts]
-    same = 1  # a long prompt takes several windows of the text encoder
-    while same < len(encoded) and _shape(encoded[same]) == _shape(encoded[0]) is not None:
-        same += 1
-    return texts[:same], _together(encoded[:same])
-
-
-def _shape(conditioning: Any) -> Any:
-    """What conditionings must share to be one batch, or ``None`` where they can never be."""
-    if len(conditioning) != 1:
-        return None
-    tensor, options = conditioning[0]
-    return tensor.shape, {k: v.shape if isinstance(v, torch.Tensor) else v for k, v in options.items()}
-
-
-def _together(encoded: list[Any]) -> Any:
-    if len(encoded) == 1:
-        return encoded[0]
-    options = encoded[0][0][1]
-    joined = {
-        key: torch.cat([conditioning[0][1][key] for conditioning in encoded]) if isinstance(value, torch.Tensor) else value
-        for key, value in options.items()
-    }
-    return [[torch.cat([conditioning[0][0] for conditioning in encoded]), joined]]

@@ -46,16 +46,21 @@ class TraceLog:
 
     def begin(self, monitor: StabilityMonitor) -> Run:
         """Enters the run that is about to begin."""
-        context = get_executing_context()
-        prompt_id, node, index = (context.prompt_id, context.node_id, context.list_index or 0) if context else ("", "", 0)
+        prompt_id, node, index = _executing()
         # Some nodes sample many times in one execution (tiles, detailers). Those runs belong together, and replace what the
         # same node did in an earlier prompt.
         runs = [run for run in self._runs.pop((node, index), []) if run.prompt_id == prompt_id]
         prompt = _running_prompt(prompt_id)
         made_from = lineage(prompt.get, node)[1] if prompt is not None else None
-        run = Run(f"{prompt_id}:{node}:{index}:{len(runs)}", node, prompt_id, made_from, monitor)
+        run = Run(_name(prompt_id, node, index, len(runs)), node, prompt_id, made_from, monitor)
         self._runs[node, index] = [*runs, run]
         return run
+
+    def next_name(self) -> str:
+        """The name of the run that would begin now."""
+        prompt_id, node, index = _executing()
+        before = [run for run in self._runs.get((node, index), []) if run.prompt_id == prompt_id]
+        return _name(prompt_id, node, index, len(before))
 
     def runs(self) -> list[Run]:
         """The runs in order."""
@@ -76,6 +81,16 @@ class TraceLog:
                 if now or (run.made_from is not None and run.made_from == lineage(get_node, run.sampler_node)[1]):
                     found.append(run)
         return found
+
+
+def _executing() -> tuple[str, str, int]:
+    """The prompt that is running, its node, and the number of the list that the node is mapped over."""
+    context = get_executing_context()
+    return (context.prompt_id, context.node_id, context.list_index or 0) if context else ("", "", 0)
+
+
+def _name(prompt_id: str, node: str, index: int, number: int) -> str:
+    return f"{prompt_id}:{node}:{index}:{number}"
 
 
 def lineage(get_node: GetNode, node: str) -> tuple[set[str], str]:

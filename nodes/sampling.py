@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import comfy.samplers
 import torch
@@ -46,6 +46,18 @@ KEY = "memorization_guard"
 _WITHOUT_PROMPT = ("empty_negative_prompt", "negative")
 
 
+class Automatic(Protocol):
+    """Gives a profile to runs for which none was chosen."""
+
+    def make(self, guider: Any, noise: Tensor, tell: Callable[[str], None]) -> None:
+        """Before a run: makes the profile of its model, if there is none; ``tell`` shows how far it is."""
+        ...
+
+    def profile(self, guider: Any) -> tuple[StabilityProfile | None, str | None]:
+        """The profile of the model that a run samples, or why there is none."""
+        ...
+
+
 def guard(
     model: ModelPatcher,
     *,
@@ -54,18 +66,25 @@ def guard(
     thresholds: Thresholds | None = None,
     node: str | None = None,
     serves: Serves | None = None,
+    automatic: Automatic | None = None,
 ) -> tuple[ModelPatcher, TraceLog]:
     """A clone of ``model`` whose runs are watched, and where they are logged; ``model`` itself stays as it is.
 
     Args:
         node: id of the node that live events are for; without one, none are sent.
         serves: as for :class:`StabilityMonitor`.
+        automatic: gives runs a profile, where ``profile`` does not.
     """
     traces = TraceLog(mode)
     if mode == "off":
         return model, traces
 
-    # A function, since copying a model deeply copies bound methods together with their objects, and functions never.
+    # Functions, since copying a model deeply copies bound methods together with their objects, and functions never.
+    def around_run(executor: Any, noise: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if profile is None and automatic is not None:
+            automatic.make(executor.class_obj, noise, lambda text: _send(node, traces.next_name(), "begin", {"note": text}))
+        return executor(noise, *args, **kwargs)
+
     def around_sampler(
         executor: Any, guider: Any, sigmas: Tensor, extra_args: Any, callback: Any, noise: Tensor, *args: Any, **kwargs: Any
     ) -> Tensor:
@@ -78,7 +97,8 @@ def guard(
             levels = noise_levels(guider.model_patcher.get_model_object("model_sampling"), sigmas)
             schedule = [levels(sigma) for sigma in sigmas.tolist()]
             settings = run_settings(guider, sampler, noise.shape, schedule)
-            watch = _Watch(traces, profile, thresholds, node, settings, levels, serves)
+            held, missing = (profile, None) if automatic is None or profile is not None else automatic.profile(guider)
+            watch = _Watch(traces, held, thresholds, node, settings, levels, serves, missing)
             sampler_run = SamplerRun(watch.monitor, schedule, levels)
             predictions = Predictions(sampler_run, guider)
             predictions.attach(extra_args["model_options"])
@@ -95,6 +115,7 @@ def guard(
             watch.end()
 
     guarded = model.clone()
+    guarded.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, around_run)
     guarded.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, around_sampler)
     return guarded, traces
 
@@ -102,6 +123,21 @@ def guard(
 def is_guarded(model: ModelPatcher) -> bool:
     """Whether ``model`` came out of :func:`guard`."""
     return bool(model.get_wrappers(WrappersMP.SAMPLER_SAMPLE, KEY))
+
+
+def unguarded(model: ModelPatcher) -> ModelPatcher:
+    """A clone that no guard watches."""
+    clone = model.clone()
+    for kind in (WrappersMP.OUTER_SAMPLE, WrappersMP.SAMPLER_SAMPLE):
+        clone.remove_wrappers_with_key(kind, KEY)
+    return clone
+
+
+def _send(node: str | None, run: str, kind: str, data: Mapping[str, Any]) -> None:
+    """Sends a live event to the page that queued the prompt, if any did, for a node."""
+    server = PromptServer.instance
+    if node is not None and server.client_id is not None:
+        server.send_sync(KEY, {"kind": kind, "node": node, "run": run, **data}, server.client_id)
 
 
 class _Watch:
@@ -116,10 +152,11 @@ class _Watch:
         settings: RunSettings,
         level: Callable[[float], NoiseLevel],
         serves: Serves | None,
+        missing: str | None,
     ) -> None:
         on_step = None if node is None else self._on_step
         self.monitor = StabilityMonitor(
-            profile, thresholds, traces.mode, on_step, settings=settings, level=level, serves=serves
+            profile, thresholds, traces.mode, on_step, settings=settings, level=level, serves=serves, missing=missing
         )
         self._run = traces.begin(self.monitor)
         self._node = node
@@ -139,9 +176,8 @@ class _Watch:
         self._send("step", event.to_dict)
 
     def _send(self, kind: str, data: Callable[[], dict[str, Any]]) -> None:
-        if self._node is None or (server := PromptServer.instance).client_id is None:
-            return
-        server.send_sync(KEY, {"kind": kind, "node": self._node, "run": self._run.name, **data()}, server.client_id)
+        if self._node is not None and PromptServer.instance.client_id is not None:
+            _send(self._node, self._run.name, kind, data())
 
 
 class Predictions:

@@ -6,14 +6,13 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from tqdm.auto import tqdm
 
 from ..core.calibration import MIN_RUNS, CalibrationError, ReferenceRuns
 from ..core.profile import StabilityProfile
 from ..fingerprint import fingerprint
 from ..prompts import read_prompts
-from .diffusers import guard
+from .diffusers import sample_references
 from .network import denoisers
 
 
@@ -63,26 +62,9 @@ def calibrate(
     ]
     runs = ReferenceRuns(state, identity)
 
-    bar_config = getattr(pipe, "_progress_bar_config", None)
-    pipe.set_progress_bar_config(disable=True)
-    try:
-        with tqdm(total=len(texts), initial=len(runs.traces), desc="calibrating", unit="prompt", disable=not progress) as bar:
-            while batch := runs.next_batch(len(texts), batch_size):
-                start, end, serves = batch
-                part = texts[start:end]
-                generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(part))]
-                # Pipelines want as many of them as there are prompts.
-                texts_a_prompt = {k: [v] * len(part) for k, v in pipe_kwargs.items() if "negative" in k and isinstance(v, str)}
-                with guard(pipe, serves=serves) as run:
-                    pipe(part, generator=generators, output_type="latent", **(pipe_kwargs | texts_a_prompt))
-                if run.error is not None:
-                    raise CalibrationError(f"this pipeline could not be watched: {run.error}")
-                runs.add(run.traces, len(part))
-                bar.update(len(part))
-    finally:
-        if bar_config is None:
-            del pipe._progress_bar_config
-        else:
-            pipe._progress_bar_config = bar_config
-
+    with tqdm(total=len(texts), initial=len(runs.traces), desc="calibrating", unit="prompt", disable=not progress) as bar:
+        while batch := runs.next_batch(len(texts), batch_size):
+            start, end, serves = batch
+            runs.add(sample_references(pipe, texts[start:end], seed + start, serves, **pipe_kwargs), end - start)
+            bar.update(end - start)
     return runs.profile()[0]

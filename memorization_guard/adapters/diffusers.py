@@ -12,18 +12,21 @@ import functools
 import inspect
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
+from ..automatic import STEPS, AutomaticProfiles, user_folder
+from ..core.calibration import CalibrationError
 from ..core.monitor import Serves, StabilityMonitor
 from ..core.noise_level import NoiseLevel
 from ..core.profile import StabilityProfile
 from ..core.run import StepEvent
 from ..core.settings import Mode, RunSettings, Thresholds
 from ..core.trace import Trace
+from ..fingerprint import fingerprint
 from .hooks import calls_of, replaced
 from .network import denoisers
 from .sampling import NewMonitor, Sampling
@@ -133,7 +136,7 @@ class GuardedRun:
 @contextmanager
 def guard(
     pipe: Any,
-    profile: StabilityProfile | None = None,
+    profile: StabilityProfile | Literal["auto"] | None = None,
     mode: Mode = "trace",
     thresholds: Thresholds | None = None,
     on_step: Callable[[StepEvent], None] | None = None,
@@ -152,7 +155,11 @@ def guard(
 
     Args:
         pipe: a diffusers pipeline with a ``unet`` or ``transformer``.
-        profile, mode, thresholds, on_step: as for :class:`memorization_guard.StabilityMonitor`. ``stop`` ends a pipeline call
+        profile: as for :class:`memorization_guard.StabilityMonitor`; or ``"auto"``: that of the pipeline's weights, which is
+            made when the block is entered if there is none, in the time of some ten images, and kept in
+            :func:`memorization_guard.automatic.user_folder`. Where none can be made, the traces' notes say why: a pipeline
+            that wants more than a prompt finds the one that was made with a text-to-image pipeline of the same weights.
+        mode, thresholds, on_step: as for :class:`memorization_guard.StabilityMonitor`. ``stop`` ends a pipeline call
             by the pipeline's own ``interrupt``; its images are then those predicted so far.
         serves: as there; where a pipeline has no ``interrupt``, it goes on to its end.
 
@@ -173,14 +180,75 @@ def guard(
     if mode == "stop" and not hasattr(type(pipe), "interrupt"):
         raise ValueError(f"{type(pipe).__name__} cannot be interrupted: choose another mode than stop")
 
+    missing: str | None = None
+    if profile == "auto":
+        profile, missing = (None, None) if mode == "off" else _automatic_profile(pipe)
+
     def new_monitor(settings: RunSettings, level: Callable[[float], NoiseLevel] | None) -> StabilityMonitor:
-        return StabilityMonitor(profile, thresholds, mode, on_step, settings=settings, level=level, serves=serves)
+        return StabilityMonitor(
+            profile, thresholds, mode, on_step, settings=settings, level=level, serves=serves, missing=missing
+        )
 
     run = GuardedRun(pipe, new_monitor)
     with run._hooks:
         if mode != "off":
             run._watch()
         yield run
+
+
+_automatic_profiles = functools.cache(AutomaticProfiles)
+
+
+def _automatic_profile(pipe: Any) -> tuple[StabilityProfile | None, str | None]:
+    """The profile of the pipeline's weights, or why there is none."""
+
+    def sample(prompts: list[str], seed: int, serves: Serves) -> list[Trace]:
+        try:
+            return sample_references(pipe, prompts, seed, serves, num_inference_steps=STEPS)
+        except (TypeError, ValueError) as error:
+            raise _NeedsMore(str(error)) from error
+
+    profiles, weights = _automatic_profiles(user_folder()), fingerprint(denoisers(pipe)[0])
+    try:
+        profiles.make(weights, sample, cancelled=(_NeedsMore, KeyboardInterrupt))
+    except _NeedsMore as error:
+        return None, (
+            f"{type(pipe).__name__} could not be called with prompts alone ({error}): enter guard(..., profile='auto') once "
+            "with a text-to-image pipeline of the same weights."
+        )
+    return profiles.find(weights)
+
+
+class _NeedsMore(Exception):  # noqa: N818 (the pipeline is as it should be)
+    """A pipeline that makes no image of a prompt alone."""
+
+
+def sample_references(pipe: Any, prompts: Sequence[str], seed: int, serves: Serves, **pipe_kwargs: Any) -> list[Trace]:
+    """The traces of reference prompts, sampled in one batch as long as they are needed; no image is decoded.
+
+    Args:
+        seed: prompt i starts from the noise of seed ``seed + i``, drawn on the CPU.
+        pipe_kwargs: of the pipeline's call; one text as ``negative_prompt`` serves all prompts.
+
+    Raises:
+        CalibrationError: if the pipeline could not be watched.
+    """
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
+    # Pipelines want as many of them as there are prompts.
+    texts = {k: [v] * len(prompts) for k, v in pipe_kwargs.items() if "negative" in k and isinstance(v, str)}
+    bar_config = getattr(pipe, "_progress_bar_config", None)
+    pipe.set_progress_bar_config(disable=True)
+    try:
+        with guard(pipe, serves=serves) as run:
+            pipe(list(prompts), generator=generators, output_type="latent", **(pipe_kwargs | texts))
+    finally:
+        if bar_config is None:
+            del pipe._progress_bar_config
+        else:
+            pipe._progress_bar_config = bar_config
+    if run.error is not None:
+        raise CalibrationError(f"this pipeline could not be watched: {run.error}")
+    return run.traces
 
 
 def copy_sharing_weights(pipe: Any) -> Any:

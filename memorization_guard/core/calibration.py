@@ -191,13 +191,15 @@ class ReferenceRuns:
     Args:
         state: the file, or ``None`` to keep nothing.
         identity: whatever the calibration depends on (prompts, settings, weights), JSON-ready or printable.
+        whole: so many prompts, the first ones, are sampled to the end.
 
     Raises:
         CalibrationError: if the file belongs to a calibration of another identity, or is damaged.
     """
 
-    def __init__(self, state: str | os.PathLike[str] | None, identity: Any) -> None:
+    def __init__(self, state: str | os.PathLike[str] | None, identity: Any, *, whole: int = WHOLE_RUNS) -> None:
         self._state = None if state is None else Path(state)
+        self._whole = whole
         self.key = content_hash(identity)
         self.traces: list[Trace] = []
         if self._state is None or not self._state.exists():
@@ -213,14 +215,14 @@ class ReferenceRuns:
             )
 
     @classmethod
-    def within(cls, folder: Path, identity: Any) -> ReferenceRuns:
+    def within(cls, folder: Path, identity: Any, *, whole: int = WHOLE_RUNS) -> ReferenceRuns:
         """Kept in ``folder``, which is made if need be, under a name of its own for each identity.
 
         Raises:
             CalibrationError: if the file is damaged.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        return cls(folder / f".calibration-{content_hash(identity)[:16]}.json", identity)
+        return cls(folder / f".calibration-{content_hash(identity)[:16]}.json", identity, whole=whole)
 
     def forget(self) -> None:
         """Deletes the file: the calibration is done."""
@@ -237,7 +239,7 @@ class ReferenceRuns:
         if start >= count:
             return None
         end = min(start + size, count)
-        return (start, end, "first") if start >= WHOLE_RUNS else (start, min(end, WHOLE_RUNS), "whole")
+        return (start, end, "first") if start >= self._whole else (start, min(end, self._whole), "whole")
 
     def add(self, traces: Sequence[Trace], expected: int) -> None:
         """Takes in the traces of a batch of ``expected`` prompts, and keeps them.
@@ -270,7 +272,7 @@ class ReferenceRuns:
                 calibrator.left_out["memorized"] += 1
                 continue
             try:
-                (calibrator.add if number < WHOLE_RUNS else calibrator.probe)(trace)
+                (calibrator.add if number < self._whole else calibrator.probe)(trace)
             except CalibrationError as error:
                 left_out[number] = str(error)
         for number, reason in left_out.items():

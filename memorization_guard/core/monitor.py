@@ -52,6 +52,7 @@ class StabilityMonitor:
         settings: what the run is made with, to be held against the profile and written into the traces.
         level: the noise level that the host's own number stands for; by default that of the settings' prediction type.
         serves: whether the run serves as a reference, and what is needed of it: see :data:`Serves`.
+        missing: why there is no profile, and what to do: sentences for the note of a run that should have one.
     """
 
     def __init__(
@@ -64,12 +65,12 @@ class StabilityMonitor:
         settings: RunSettings | None = None,
         level: Callable[[float], NoiseLevel] | None = None,
         serves: Serves | None = None,
+        missing: str | None = None,
     ) -> None:
         settings = settings or RunSettings()
         kind = settings.prediction_type
-        self._run = Run(
-            profile, thresholds or Thresholds(), mode, settings, level or (lambda sigma: NoiseLevel.from_model(sigma, kind))
-        )
+        level = level or (lambda sigma: NoiseLevel.from_model(sigma, kind))
+        self._run = Run(profile, thresholds or Thresholds(), mode, settings, level, missing)
         self._at_once = mode in ("mitigate", "stop") and self._run.judges
         self._on_step = on_step
         self._serves = serves

@@ -15,7 +15,7 @@ from torch import Tensor
 from . import published
 from .judge import Judge
 from .noise_level import NoiseLevel
-from .profile import Norms, ProfileCheck, StabilityProfile
+from .profile import Norms, StabilityProfile
 from .reference import OPEN_SIGMA, Reference
 from .settings import USUAL_GUIDANCE, Mode, RunSettings, Thresholds, Verdict
 from .trace import SUSPICIOUS, Steps, Trace, band_numbers, numbers
@@ -84,6 +84,7 @@ class Run:
     Attributes:
         profile, thresholds, mode, settings: as for :class:`~memorization_guard.core.monitor.StabilityMonitor`.
         level: the noise level that the host's own number stands for.
+        missing: why there is no profile.
         check: how the profile fits the settings, or ``None`` without a profile.
         batch: number of samples; 0 before the first latent.
         taken: number of evaluations taken in, judged or not.
@@ -96,6 +97,7 @@ class Run:
     mode: Mode
     settings: RunSettings
     level: Callable[[float], NoiseLevel]
+    missing: str | None = None
     batch: int = 0
     taken: int = 0
     steps: list[Step] = field(default_factory=list)
@@ -313,8 +315,10 @@ class Run:
         if self.detector is not None and self.detector.off_schedule is not None:
             return f"The run is not scored: {self.detector.off_schedule}. Calibrate a profile with the run's own schedule."
         if self.check is None:
-            nothing = f"No profile was given: nothing is judged, and mode {self.mode} does nothing. Give one of this model."
-            return nothing if self.mode in ("mitigate", "stop") else None
+            nothing = f"nothing is judged, and mode {self.mode} does nothing" if self.mode != "trace" else "nothing is judged"
+            if self.missing is not None:
+                return f"There is no profile: {nothing}. {self.missing}"
+            return f"No profile was given: {nothing}. Give one of this model." if self.mode != "trace" else None
         if self.check.valid and not self.judges:
             if self.thresholds.method == "published":
                 reasons = "; ".join(map(str, self.check.transferred))
@@ -322,7 +326,8 @@ class Run:
             return "The profile has the published bands alone: calibrate again for one that holds for any sampler."
         if self.reference is not None and self.judge.evaluations and np.isnan(self.judge.p_value).any():
             return self._unjudged()
-        return None if self.check == ProfileCheck() else str(self.check)
+        # The verdict does not depend on what a profile is transferred over.
+        return str(self.check) if self.check.invalid or self.check.weakened else None
 
     def _unjudged(self) -> str:
         """Why a run with a profile could not be judged, and what to do."""

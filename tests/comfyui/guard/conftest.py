@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from memorization_guard import Trace
 from memorization_guard.lab import prompts
@@ -30,6 +32,10 @@ class Bench:
 
     def text(self, text: str) -> Any:
         return self.g.node("CLIPTextEncode", clip=self.lab[1], text=text)[0]
+
+    def lora(self) -> Any:
+        """The model with a small LoRA behind the guard."""
+        return self.g.node("LoraLoaderModelOnly", model=self.model, lora_name="small.safetensors", strength_model=0.5)[0]
 
     def ksampler(self, **changes: Any) -> Any:
         inputs = {
@@ -98,13 +104,17 @@ class Bench:
 
 @pytest.fixture
 def bench(graph: Any) -> Callable[..., Bench]:
-    def make(mode: str | None = "trace", text: str = EXACT, batch: int = 1, profile: bool = True, **guard: Any) -> Bench:
+    def make(
+        mode: str | None = "trace", text: str = EXACT, batch: int = 1, profile: bool = True, clip: bool = False, **guard: Any
+    ) -> Bench:
         g = graph()
         lab = g.node("MemorizationGuardLoadLabModel")
         model, watcher = lab[0], None
         if mode is not None:
             if profile:
                 guard["profile"] = lab[3]
+            if clip:
+                guard["clip"] = lab[1]
             watcher = g.node("MemorizationGuard", model=model, mode=mode, **guard)
             model = watcher[0]
         made = Bench(
@@ -114,6 +124,17 @@ def bench(graph: Any) -> Callable[..., Bench]:
         return made
 
     return make
+
+
+@pytest.fixture(scope="session", autouse=True)
+def lora(server: Any) -> None:
+    """A small LoRA for the lab model, in the server's folder."""
+    generator = torch.Generator().manual_seed(0)
+    name = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k"
+    width = {"up": (96, 2), "down": (2, 128)}
+    weights = {f"{name}.lora_{part}.weight": torch.randn(shape, generator=generator) for part, shape in width.items()}
+    (server.folder / "models" / "loras").mkdir(exist_ok=True)
+    save_file(weights, server.folder / "models" / "loras" / "small.safetensors")
 
 
 @dataclass

@@ -7,8 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from safetensors.torch import save_file
 
 from memorization_guard.lab import copy_score, prompts
 
@@ -55,7 +53,7 @@ def rescaled(b: Any) -> Any:
 
 
 def with_lora(b: Any) -> Any:
-    b.model = b.g.node("LoraLoaderModelOnly", model=b.model, lora_name="small.safetensors", strength_model=0.5)[0]
+    b.model = b.lora()
     return b.ksampler()
 
 
@@ -136,17 +134,6 @@ WAYS: dict[str, tuple[Callable[[Any], Any], list[int], list[str]]] = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def lora(server: Any) -> None:
-    """A small LoRA for the lab model, in the server's folder."""
-    generator = torch.Generator().manual_seed(0)
-    name = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k"
-    width = {"up": (96, 2), "down": (2, 128)}
-    weights = {f"{name}.lora_{part}.weight": torch.randn(shape, generator=generator) for part, shape in width.items()}
-    (server.folder / "models" / "loras").mkdir(exist_ok=True)
-    save_file(weights, server.folder / "models" / "loras" / "small.safetensors")
-
-
 @pytest.mark.parametrize("way", WAYS)
 def test_the_image_is_the_same_to_the_bit_and_every_run_is_seen(bench: Any, finish: Any, way: str) -> None:
     build, steps, fits = WAYS[way]
@@ -165,15 +152,16 @@ def test_the_image_is_the_same_to_the_bit_and_every_run_is_seen(bench: Any, fini
             assert (trace.score is not None) == (fit == FITS)
             if fit == NEVER:
                 assert trace.note.startswith("The profile does not fit this run")
-            elif fit == TRANSFERRED:
-                assert trace.note.startswith("The profile is transferred to this run")
+            else:
+                assert "transferred" not in (trace.note or "")  # the verdict does not depend on it
 
 
 def test_a_sampler_that_chooses_its_own_steps_is_scored(bench: Any, finish: Any) -> None:
     for text, verdict in ((EXACT, "likely copy"), (ORDINARY, "stable")):
         trace = finish(b := bench("trace", text=text), b.ksampler(sampler_name="dpm_adaptive")).runs[0][0]
         assert trace.verdict == verdict
-        assert trace.note.startswith("The profile is transferred to this run (sampler: profile euler, run dpm_adaptive")
+        assert trace.note is None
+        assert trace.score is None
 
 
 @pytest.mark.parametrize(

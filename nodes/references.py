@@ -1,0 +1,181 @@
+"""Reference prompts sampled with ComfyUI, and the profiles that make themselves from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import comfy.sample
+import comfy.utils
+import folder_paths
+import torch
+from comfy.model_patcher import ModelPatcher
+
+from ..memorization_guard import StabilityProfile, Trace
+from ..memorization_guard.automatic import AUTO, STEPS, AutomaticProfiles
+from ..memorization_guard.core.monitor import Serves
+from ..memorization_guard.core.profile import EXTENSION
+from .models import model_hash
+from .sampling import guard, unguarded
+
+FOLDER = "stability_profiles"
+
+# As one of ComfyUI's own model folders, so that extra_model_paths.yaml can name others.
+folder_paths.add_model_folder_path(FOLDER, str(Path(folder_paths.models_dir) / FOLDER))
+folder_paths.folder_names_and_paths[FOLDER][1].add(EXTENSION)
+
+#: Guidance scale of the references where a run has none: both predictions are to be seen, and hardly mixed.
+_WEAK_CFG = 1.5
+
+
+def profile_folder() -> Path:
+    """Where profiles are written to."""
+    return Path(folder_paths.get_folder_paths(FOLDER)[0])
+
+
+def encoded(clip: Any, texts: Sequence[str]) -> list[Any]:
+    """The conditioning of each text."""
+    return [clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in texts]
+
+
+def sample_references(
+    model: ModelPatcher,
+    positives: Sequence[Any],
+    negative: Any,
+    seed: int,
+    serves: Serves,
+    *,
+    steps: int,
+    cfg: float,
+    latent: torch.Tensor,
+    sampler_name: str = "euler",
+    scheduler: str = "normal",
+) -> list[Trace]:
+    """The traces of reference prompts, sampled in as few batches as their conditionings allow, as long as they are needed.
+
+    Args:
+        seed: prompt i starts from the noise of ``seed + i``. latent: an empty one, ``[1, ...]``.
+    """
+    traces: list[Trace] = []
+    while len(traces) < len(positives):
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        part = _alike(positives[len(traces) :])
+        first = seed + len(traces)
+        guarded, seen = guard(model, mode="trace", serves=serves)
+        comfy.sample.sample(
+            guarded,
+            torch.cat([comfy.sample.prepare_noise(latent, first + i) for i in range(len(part))]),
+            steps,
+            cfg,
+            sampler_name,
+            scheduler,
+            _together(part),
+            negative,
+            latent.repeat(len(part), *(1,) * (latent.ndim - 1)),
+            disable_pbar=True,
+            seed=first,
+        )
+        found = [trace for run in seen.runs() for trace in run.traces]
+        if len(found) != len(part):
+            raise RuntimeError(f"{len(part)} reference prompts gave {len(found)} traces: see the log for what went wrong")
+        traces += found
+    return traces
+
+
+class Automatic:
+    """Gives a run the profile of whatever model it samples, and makes it before the first such run.
+
+    Args:
+        clip: encodes the reference prompts; ``None`` where none is connected.
+    """
+
+    def __init__(self, clip: Any) -> None:
+        self._clip = clip
+
+    @cached_property
+    def _profiles(self) -> AutomaticProfiles:
+        return _in(profile_folder() / AUTO)
+
+    def make(self, guider: Any, noise: torch.Tensor, tell: Callable[[str], None]) -> None:
+        """Makes the profile if there is none; ``tell`` shows how far it is."""
+        if self._clip is None:
+            return
+        model = unguarded(guider.model_patcher)
+        bar: list[comfy.utils.ProgressBar] = []
+        conditionings: list[Any] = []
+
+        def sample(prompts: list[str], seed: int, serves: Serves) -> list[Trace]:
+            return sample_references(
+                model,
+                encoded(self._clip, prompts),
+                conditionings[0],
+                seed,
+                serves,
+                steps=STEPS,
+                cfg=guider.cfg if guider.cfg > 1.0 else _WEAK_CFG,
+                latent=_one_frame(noise),
+            )
+
+        def progress(done: int, of: int) -> None:
+            if not bar:
+                bar.append(comfy.utils.ProgressBar(of))
+                conditionings.extend(encoded(self._clip, [""]))
+            bar[0].update_absolute(done, of)
+            tell(f"Making the profile of this model, once: {done} of {of} prompts.")
+
+        self._profiles.make(
+            self._weights(guider), sample, progress, cancelled=comfy.model_management.InterruptProcessingException
+        )
+
+    def profile(self, guider: Any) -> tuple[StabilityProfile | None, str | None]:
+        """The profile of the model that a run samples, or why there is none."""
+        profile, missing = self._profiles.find(self._weights(guider))
+        if profile is None and self._clip is None:
+            missing = "Connect the model's CLIP, and one is made before the first image; or connect a profile."
+        return profile, missing
+
+    def _weights(self, guider: Any) -> str | None:
+        return model_hash(guider.model_patcher)
+
+
+_folders: dict[Path, AutomaticProfiles] = {}
+
+
+def _in(folder: Path) -> AutomaticProfiles:
+    return _folders.setdefault(folder, AutomaticProfiles(folder))
+
+
+def _one_frame(noise: torch.Tensor) -> torch.Tensor:
+    """An empty latent of a run's size; of a video, one frame."""
+    latent = torch.zeros_like(noise[:1], device="cpu")
+    return latent[:, :, :1] if latent.ndim == 5 else latent
+
+
+def _alike(encoded: Sequence[Any]) -> Sequence[Any]:
+    """The first conditionings that fit into one batch; a long prompt takes several windows of the text encoder."""
+    same = 1
+    while same < len(encoded) and _shape(encoded[same]) == _shape(encoded[0]) is not None:
+        same += 1
+    return encoded[:same]
+
+
+def _shape(conditioning: Any) -> Any:
+    """What conditionings must share to be one batch, or ``None`` where they can never be."""
+    if len(conditioning) != 1:
+        return None
+    tensor, options = conditioning[0]
+    return tensor.shape, {k: v.shape if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+
+
+def _together(encoded: Sequence[Any]) -> Any:
+    if len(encoded) == 1:
+        return encoded[0]
+    options = encoded[0][0][1]
+    joined = {
+        key: torch.cat([conditioning[0][1][key] for conditioning in encoded]) if isinstance(value, torch.Tensor) else value
+        for key, value in options.items()
+    }
+    return [[torch.cat([conditioning[0][0] for conditioning in encoded]), joined]]
