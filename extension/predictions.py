@@ -18,19 +18,22 @@ from modules import script_callbacks, shared
 from torch import Tensor
 
 from ..memorization_guard import NoiseLevel, StabilityMonitor
-from ..memorization_guard.core.monitor import Ask
+from ..memorization_guard.core.monitor import Again, Ask
 from ..memorization_guard.core.noise_level import resized
 from . import hosts
 from .timesteps import changed
 
 
 class Predicted(Protocol):
-    """Takes a latent, its noise level, the predictions with and without the prompt, and what asks the network for others.
+    """Takes a latent, its noise level, the predictions with and without the prompt, and what asks the network for others, or
+    for these again.
 
     Gives the prediction with the prompt to go on with.
     """
 
-    def __call__(self, x: Tensor, sigma: Tensor, cond: Tensor, uncond: Tensor | None, /, *, ask: Ask) -> Tensor: ...
+    def __call__(
+        self, x: Tensor, sigma: Tensor, cond: Tensor, uncond: Tensor | None, /, *, ask: Ask, again: Again
+    ) -> Tensor: ...
 
 
 def judged(denoiser: Any, monitor: StabilityMonitor, predicted: Predicted) -> contextlib.AbstractContextManager[None]:
@@ -114,14 +117,20 @@ def _judge_rows(denoiser: Any, monitor: StabilityMonitor, predicted: Predicted, 
     may_miss = shared.opts.skip_early_cond or arguments["s_min_uncond"]
     missing = bool(may_miss) and torch.equal(without, torch.stack([each[0] for each in prompted]))
 
-    def ask(noise: Tensor) -> tuple[Tensor, float, Tensor, Tensor]:
+    def evaluate(latent: Tensor, level: float) -> Tensor:
         owners = [image for image, each in enumerate(weights) for _ in each]
-        latent, level = _in_noise(denoiser.inner_model, monitor, noise)
         with _tiling_kept():
-            found = _rows(denoiser, given, owners, latent, level)
+            return _rows(denoiser, given, owners, latent, level)
+
+    def ask(noise: Tensor) -> tuple[Tensor, float, Tensor, Tensor]:
+        latent, level = _in_noise(denoiser.inner_model, monitor, noise)
+        found = evaluate(latent, level)
         return latent, level, _joined(found, weights), _parts(found, weights)[1]
 
-    corrected = predicted(x, sigma, cond, None if missing else without, ask=ask)
+    def again() -> Tensor:
+        return evaluate(x, float(sigma[0]))
+
+    corrected = predicted(x, sigma, cond, None if missing else without, ask=ask, again=again)
     if corrected is cond:
         return
     replace = changed(cond, corrected)
@@ -310,8 +319,12 @@ def _judge(
         alone = None if without is None else other
         return latent, level, at_weight(found, alone), alone
 
+    def again() -> None:
+        with _tiling_kept():
+            evaluate(args["input"], sigma)
+
     joined = at_weight(prompted, without)
-    corrected = predicted(args["input"], sigma, joined, without, ask=ask)
+    corrected = predicted(args["input"], sigma, joined, without, ask=ask, again=again)
     if corrected is joined:
         return
     if without is not None and joined is not prompted:

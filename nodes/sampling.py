@@ -256,6 +256,13 @@ class Predictions:
             without = next((p for name in _WITHOUT_PROMPT if (p := self._place(name, conds)) is not None), None)
             uncond = predictions[without] if without is not None and _active(conds[without], sigma) else None
 
+            def unseen(x: Tensor, sigma: Tensor) -> Sequence[Tensor]:
+                Predictions.asking = True
+                try:
+                    return evaluate(x, sigma)
+                finally:
+                    Predictions.asking = False
+
             def ask(noise: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
                 sampling = self._guider.model_patcher.get_model_object("model_sampling")
                 highest = torch.full_like(sigma, float(sampling.sigma_max))
@@ -264,14 +271,10 @@ class Predictions:
                 latent = sampling.noise_scaling(
                     highest.view(-1, *(1,) * (noise.ndim - 1)), noise, torch.zeros_like(noise), max_denoise=True
                 )
-                Predictions.asking = True
-                try:
-                    found = evaluate(latent, highest)
-                finally:
-                    Predictions.asking = False
+                found = unseen(latent, highest)
                 return latent, highest, found[place], None if without is None else found[without]
 
-            cond = self._run.predicted(x, sigma, predictions[place], uncond, ask=ask)
+            cond = self._run.predicted(x, sigma, predictions[place], uncond, ask=ask, again=lambda: unseen(x, sigma))
             if cond is predictions[place]:
                 return predictions
             return [cond if i == place else prediction for i, prediction in enumerate(predictions)]

@@ -53,6 +53,10 @@ class Call:
             arguments[1] = timestep
         return answer(self.module.forward(*arguments, **keywords))
 
+    def repeat(self) -> None:
+        """Has the network answer the very same once more; nobody who watches its calls sees it."""
+        self.module.forward(*self.arguments, **self.keywords)
+
 
 class Evaluation:
     """The latent, and what the network said of it with and without the prompt, if it was asked for both.

@@ -108,7 +108,11 @@ class Sampling:
             denoised = found[0].denoised
             return found[0].x, -1.0, denoised(found[0].cond), None if without is None else denoised(without)
 
-        given = self.monitor.predicted(evaluation.x, float(evaluation.number), cond, uncond, ask=ask)
+        def again() -> None:
+            for call in calls:
+                call.repeat()
+
+        given = self.monitor.predicted(evaluation.x, float(evaluation.number), cond, uncond, ask=ask, again=again)
         if given is not cond:
             evaluation.replace(cond, given)
         if self.monitor.thresholds.method == "reference" and network.schedule.begins(evaluation.number):

@@ -362,6 +362,23 @@ def test_a_reference_run_stops_after_its_first_evaluation(world):
         assert trace.asked > 0
 
 
+def test_after_asking_the_network_sees_the_runs_own_latent_again(world):
+    """What notes what the network saw last, as self-attention guidance does, goes on from the run's own."""
+    seen = []
+    answer = asking(world, memorized=2.0)
+    for serves, expected in ((None, ["asked", "asked", "own"]), ("whole", ["asked", "asked"])):
+        monitor = StabilityMonitor(with_answers(world), settings=world.settings(), serves=serves)
+        seen.clear()
+        x = torch.randn(1, *world.shape) * 14.0
+
+        def ask(noise):
+            seen.append("asked")
+            return answer(noise)
+
+        monitor.predicted(x, 14.0, *world.predictions(x, 14.0, (500,), [2.0]), ask=ask, again=lambda: seen.append("own"))
+        assert seen == expected
+
+
 def test_asking_draws_from_no_generator_of_others(world):
     state = torch.get_rng_state()
     monitor = StabilityMonitor(with_answers(world), settings=world.settings())
