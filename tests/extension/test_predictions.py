@@ -48,8 +48,8 @@ class Monitor:
         self.corrected, self.seen, self.errors = corrected, [], []
         self.settings = types.SimpleNamespace(prediction_type=prediction_type)
 
-    def predicted(self, x, sigma, cond, uncond, *, ask):
-        self.ask = ask
+    def predicted(self, x, sigma, cond, uncond, *, ask, again):
+        self.ask, self.again = ask, again
         self.seen.append((x, sigma, cond.clone(), None if uncond is None else uncond.clone()))
         return cond if self.corrected is None else self.corrected(cond)
 
@@ -272,7 +272,9 @@ def test_the_network_is_asked_about_noise_for_every_row(modules, predictions, we
         after(types.SimpleNamespace(x=rows))
         noise = latents(2, 4)
         latent, level, cond, uncond = monitor.ask(noise)
+        own = monitor.again()
     assert monitor.errors == []
+    assert torch.allclose(own[0], given.row(Network(), 0, given.x[-2], 3.0), atol=1e-4)
     assert level == (999.0 if sigmas is None else pytest.approx(14.6))
     # Its network is given just this noise, on the VP scale, in either case.
     assert torch.allclose(latent, noise if sigmas is None else noise * math.hypot(1, level))
