@@ -16,6 +16,7 @@ from modules.ui_common import create_refresh_button
 from modules.ui_components import FormRow, InputAccordion
 
 from ..memorization_guard import ProfileError, RunSettings
+from ..memorization_guard.automatic import AUTO
 from ..memorization_guard.core.calibration import MIN_RUNS
 from ..memorization_guard.core.settings import MODES
 from ..memorization_guard.lab import prompts
@@ -83,11 +84,12 @@ class Controls:
         with FormRow():
             profile = gr.Dropdown(
                 profiles.names(),
-                value=profiles.NONE,
+                value=AUTO,
                 label="Stability profile",
                 elem_id=self._elem_id("profile"),
-                info="From models/stability_profiles, made by 'calibrate' in the script of the same name. Without one the run "
-                "is traced, and not judged.",
+                info="auto: made before the first image with a model and its LoRAs, in the time of some ten images, and kept. "
+                "Others are files of models/stability_profiles, made by 'calibrate' in the script of the same name. With None "
+                "the run is traced, and not judged.",
             )
             create_refresh_button(
                 profile, lambda: None, lambda: {"choices": profiles.names()}, self._elem_id("profile_refresh")
@@ -177,7 +179,7 @@ def _add_lab_model() -> str:
 
 def _describe_fit(name: str, sampler: Any = None, cfg: Any = None, width: Any = None, height: Any = None) -> str:
     """Whether a profile fits what is set in the page, as far as that is known before a run."""
-    if name in (None, "", profiles.NONE):
+    if name in (None, "", AUTO, profiles.NONE):
         return ""
     try:
         profile = profiles.load(name)

@@ -10,6 +10,7 @@ from typing import Any
 from modules import paths, processing, shared
 
 from ..memorization_guard import CalibrationError, StabilityProfile, Trace
+from ..memorization_guard.automatic import AUTO
 from ..memorization_guard.core.calibration import ReferenceRuns, told_left_out
 from ..memorization_guard.core.monitor import Serves
 from ..memorization_guard.core.profile import EXTENSION, ProfileError, name_problem
@@ -23,8 +24,8 @@ NONE = "None"
 
 
 def names() -> list[str]:
-    """What the list of profiles offers."""
-    return [NONE, *sorted(_files())]
+    """What the list of profiles offers; those that made themselves are behind ``auto``."""
+    return [AUTO, NONE, *sorted(name for name in _files() if not name.startswith(f"{AUTO}/"))]
 
 
 def load(name: str) -> StabilityProfile:
@@ -93,27 +94,27 @@ def calibrate(p: Any, text: str, name: str, overwrite: bool) -> tuple[str, Stabi
         *(p.width, p.height, p.prompt if "<" in str(p.prompt) else "", sampling.checkpoint_hash(model), p.override_settings),
     ]
     runs = ReferenceRuns.within(FOLDER, identity)
-    networks = " ".join(_networks(str(p.prompt)))
     shared.state.job_count = math.ceil((len(prompts) - len(runs.traces)) / p.batch_size)
     while batch := runs.next_batch(len(prompts), p.batch_size):
         start, end, serves = batch
-        part = prompts[start:end]
-        traces = _sample(p, [f"{prompt} {networks}".strip() for prompt in part], seed + start, serves)
+        traces = sample_references(p, prompts[start:end], seed + start, serves)
         if shared.state.interrupted or shared.state.stopping_generation:
             raise CalibrationError(
                 f"stopped after {start} of {len(prompts)} reference prompts: the same settings again go on from there"
             )
-        runs.add(traces, len(part))
+        runs.add(traces, end - start)
     profile, left_out = runs.profile()
     profile.save(path)
     runs.forget()
     return name, profile, told_left_out(left_out, prompts)
 
 
-def _sample(p: Any, prompts: list[str], seed: int, serves: Serves) -> list[Trace]:
-    """The traces of ``prompts``, sampled in one batch as ``p`` would, to the end or for one evaluation."""
+def sample_references(p: Any, prompts: list[str], seed: int, serves: Serves) -> list[Trace]:
+    """The traces of ``prompts``, sampled in one batch as ``p`` would, with its networks, as long as they are needed."""
     one = copy.copy(p)
-    one.prompt, one.seed, one.batch_size, one.n_iter = prompts, seed, len(prompts), 1
+    networks = " ".join(_networks(str(p.prompt)))
+    one.prompt = [f"{prompt} {networks}".strip() for prompt in prompts]
+    one.seed, one.batch_size, one.n_iter = seed, len(prompts), 1
     one.enable_hr = one.restore_faces = False
     one.do_not_save_samples = one.do_not_save_grid = True
     one.extra_generation_params = {}
@@ -121,6 +122,12 @@ def _sample(p: Any, prompts: list[str], seed: int, serves: Serves) -> list[Trace
     processing.process_images(one)
     session = getattr(one, SESSION)
     return [trace for run in session.runs for trace in run.traces]
+
+
+def networks_of(p: Any) -> list[str]:
+    """The extra networks that the prompt and the styles of ``p`` name, in order."""
+    prompt = p.prompt[0] if isinstance(p.prompt, list) else p.prompt
+    return sorted(set(_networks(shared.prompt_styles.apply_styles_to_prompt(str(prompt), p.styles or []))))
 
 
 def _networks(prompt: str) -> list[str]:

@@ -12,7 +12,8 @@ import torch
 from modules import processing, progress, script_callbacks, shared
 
 from ..memorization_guard import Mode, StabilityProfile
-from . import profiles, sampling, xyz
+from ..memorization_guard.automatic import AUTO
+from . import automatic, profiles, sampling, xyz
 from .controls import CALIBRATE, COMPARE, HOST_INPUTS, Controls, add_settings, setting
 from .live import LiveRuns, add_route
 from .session import CALIBRATING, CHOSEN, FAILED, LABEL, SESSION, TITLE, Options, Session
@@ -83,7 +84,13 @@ class MemorizationGuardAccordion(_WithControls):
                 calibrating = getattr(p, CALIBRATING, None)
                 page = None if calibrating else progress.current_task
                 label = getattr(p, LABEL, "")
-                session = Session(options, profile, live=LIVE, task=page, label=label, serves=calibrating)
+                finds_profile = None
+                if options.profile == AUTO:
+                    automatic.make(p, self)
+                    finds_profile = automatic.find
+                session = Session(
+                    options, profile, live=LIVE, task=page, label=label, serves=calibrating, automatic=finds_profile
+                )
         except (ValueError, OSError) as error:
             # The image is made all the same.
             log.warning("%s: not watched: %s", TITLE, error)
@@ -96,7 +103,8 @@ class MemorizationGuardAccordion(_WithControls):
         options = xyz.applied(p, options)
         if getattr(p, CALIBRATING, False):
             options = Options()
-        return options, profiles.load(options.profile) if options is not None and options.profile is not None else None
+        named = None if options is None or options.profile == AUTO else options.profile
+        return options, None if named is None else profiles.load(named)
 
     def process(self, p: Any, *args: Any) -> None:
         if (session := getattr(p, SESSION, None)) is not None:
@@ -151,9 +159,9 @@ class MemorizationGuardScript(_WithControls):
             return self._calibrate(p, prompts, name, replace)
         compare = mode == COMPARE
         options = Options.of("mitigate" if compare else mode, *common)
-        if options.profile is not None:
+        if options.profile not in (None, AUTO):
             profiles.load(options.profile)  # what is wrong with it shall be said before anything is sampled
-        elif options.mode in ("mitigate", "stop"):
+        elif options.profile is None and options.mode in ("mitigate", "stop"):
             raise ValueError(f"{mode} needs a stability profile: choose one, or make one with {CALIBRATE}")
         p.extra_generation_params["Script"] = TITLE
         if not compare:

@@ -53,6 +53,10 @@ CALIBRATING = "memorization_guard_calibrating"  # what the run serves for, of a 
 FAILED = "memorization_guard_failed"  # why a generation is not watched that should be
 
 
+#: Gives the profile of a run's weights, by their fingerprint, or why there is none.
+Automatic = Callable[[str | None], tuple[StabilityProfile | None, str | None]]
+
+
 @dataclass(frozen=True)
 class Options:
     """What a user can choose for the runs of one call."""
@@ -153,6 +157,7 @@ class Session:
     Args:
         options: what the user chose.
         profile: the profile that they named, loaded.
+        automatic: gives the profile of the weights of a run, or why there is none, where they want one that made itself.
         live: where the page looks for a graph. task: the page's name for the generation, if it came from one.
         label: what the page calls these runs, where one task has several calls.
         serves: as for :class:`StabilityMonitor`.
@@ -167,8 +172,10 @@ class Session:
         task: str | None,
         label: str = "",
         serves: Serves | None = None,
+        automatic: Automatic | None = None,
     ) -> None:
         self.options = options
+        self._automatic = automatic
         self._serves = serves
         self.runs: list[Run] = []
         self._profile = profile
@@ -186,8 +193,9 @@ class Session:
         batch, hires = int(getattr(p, "iteration", 0)), bool(getattr(p, "is_hr_pass", False))
         name = f"{self._label or 'run'} {len(self.runs)}"
         options = self.options
+        profile, missing = (self._profile, None) if self._automatic is None else self._automatic(settings.model_hash)
         monitor = StabilityMonitor(
-            self._profile,
+            profile,
             options.thresholds,
             options.mode,
             # Without a page nobody looks, and no step needs to be sent anywhere.
@@ -195,6 +203,7 @@ class Session:
             settings=settings,
             level=level,
             serves=self._serves,
+            missing=missing,
         )
         outline = monitor.outline()
         self.runs.append(Run(name, batch, hires, monitor, outline["note"]))

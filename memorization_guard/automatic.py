@@ -67,7 +67,7 @@ class AutomaticProfiles:
             profile = StabilityProfile.load(path)
             os.utime(path)
         except (OSError, ProfileError):
-            return None, self._failed.get(weights, "None has been made yet.")
+            return None, self._failed.get(weights, "None has been made yet: see the log.")
         return profile, None
 
     def make(

@@ -49,7 +49,7 @@ def test_it_is_made_once_and_found_for_the_same_weights_alone(tiny_pipe, profile
     profiles.make("weights", sampling(tiny_pipe, asked))
     assert len(asked) == 6
     assert AutomaticProfiles(profiles.folder).find("weights")[0] is not None
-    assert profiles.find("others") == (None, "None has been made yet.")
+    assert profiles.find("others") == (None, "None has been made yet: see the log.")
     assert [path.suffix for path in profiles.folder.iterdir()] == [".safetensors"]
 
 
@@ -66,7 +66,7 @@ def test_one_that_was_cancelled_goes_on_and_draws_from_no_generator(tiny_pipe, p
     torch.manual_seed(5)
     with pytest.raises(KeyboardInterrupt):
         profiles.make("weights", cancelled)
-    assert profiles.find("weights") == (None, "None has been made yet.")
+    assert profiles.find("weights") == (None, "None has been made yet: see the log.")
     profiles.make("weights", sample)
     assert [seed for _, seed, _ in asked] == [0, 4, 8, 10, 14, 18]
     drawn = torch.randn(3)

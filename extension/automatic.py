@@ -1,0 +1,118 @@
+"""The profile that makes itself: before the first image with a model and its networks, as a generation of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import modules.scripts
+from modules import processing, shared
+
+from ..memorization_guard import StabilityProfile, Trace
+from ..memorization_guard.automatic import AUTO, STEPS, AutomaticProfiles
+from ..memorization_guard.core.monitor import Serves
+from .profiles import FOLDER, networks_of, sample_references
+
+log = logging.getLogger(__name__)
+
+_PROFILES = AutomaticProfiles(FOLDER / AUTO)
+
+#: CFG of the references where the image has none: both predictions are to be seen, and hardly mixed.
+_WEAK_CFG = 1.5
+
+#: What was sampled with so far, and the fingerprint that it turned out to have.
+_weights: dict[tuple[Any, ...], str | None] = {}
+
+
+class _Cancelled(Exception):  # noqa: N818 (the user's wish)
+    """The user has interrupted or skipped it."""
+
+
+def find(weights: str | None) -> tuple[StabilityProfile | None, str | None]:
+    """The profile of what a run samples with, by its fingerprint, or why there is none."""
+    return _PROFILES.find(weights)
+
+
+def make(p: Any, script: modules.scripts.Script) -> None:
+    """Makes the profile of what ``p`` will be sampled with, if there is none. *Skip* cancels it, and the image is made.
+
+    Args:
+        p: the host's processing object, before anything was done with it.
+        script: whose hooks watch a run; no other extension takes part.
+    """
+    # The fingerprint is known once the host has loaded what it samples with: one evaluation tells it.
+    chosen = (
+        p.override_settings.get("sd_model_checkpoint") or shared.opts.sd_model_checkpoint,
+        *networks_of(p),
+        p.refiner_checkpoint,
+        p.refiner_switch_at,
+    )
+    with _state_kept():
+        try:
+            one = _generation(p, script)
+            if chosen not in _weights:
+                (trace,) = _sampled(one, ["cat"], 0, "first")
+                _weights[chosen] = trace.settings.model_hash
+            _PROFILES.make(_weights[chosen], functools.partial(_sampled, one), _progress, cancelled=_Cancelled)
+        except _Cancelled:
+            log.info("Memorization Guard: making the profile of this model was cancelled.")
+        except Exception:
+            log.warning("Memorization Guard could not make the profile of this model.", exc_info=True)
+
+
+def _sampled(one: Any, prompts: list[str], seed: int, serves: Serves) -> list[Trace]:
+    traces = sample_references(one, prompts, seed, serves)
+    if shared.state.interrupted or shared.state.stopping_generation or shared.state.skipped:
+        shared.state.skipped = False
+        raise _Cancelled
+    if len(traces) != len(prompts):
+        raise RuntimeError("the sampler could not be watched")
+    return traces
+
+
+def _progress(done: int, of: int) -> None:
+    shared.state.textinfo = f"Memorization Guard makes the profile of this model, once: {done} of {of} prompts"
+
+
+def _generation(p: Any, script: modules.scripts.Script) -> Any:
+    """A generation from text with the model, the networks and the size of ``p``, and nothing else of it."""
+    one = processing.StableDiffusionProcessingTxt2Img(
+        prompt=" ".join(networks_of(p)),
+        negative_prompt="",
+        styles=[],
+        sampler_name="Euler",
+        scheduler="Automatic",
+        steps=STEPS,
+        cfg_scale=p.cfg_scale if p.cfg_scale > 1 else _WEAK_CFG,
+        width=p.width,
+        height=p.height,
+        tiling=False,
+        refiner_checkpoint=p.refiner_checkpoint,
+        refiner_switch_at=p.refiner_switch_at,
+        override_settings=dict(p.override_settings),
+        override_settings_restore_afterwards=True,
+    )
+    for name in ("distilled_cfg_scale", "sd_model"):  # Forge's; the WebUI's model is a property
+        if name in vars(p):
+            setattr(one, name, getattr(p, name))
+    runner = copy.copy(p.scripts)
+    runner.alwayson_scripts, runner.selectable_scripts, runner.callback_map = [script], [], {}
+    one.scripts, one.script_args = runner, p.script_args
+    return one
+
+
+@contextlib.contextmanager
+def _state_kept() -> Iterator[None]:
+    """The host's progress is afterwards what it was: the generation that was asked for has not begun."""
+    state = shared.state
+    names = ("job", "job_no", "job_count", "sampling_step", "sampling_steps", "textinfo", "processing_has_refined_job_count")
+    kept = {name: getattr(state, name) for name in names}
+    try:
+        yield
+    finally:
+        for name, value in kept.items():
+            setattr(state, name, value)
