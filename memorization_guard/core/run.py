@@ -15,7 +15,7 @@ from torch import Tensor
 from . import published
 from .judge import Judge
 from .noise_level import NoiseLevel
-from .profile import Norms, StabilityProfile
+from .profile import Norms, ProfileCheck, StabilityProfile
 from .reference import OPEN_SIGMA, Reference
 from .settings import USUAL_GUIDANCE, Mode, RunSettings, Thresholds, Verdict
 from .trace import SUSPICIOUS, Steps, Trace, band_numbers, numbers
@@ -326,8 +326,11 @@ class Run:
             return "The profile has the published bands alone: calibrate again for one that holds for any sampler."
         if self.reference is not None and self.judge.evaluations and np.isnan(self.judge.p_value).any():
             return self._unjudged()
-        # The verdict does not depend on what a profile is transferred over.
-        return str(self.check) if self.check.invalid or self.check.weakened else None
+        if self.check.invalid or (self.detector is not None and self.check != ProfileCheck()):
+            return str(self.check)
+        # Our verdict does not depend on what else differs.
+        unsure = tuple(found for found in self.check.weakened if found.field == "model")
+        return str(ProfileCheck(weakened=unsure)) if unsure else None
 
     def _unjudged(self) -> str:
         """Why a run with a profile could not be judged, and what to do."""
