@@ -46,6 +46,7 @@ def main(path: str, seed: int = 0) -> None:
         vae["decoder.conv_out.weight"].mul_(4)
         weights |= {f"first_stage_model.{name}": weight for name, weight in vae.items()}
         text = CLIPTextModel(CLIPTextConfig.from_pretrained(f"{layout}text_encoder")).state_dict()
+        text["text_model.final_layer_norm.bias"].add_(0.1)  # the host divides by the mean of what the encoder says
         weights |= {f"cond_stage_model.transformer.{name}": w for name, w in text.items() if "text_projection" not in name}
     save_file({name: w.detach().half().contiguous() if w.is_floating_point() else w for name, w in weights.items()}, path)
 
