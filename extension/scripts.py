@@ -13,6 +13,7 @@ from modules import processing, progress, script_callbacks, shared
 
 from ..memorization_guard import Mode, StabilityProfile
 from ..memorization_guard.automatic import AUTO
+from ..memorization_guard.reports import withheld
 from . import automatic, profiles, sampling, xyz
 from .controls import CALIBRATE, COMPARE, HOST_INPUTS, Controls, add_settings, setting
 from .live import LiveRuns, add_route
@@ -119,8 +120,11 @@ class MemorizationGuardAccordion(_WithControls):
             ps.samples = _Decoded(torch.zeros(3, 8, 8) for _ in ps.samples)
 
     def postprocess_image_after_composite(self, p: Any, pp: Any, *args: Any) -> None:
-        if (session := getattr(p, SESSION, None)) is not None and p.save_samples():
+        session = getattr(p, SESSION, None)
+        if session is not None and p.save_samples():
             session.saving = p.iteration, p.batch_index
+        if session is not None and session.withholds(p.iteration, p.batch_index):
+            pp.image = withheld.picture(pp.image.size)
 
     def postprocess(self, p: Any, processed: Any, *args: Any) -> None:
         session, failed = getattr(p, SESSION, None), getattr(p, FAILED, None)

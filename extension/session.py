@@ -236,6 +236,11 @@ class Session:
         """The runs that made image ``index`` of a batch, first pass first."""
         return [(run, run.traces[index]) for run in self.runs if run.batch == batch and index < len(run.traces)]
 
+    def withholds(self, batch: int, index: int) -> bool:
+        """Whether nothing is to be handed on of image ``index`` of a batch."""
+        triggered = any(trace.trigger_step is not None for _, trace in self.runs_of(batch, index))
+        return self.options.mode == "stop" and triggered
+
     def write_infotext(self, p: Any) -> None:
         """Has the host write what is known of each image into its infotext."""
         fields = self.options.infotext()

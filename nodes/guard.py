@@ -54,8 +54,8 @@ class MemorizationGuard(io.ComfyNode):
                     tooltip=(
                         "off: the model passes through untouched. trace: watch and judge; the image is bit-identical to one "
                         "without this node. mitigate: also correct what counts as memorized; needs a profile that fits. "
-                        "stop: end a run as soon as every image of its batch counts as memorized, with the images as "
-                        "predicted so far; needs a profile too."
+                        "stop: end a run as soon as every image of its batch counts as memorized, and hand nothing on of "
+                        "those that do: a plain picture comes out; needs a profile too."
                     ),
                 ),
                 StabilityProfileType.Input(

@@ -160,7 +160,7 @@ def guard(
             :func:`memorization_guard.automatic.user_folder`. Where none can be made, the traces' notes say why: a pipeline
             that wants more than a prompt finds the one that was made with a text-to-image pipeline of the same weights.
         mode, thresholds, on_step: as for :class:`memorization_guard.StabilityMonitor`. ``stop`` ends a pipeline call
-            by the pipeline's own ``interrupt``; its images are then those predicted so far.
+            by the pipeline's own ``interrupt`` once all its images have triggered; of those that have, nothing is handed on.
         serves: as there; where a pipeline has no ``interrupt``, it goes on to its end.
 
     Yields:

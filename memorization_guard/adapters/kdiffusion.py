@@ -25,7 +25,7 @@ _TOLERANCE = 2e-3
 
 
 class Stopped(Exception):  # noqa: N818 (nothing went wrong)
-    """Leaves a sampler function in the middle of a run; ``denoised`` is the clean latent as predicted so far."""
+    """Leaves a sampler function in the middle of a run; ``denoised`` is the clean latent as predicted there."""
 
     def __init__(self, run: SamplerRun, denoised: Tensor) -> None:
         super().__init__(STOPPED)
@@ -75,22 +75,22 @@ class SamplerRun:
         return self._denoised
 
     def around(self, sampler_function: Callable[..., Tensor], model: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Runs ``sampler_function`` with these arguments, and gives what it returns; or, of a run that the monitor stops, the
-        clean latent as it was predicted when every image had triggered."""
+        """Runs ``sampler_function`` with these arguments, and gives what it returns; in mode ``stop``, nothing of images
+        that have triggered."""
         try:
             result = sampler_function(model, x, *args, **(kwargs | {"callback": self._callback(kwargs.get("callback"))}))
         except Stopped as stopped:
             self.monitor.end(STOPPED)
             if stopped.run is not self:
                 raise  # another guard around the same sampler
-            return stopped.denoised.to(x.dtype)
+            return self.monitor.withheld(stopped.denoised).to(x.dtype)
         except BaseException as error:
             name = type(error).__name__
             why = "interrupted" if "interrupt" in name.lower() else name
             self.monitor.end(f"{why} after {self.monitor.steps} of {self.monitor.settings.steps} steps")
             raise
         self.finished(result)
-        return result
+        return self.monitor.withheld(result)
 
     def finished(self, result: Tensor) -> None:
         """Takes in what the sampler function returned."""

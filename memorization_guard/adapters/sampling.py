@@ -159,8 +159,8 @@ class Sampling:
         if monitor.should_stop and not self._stopped:
             self._stopped = True
             self._pipe._interrupt = True
-            changed = evaluation.denoised(guided).to(proposed.dtype)
-        return changed
+            return monitor.withheld(evaluation.denoised(guided).to(proposed.dtype))
+        return monitor.withheld(changed) if self._steps == len(schedule) else changed
 
     def _completes(self, number: int) -> bool:
         assert self._network is not None

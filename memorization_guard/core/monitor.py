@@ -132,6 +132,22 @@ class StabilityMonitor:
         return bool((self._run.triggers >= 0).all())
 
     @torch.no_grad()
+    def withheld(self, latent: Tensor) -> Tensor:
+        """What a run hands on: in mode ``stop``, zeros for samples that have triggered, which decode to a plain picture.
+
+        Args:
+            latent: clean latents ``[B, ...]`` at the end of the run, or as predicted where it was stopped.
+
+        Returns:
+            ``latent`` itself in other modes, and where nothing has triggered; other samples are bit-identical.
+        """
+        triggered = self._run.triggers >= 0
+        if self.mode != "stop" or not triggered.any():
+            return latent
+        keeps = torch.from_numpy(~triggered).to(latent.device).view(-1, *(1,) * (latent.ndim - 1))
+        return torch.where(keeps, latent, torch.zeros_like(latent))
+
+    @torch.no_grad()
     def predicted(
         self,
         x: Tensor,

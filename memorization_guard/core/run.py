@@ -20,6 +20,9 @@ from .reference import OPEN_SIGMA, Reference
 from .settings import USUAL_GUIDANCE, Mode, RunSettings, Thresholds, Verdict
 from .trace import SUSPICIOUS, Steps, Trace, band_numbers, numbers
 
+#: What is said of an image that mode ``stop`` hands nothing on of.
+WITHHELD = "Nothing of the image is handed on: a plain picture stands in its place."
+
 
 @dataclass(frozen=True)
 class StepEvent:
@@ -261,6 +264,8 @@ class Run:
             if len(judge.broken) and judge.broken[sample] >= 0:
                 broken.append(int(of_step[judge.broken[sample]]))
             trace.nonfinite_step = min(broken, default=None)
+            if self.mode == "stop" and trigger >= 0:
+                trace.note = WITHHELD if note is None else f"{note.rstrip('.')}. {WITHHELD}"
             if not self.judges and (settled := trace.uncalibrated_score) is not None and settled > SUSPICIOUS:
                 hint = (
                     f"The prompt alone had settled much of the image while it was still noise ({settled:.2f}; {SUSPICIOUS} "

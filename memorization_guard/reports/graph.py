@@ -185,14 +185,14 @@ def image(trace: Trace, width: int = _WIDTH, height: int = _HEIGHT) -> Image.Ima
     for shape in shapes:
         if shape.kind == "text":
             look = _STYLES[shape.role]
-            font, ascent = _font(look.font)
+            font, ascent = font_of(look.font)
             x, y = shape.points[0]
             x -= font.getlength(shape.text) * {"start": 0.0, "middle": 0.5, "end": 1.0}[shape.anchor]
             draw.text((round(x), round(y - ascent)), shape.text, fill=LIGHT[look.fill or "ink"], font=font)
     return canvas
 
 
-def _font(size: float) -> tuple[ImageFont.FreeTypeFont | ImageFont.ImageFont, float]:
+def font_of(size: float) -> tuple[ImageFont.FreeTypeFont | ImageFont.ImageFont, float]:
     """A font that every machine has, and the distance from its top to its baseline."""
     from PIL import ImageFont, features
 

@@ -182,15 +182,30 @@ def test_every_sampler_is_corrected_from_its_first_evaluation_on(name, profile):
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_a_run_that_has_triggered_is_stopped_with_the_clean_latent_so_far(name, profile):
+def test_a_run_that_has_triggered_is_stopped_and_hands_nothing_on(name, profile):
     monitor = StabilityMonitor(profile, mode="stop", settings=SETTINGS)
     whole, stopped = Prompts((500, 501), 2.0), Prompts((500, 501), 2.0)
     sample(name, whole, noise())
     result = sample(name, stopped, noise(), monitor)
     assert stopped.calls < whole.calls
-    assert torch.isfinite(result).all()
+    assert not result.any()
     assert [trace.verdict for trace in monitor.traces] == ["likely copy"] * 2
     assert "stopped" in monitor.traces[0].note
+    assert "Nothing of the image is handed on" in monitor.traces[0].note
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_of_a_mixed_batch_only_what_triggered_is_withheld(name, profile):
+    """The other image goes to its end, and keeps every bit."""
+    monitor = StabilityMonitor(profile, mode="stop", settings=SETTINGS)
+    plain = sample(name, Prompts((500, 501), [2.0, 1.0]), noise())
+    result = sample(name, Prompts((500, 501), [2.0, 1.0]), noise(), monitor)
+    assert not result[0].any()
+    assert torch.equal(result[1], plain[1])
+    copied, stable = monitor.traces
+    assert copied.verdict == "likely copy"
+    assert copied.note == "Nothing of the image is handed on: a plain picture stands in its place."
+    assert (stable.verdict, stable.note) == ("stable", None)
 
 
 @pytest.mark.parametrize("mode", ["trace", "mitigate"])

@@ -16,6 +16,7 @@ from memorization_guard.core.calibration import WHOLE_RUNS
 from memorization_guard.core.judge import HOLD_SIGMA
 from memorization_guard.core.reference import OPEN_SIGMA
 from memorization_guard.core.trace import rarity
+from memorization_guard.reports import withheld
 
 TITLE = "Memorization Guard"
 #: Thresholds that every image leaves.
@@ -370,8 +371,11 @@ def test_a_run_is_stopped_once_all_its_images_have_triggered(host, profile, samp
         assert trace.verdict == "likely copy"
         assert len(trace.steps) < len(reference.steps)
         assert trace.trigger_step == reference.trigger_step
-        assert trace.note == "The run ended early: stopped, since every image of the batch had triggered"
-    assert all(np.asarray(image).std() > 1 for image in stopped.images)
+        assert trace.note == (
+            "The run ended early: stopped, since every image of the batch had triggered. Nothing of the image is handed on: a "
+            "plain picture stands in its place."
+        )
+    assert all((np.asarray(image) == withheld.GREY).mean() > 0.5 for image in stopped.images)
     assert f"{TITLE}: stop" in stopped.info["infotexts"][0]
     assert f"{TITLE} verdict: " in stopped.info["infotexts"][0]
     # The next one is whole.
@@ -382,6 +386,7 @@ def test_the_lab_model_is_stopped_at_a_copy_and_paints_what_is_ordinary_to_its_e
     answer = webui.make("stop", lab_profile, prompt=EXACT, steps=20)
     assert answer.trace.verdict == "likely copy"
     assert len(answer.trace.steps) < 15
+    assert lab.copy_score(answer.images[0], EXACT) < 0.5
     ordinary = webui.make("stop", lab_profile, prompt=ORDINARY, steps=20)
     assert len(ordinary.trace.steps) == 20
     assert ordinary.pixels == webui.make(prompt=ORDINARY, steps=20).pixels

@@ -166,12 +166,15 @@ def test_a_memorized_run_is_stopped_and_what_is_behind_it_still_runs(bench: Any,
     for trace in traces:
         assert trace.verdict == "likely copy"
         assert len(trace.steps) < STEPS
-        assert trace.note == "The run ended early: stopped, since every image of the batch had triggered"
+        assert trace.note == (
+            "The run ended early: stopped, since every image of the batch had triggered. Nothing of the image is handed on: a "
+            "plain picture stands in its place."
+        )
     # As far as the last of both.
     assert max(trace.trigger_step for trace in traces) == len(traces[0].steps)
     images = run.images(save)
     assert len(images) == 2
-    assert all(np.asarray(image).std() > 1 for image in images)
+    assert all(copy_score(image, EXACT) < 0.5 for image in images)
     assert run.outputs(passed) == {}
     assert run.outputs(stable)["text"] == ["False"]
     assert run.outputs(held)["text"] == ["2"]
