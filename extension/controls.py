@@ -34,8 +34,8 @@ HOST_INPUTS = ("sampling", "cfg_scale", "width", "height")
 _ABOUT = {
     "trace": "trace: watch and judge; the image is bit-identical to one without the guard",
     "mitigate": "mitigate: also replace the predictions of an image that is taken for a copy; needs a profile that fits",
-    "stop": "stop: end a run as soon as every image of its batch is taken for a copy, and hand on a grey picture for each; needs "
-    "a profile too",
+    "stop": "stop: end a run as soon as every image of its batch is taken for a copy, with a grey picture for each; needs a "
+    "profile too",
     COMPARE: "compare: every image twice from the same seed, without and with mitigation, side by side",
     CALIBRATE: "calibrate: make a stability profile for the current model, sampler, steps, CFG and size",
 }

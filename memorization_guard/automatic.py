@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -19,7 +20,7 @@ from .prompts import reference_prompts
 log = logging.getLogger(__name__)
 
 #: What users choose in place of a profile's name.
-AUTO = "auto"
+AUTO: Literal["auto"] = "auto"
 
 #: Of our prompts so many, of which so many are sampled to the end, in so few steps: what tells is the beginning.
 PROMPTS, WHOLE, STEPS = 100, 10, 8

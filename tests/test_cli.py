@@ -120,6 +120,17 @@ def test_what_a_user_can_get_wrong_ends_in_one_line_and_exit_code_2(call, model,
     assert not out.exists()
 
 
+def test_a_profile_that_makes_itself(call, model, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("memorization_guard.automatic.PROMPTS", 20)
+    for _ in range(2):
+        result = call("trace", model, "a cat", "--profile", "auto", "--steps", 4, "--json", tmp_path / "trace.json")
+        assert result.exit_code == 0
+        assert Trace.from_dict(json.loads((tmp_path / "trace.json").read_text())).p_value is not None
+        assert "not scored" not in result.output
+    assert len(list((tmp_path / "memorization-guard" / "profiles").iterdir())) == 1
+
+
 def test_a_full_disk_is_one_line_and_leaves_nothing(call, model, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")

@@ -9,7 +9,7 @@ import pytest
 from memorization_guard import Trace, trace_schema
 
 #: The models whose verdicts were measured, and what they are called.
-MODELS = {"bundled": "bundled", "model-1": "model 1"}
+MODELS = {"bundled": "bundled", "model-1": "model 1", "model-2": "model 2"}
 
 
 @pytest.fixture
@@ -55,6 +55,28 @@ def negative_rows(docs):
         for kind, groups in found["with_negative_prompts"].items():
             cells = [f"{round(row['images'] * row['0.005'])} of {row['images']}" for row in groups.values()]
             yield f"| {title} | {kind} | {' | '.join(cells)} |"
+
+
+def automatic_rows(docs):
+    """What a profile that made itself is worth, by model and group, and what mitigation leaves with it."""
+    for title, found in automatic(docs).items():
+        for group, row in found["groups"].items():
+            below = [row["below"][rate] for rate in ("0.1", "0.01", "0.005")]
+            cells = [f"{count_with_interval(each)}" for each in below]
+            mitigated = found["mitigated"].get(group, {})
+            cells += [count_with_interval(mitigated[name]) if name in mitigated else "" for name in ("copies", "left")]
+            yield f"| {title} | {group} | {' | '.join(cells)} |".replace("|  |", "| |").replace("|  |", "| |")
+
+
+def automatic(docs):
+    """The file of each model whose own profile was measured, by its name."""
+    files = {title: docs / f"automatic-{model}.json" for model, title in MODELS.items()}
+    return {title: json.loads(file.read_text(encoding="utf-8")) for title, file in files.items() if file.exists()}
+
+
+def count_with_interval(row):
+    low, high = row["interval"]
+    return f"{row['count']} of {row['of']} ({100 * low:.1f}-{100 * high:.1f} %)"
 
 
 def with_interval(row, name="mean", digits=2):
@@ -124,7 +146,7 @@ def test_the_tables_of_the_lab_are_those_of_its_file(rows, docs):
     assert [row for row in expected if row not in text] == []
 
 
-@pytest.mark.parametrize("rows", [verdict_rows, detection_rows, reference_rows, negative_rows])
+@pytest.mark.parametrize("rows", [verdict_rows, detection_rows, reference_rows, negative_rows, automatic_rows])
 def test_the_tables_of_the_verdict_are_those_of_their_files(rows, docs):
     text = (docs / "evaluation.md").read_text(encoding="utf-8")
     expected = list(rows(docs))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -18,7 +18,13 @@ if TYPE_CHECKING:
 def trace(
     model: Model,
     prompt: Annotated[str, typer.Argument(help="What to paint.")],
-    profile: Annotated[Path | None, typer.Option(help="Stability profile; without one the run is traced, not scored.")] = None,
+    profile: Annotated[
+        Path | None,
+        typer.Option(
+            help="Stability profile, or 'auto': that of the model, which is made first if there is none. Without one the run "
+            "is traced, not scored."
+        ),
+    ] = None,
     mode: Mode = "trace",
     json_file: Json = None,
     plot: Plot = None,
@@ -30,10 +36,13 @@ def trace(
     writable(json_file, plot, image)
     is_graph(plot)
     if mode in ("mitigate", "stop") and profile is None:
-        raise UsageError(f"--mode {mode} needs a --profile: make one with 'memorization-guard calibrate'")
+        raise UsageError(f"--mode {mode} needs a --profile: 'auto', or one that 'memorization-guard calibrate' made")
+    from ..automatic import AUTO
     from ..core.profile import StabilityProfile
 
-    stability = StabilityProfile.load(profile) if profile is not None else None
+    stability: StabilityProfile | Literal["auto"] | None = None
+    if profile is not None:
+        stability = AUTO if str(profile) == AUTO else StabilityProfile.load(profile)
     pipe = how.pipeline(model)
     import torch
 
@@ -80,7 +89,7 @@ def _print(found: Trace, *, scored: bool) -> None:
     trigger = "none" if found.trigger_step is None else f"step {found.trigger_step} of {len(found.steps)}"
     print(f"verdict: {found.verdict}\nscore (S_mem): {score}\ntrigger: {trigger}\ncorrected steps: {found.mitigated.sum()}")
     if not scored:
-        print("No profile was given, so the run is not scored: make one with 'memorization-guard calibrate'.")
+        print("No profile was given, so the run is not scored: give --profile auto, or one made by 'calibrate'.")
     elif found.note:
         print(found.note)
     print(STATEMENT)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 #: ``off``: nothing is watched. ``trace``: watched and judged, the image is bit-identical. ``mitigate``: corrected too, from
-#: the evaluation that triggers. ``stop``: ended as soon as every image of the batch has triggered, and of each that has nothing
+#: the evaluation that triggers. ``stop``: ended as soon as every image of the batch has triggered; of those that have, nothing
 #: is handed on.
 Mode = Literal["off", "trace", "mitigate", "stop"]
 MODES: tuple[Mode, ...] = get_args(Mode)
