@@ -134,7 +134,7 @@ def test_a_rate_that_is_none_is_refused_before_anything_runs(bench: Any, server:
 
 def test_what_belongs_to_the_published_method_cannot_be_set(server: Any) -> None:
     inputs = server.object_info("MemorizationGuard")["input_order"]
-    assert inputs["optional"] == ["profile", "false_positive_rate", "steering_guidance", "gamma"]
+    assert inputs["optional"] == ["profile", "clip", "false_positive_rate", "steering_guidance", "gamma"]
 
 
 # Mode stop
@@ -228,7 +228,7 @@ for sampler in args[1]:
         ["euler", "heun", "dpmpp_2m", "dpmpp_sde", "dpm_fast", "uni_pc", "ddim", "lcm", "res_multistep"],
     )
     for sampler, (plain, *_, traced, _, _, stopped, finite, shape, verdict) in result.items():
-        assert traced == plain + 2, sampler  # the prompt is suspicious, and asked about
+        assert traced == plain + 3, sampler  # the prompt is suspicious, and asked about; then the run's own latent again
         assert stopped < plain / 2, sampler
         assert finite, sampler
         assert shape == [1, 4, 16, 16], sampler
