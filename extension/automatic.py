@@ -75,6 +75,7 @@ def _sampled(one: Any, prompts: list[str], seed: int, serves: Serves) -> list[Tr
 
 
 def _progress(done: int, of: int) -> None:
+    shared.state.job_count, shared.state.job_no = of, done
     shared.state.textinfo = f"Memorization Guard makes the profile of this model, once: {done} of {of} prompts"
 
 
