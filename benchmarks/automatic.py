@@ -94,7 +94,7 @@ def main() -> None:
     lab = Lab(arguments.model, arguments.world)
     pipe = lab.pipeline()
     name, _, steps = arguments.sampler.partition(":")
-    if name in SAMPLERS and "flow" not in type(pipe.scheduler).__name__.lower():
+    if name in SAMPLERS:
         pipe.scheduler = SAMPLERS[name](pipe.scheduler.config)
     options = {"num_inference_steps": int(steps), "guidance_scale": arguments.guidance}
     seconds = cost(pipe, lab.prompts("reference")[:10], **options)

@@ -133,7 +133,7 @@ def main() -> None:
     lab = Lab(arguments.model, arguments.world)
     pipe = lab.pipeline()
     name, _, steps = arguments.sampler.partition(":")
-    if name in SAMPLERS:  # a flow model keeps its own
+    if name in SAMPLERS:
         pipe.scheduler = SAMPLERS[name](pipe.scheduler.config)
     texts = {group: [text for text in lab.prompts(group, arguments.split) for _ in range(n)] for group, n in SEEDS.items()}
     other_split = "tuning" if arguments.split == "evaluation" else "evaluation"

@@ -34,6 +34,7 @@ SAMPLERS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "SA-Solver": diffusers.SASolverScheduler.from_config,
     "LCM": diffusers.LCMScheduler.from_config,
     "TCD": diffusers.TCDScheduler.from_config,
+    "FlowMatchEuler": diffusers.FlowMatchEulerDiscreteScheduler.from_config,  # of flow models alone
 }
 
 
