@@ -43,6 +43,12 @@ def user_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "memorization-guard" / "profiles"
 
 
+def prompts() -> list[str]:
+    """Those of ours that a profile is made from."""
+    every = reference_prompts()
+    return every[:: len(every) // PROMPTS]
+
+
 class AutomaticProfiles:
     """The profiles that made themselves, in a folder, by the fingerprint of the weights that they hold for.
 
@@ -102,23 +108,22 @@ class AutomaticProfiles:
             self._failed[weights] = f"None could be made of this model by itself ({error}): calibrate one."
 
     def _make(self, weights: str, sample: Sample, progress: Progress) -> None:
-        every = reference_prompts()
-        prompts = every[:: len(every) // PROMPTS]
-        log.info("Memorization Guard makes the profile of this model, once, from %d prompts.", len(prompts))
-        runs = ReferenceRuns.within(self.folder, [weights, prompts, WHOLE, STEPS], whole=WHOLE)
+        texts = prompts()
+        log.info("Memorization Guard makes the profile of this model, once, from %d prompts.", len(texts))
+        runs = ReferenceRuns.within(self.folder, [weights, texts, WHOLE, STEPS], whole=WHOLE)
         size = BATCH
-        while batch := runs.next_batch(len(prompts), size):
+        while batch := runs.next_batch(len(texts), size):
             start, end, serves = batch
-            progress(start, len(prompts))
+            progress(start, len(texts))
             try:
-                traces = sample(prompts[start:end], start, serves)
+                traces = sample(texts[start:end], start, serves)
             except torch.cuda.OutOfMemoryError:
                 if size == 1:
                     raise CalibrationError("the device has no memory for another image") from None
                 size //= 2
                 continue
             runs.add(traces, end - start)
-        progress(len(prompts), len(prompts))
+        progress(len(texts), len(texts))
         profile, _ = runs.profile()
         profile.save(self._path(weights))
         runs.forget()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 from ..memorization_guard import StabilityProfile, Trace
-from ..memorization_guard.automatic import AUTO, STEPS, AutomaticProfiles
+from ..memorization_guard.automatic import AUTO, STEPS, AutomaticProfiles, prompts
 from ..memorization_guard.core.monitor import Serves
 from ..memorization_guard.core.profile import EXTENSION
 from .models import model_hash
@@ -95,7 +95,7 @@ class Automatic:
     def __init__(self, clip: Any) -> None:
         self._clip = clip
 
-    @cached_property
+    @functools.cached_property
     def _profiles(self) -> AutomaticProfiles:
         return _in(profile_folder() / AUTO)
 
@@ -104,14 +104,19 @@ class Automatic:
         if self._clip is None:
             return
         model = unguarded(guider.model_patcher)
-        bar: list[comfy.utils.ProgressBar] = []
-        conditionings: list[Any] = []
+        bar = functools.cache(comfy.utils.ProgressBar)
 
-        def sample(prompts: list[str], seed: int, serves: Serves) -> list[Trace]:
+        @functools.cache
+        def conditionings() -> dict[str, Any]:
+            # All at once: the text encoder and the model may not fit on the device together.
+            texts = ["", *prompts()]
+            return dict(zip(texts, encoded(self._clip, texts), strict=True))
+
+        def sample(texts: list[str], seed: int, serves: Serves) -> list[Trace]:
             return sample_references(
                 model,
-                encoded(self._clip, prompts),
-                conditionings[0],
+                [conditionings()[text] for text in texts],
+                conditionings()[""],
                 seed,
                 serves,
                 steps=STEPS,
@@ -120,10 +125,7 @@ class Automatic:
             )
 
         def progress(done: int, of: int) -> None:
-            if not bar:
-                bar.append(comfy.utils.ProgressBar(of))
-                conditionings.extend(encoded(self._clip, [""]))
-            bar[0].update_absolute(done, of)
+            bar(of).update_absolute(done, of)
             tell(f"Making the profile of this model, once: {done} of {of} prompts.")
 
         self._profiles.make(
@@ -141,11 +143,8 @@ class Automatic:
         return model_hash(guider.model_patcher)
 
 
-_folders: dict[Path, AutomaticProfiles] = {}
-
-
-def _in(folder: Path) -> AutomaticProfiles:
-    return _folders.setdefault(folder, AutomaticProfiles(folder))
+#: One for each folder: it knows what could not be made.
+_in = functools.cache(AutomaticProfiles)
 
 
 def _one_frame(noise: torch.Tensor) -> torch.Tensor:
