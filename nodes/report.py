@@ -34,7 +34,7 @@ class StabilityReport(io.ComfyNode):
                 "pixels, into the metadata that Save Image embeds: the evidence travels with the picture, and can be checked."
             ),
             inputs=[
-                TraceType.Input("trace", tooltip="From Memorization Guard."),
+                _trace_input(),
                 io.Latent.Input(
                     "latent",
                     optional=True,
@@ -71,7 +71,7 @@ class StabilityReport(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, trace: TraceLog, latent: Any = None, image: Any = None) -> io.NodeOutput:
+    def execute(cls, trace: TraceLog | None = None, latent: Any = None, image: Any = None) -> io.NodeOutput:
         if latent is None and image is None:
             raise ValueError("connect the sampler's latent, or the image decoded from it: it tells which run is meant")
         runs = _runs_behind(cls.hidden, trace)
@@ -108,7 +108,7 @@ class MemorizationGate(io.ComfyNode):
             description="Passes only the images that were judged stable, and says how many it held back and why.",
             inputs=[
                 io.Image.Input("image", tooltip="The images that were decoded from the guarded sampler's latent."),
-                TraceType.Input("trace", tooltip="From Memorization Guard."),
+                _trace_input(),
                 io.Combo.Input(
                     "when_empty",
                     options=["block", "placeholder"],
@@ -138,7 +138,12 @@ class MemorizationGate(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, image: torch.Tensor, trace: TraceLog, when_empty: str, pass_unscored: bool, pass_corrected: bool
+        cls,
+        image: torch.Tensor,
+        when_empty: str,
+        pass_unscored: bool,
+        pass_corrected: bool,
+        trace: TraceLog | None = None,
     ) -> io.NodeOutput:
         judged = _by_image([run.traces for run in _runs_behind(cls.hidden, trace)], len(image))
         reasons = {}
@@ -160,8 +165,17 @@ class MemorizationGate(io.ComfyNode):
         return io.NodeOutput(images, len(reasons), text, ui={"text": (text,)})
 
 
-def _runs_behind(hidden: Any, trace: TraceLog) -> list[Run]:
-    """The runs that led to this node's image or latent."""
+def _trace_input() -> Any:
+    """Optional, since a guard that is bypassed gives none: that is said, and the workflow runs."""
+    return TraceType.Input(
+        "trace", optional=True, tooltip="From Memorization Guard. Without it every image counts as not judged."
+    )
+
+
+def _runs_behind(hidden: Any, trace: TraceLog | None) -> list[Run]:
+    """The runs that led to this node's image or latent; none without a trace."""
+    if trace is None:
+        return []
     prompt = hidden.dynprompt
 
     def get_node(node: str) -> Any:
@@ -180,8 +194,8 @@ def _by_image(runs: list[list[Trace]], count: int) -> list[Trace]:
     runs = [traces for traces in runs if traces]
     if not runs:
         note = (
-            "No run of this guard led here. Its mode may be off, the sampler's model may come from elsewhere, or the "
-            "sampler's result was taken from the cache: change the seed to sample again."
+            "No run of a guard led here. It may be bypassed or its mode off, the sampler's model may come from elsewhere, or "
+            "the sampler's result was taken from the cache: change the seed to sample again."
         )
         return [Trace(note=note)] * count
     return [

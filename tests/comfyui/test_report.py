@@ -210,7 +210,7 @@ def test_a_report_that_no_run_led_to_says_so_and_loses_no_image(batch: Any, serv
     run = server.queue(g.prompt())
     run.wait()
     assert len(run.images(save)) == 2
-    assert "No run of this guard led here" in run.outputs(report)["memorization_guard"][0]["traces"][0]["note"]
+    assert "No run of a guard led here" in run.outputs(report)["memorization_guard"][0]["traces"][0]["note"]
 
 
 def test_a_report_without_anything_to_report_on_is_refused(batch: Any, server: Any) -> None:
@@ -234,7 +234,7 @@ def test_runs_of_an_earlier_prompt_are_not_taken_for_those_of_this_one(batch: An
     run.wait()
     (entry,) = run.outputs(report)["memorization_guard"]
     assert entry["sampler_node"] is None
-    assert "No run of this guard led here" in entry["traces"][0]["note"]
+    assert "No run of a guard led here" in entry["traces"][0]["note"]
 
 
 def test_a_report_added_later_finds_the_run_that_a_cached_sampler_made(batch: Any, server: Any) -> None:
@@ -246,3 +246,18 @@ def test_a_report_added_later_finds_the_run_that_a_cached_sampler_made(batch: An
     run.wait()
     assert not [event for event in run.events if event.type == "memorization_guard"], "the sampler ran again"
     assert run.outputs(report)["memorization_guard"][0]["traces"][0]["verdict"] == "likely copy"
+
+
+def test_a_bypassed_guard_fails_nothing_and_is_said(batch: Any, server: Any) -> None:
+    """ComfyUI hands the model on, and leaves the trace unconnected."""
+    g = batch(texts=(EXACT,))
+    sampled = g.node("KSampler", **{**g.settings, "model": g.lab[0]})[0]
+    image = g.node("VAEDecode", samples=sampled, vae=g.lab[2])[0]
+    report = g.node("MemorizationGuardReport", latent=sampled, image=image)
+    gate = g.node("MemorizationGuardGate", image=report[1], when_empty="block", pass_unscored=False, pass_corrected=False)
+    stable, held, why = (g.node("PreviewAny", source=source) for source in (report[2], gate[1], gate[2]))
+    run = server.queue(g.prompt())
+    run.wait()
+    assert "It may be bypassed" in run.outputs(report)["memorization_guard"][0]["traces"][0]["note"]
+    assert (run.outputs(stable)["text"], run.outputs(held)["text"]) == (["False"], ["1"])
+    assert "not judged" in run.outputs(why)["text"][0]
