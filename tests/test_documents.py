@@ -188,6 +188,20 @@ def test_the_copies_of_model_1_are_those_of_its_file(docs):
     assert f"{template['count']} of its {template['of']} templates come back as copies at all" in readme
 
 
+def test_the_copies_of_model_2_are_those_of_its_file(docs):
+    found = json.loads((docs / "copies-model-2.json").read_text(encoding="utf-8"))["samplers"]["FlowMatchEuler:30"]
+    (exact, left_exact), (template, left_template) = (
+        (found["copies"][group]["traced"], found["copies"][group]["mitigated"]) for group in ("exact", "template")
+    )
+    text = " ".join((docs / "evaluation.md").read_text(encoding="utf-8").split())
+    assert f"{exact['count']} of {exact['of']} exact prompts come back as copies, and {template['count']}" in text
+    touched = found["touched"]["ordinary"]
+    assert (
+        f"mitigation leaves {left_exact['count']} and {left_template['count']}, and touches {touched['count']} of "
+        f"{touched['of']} ordinary images"
+    ) in text
+
+
 def test_the_readme_says_what_a_steered_image_loses(docs):
     text = (docs.parent / "README.md").read_text(encoding="utf-8")
     groups = lab_figures(docs)["groups"]
