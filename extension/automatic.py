@@ -34,7 +34,10 @@ class _Cancelled(Exception):  # noqa: N818 (the user's wish)
 
 def find(weights: str | None) -> tuple[StabilityProfile | None, str | None]:
     """The profile of what a run samples with, by its fingerprint, or why there is none."""
-    return _PROFILES.find(weights)
+    profile, missing = _PROFILES.find(weights)
+    if profile is None:
+        _weights.clear()  # a checkpoint may have been replaced by one of the same name
+    return profile, missing
 
 
 def make(p: Any, script: modules.scripts.Script) -> None:

@@ -144,6 +144,8 @@ class StabilityMonitor:
         triggered = self._run.triggers >= 0
         if self.mode != "stop" or not triggered.any():
             return latent
+        if len(triggered) != len(latent):
+            return torch.zeros_like(latent)  # which of them triggered is not known
         keeps = torch.from_numpy(~triggered).to(latent.device).view(-1, *(1,) * (latent.ndim - 1))
         return torch.where(keeps, latent, torch.zeros_like(latent))
 

@@ -194,6 +194,13 @@ def test_a_run_that_has_triggered_is_stopped_and_hands_nothing_on(name, profile)
     assert "Nothing of the image is handed on" in monitor.traces[0].note
 
 
+def test_of_another_number_of_images_nothing_is_handed_on(profile):
+    """Which of them triggered is not known."""
+    monitor = StabilityMonitor(profile, mode="stop", settings=SETTINGS)
+    sample("euler", Prompts((500, 501), [2.0, 1.0]), noise(), monitor)
+    assert not monitor.withheld(torch.ones(3, 4, 8, 8)).any()
+
+
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_of_a_mixed_batch_only_what_triggered_is_withheld(name, profile):
     """The other image goes to its end, and keeps every bit."""
