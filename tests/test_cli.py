@@ -67,7 +67,7 @@ def test_without_a_profile_it_says_that_nothing_is_scored(call, model, tmp_path)
     result = call("trace", model, "a cat", "--plot", tmp_path / "t.png", *QUICK)
     assert result.exit_code == 0, result.output
     assert "verdict: unscored" in result.output
-    assert "memorization-guard calibrate" in result.output
+    assert "--profile auto" in result.output
     assert Image.open(tmp_path / "t.png").size == (640, 300)
 
 
