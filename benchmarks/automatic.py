@@ -9,24 +9,17 @@ memorized ones beside the same without the guard.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
-import torch
-from samplers import SAMPLERS
-from verdict import Sampled, sample
+from samplers import lab_arguments, reference_runs, sampled_lab, write_result
+from verdict import copies, sample
 
 from memorization_guard.automatic import PROMPTS, user_folder
 from memorization_guard.core.profile import StabilityProfile
 from memorization_guard.diffusers import guard
-from memorization_guard.files import write_whole
-from memorization_guard.lab import COPY_THRESHOLD, MODEL, Lab
-from memorization_guard.lab.world import DATA
 from memorization_guard.statistics import exact_interval
 
 #: Images of each group that are judged, a number of seeds a prompt, and of how many prompts mitigated ones are sampled.
@@ -59,52 +52,25 @@ def cost(pipe: Any, texts: list[str], turns: int = 3, **options: Any) -> dict[st
     return {"profile": medians.pop("profile"), "ten_images_of_steps": medians}
 
 
-def p_values(
-    pipe: Any, profile: StabilityProfile, texts: list[str], first_seed: int, batch: int, **options: Any
-) -> list[float]:
-    found: list[float] = []
-    for start in range(0, len(texts), batch):
-        part = texts[start : start + batch]
-        generators = [torch.Generator().manual_seed(first_seed + start + i) for i in range(len(part))]
-        with guard(pipe, profile, serves="first") as run:
-            pipe(part, generator=generators, output_type="latent", **options)
-        found += [float("nan") if trace.p_value is None else trace.p_value for trace in run.traces]
-    return found
-
-
 def share(count: int, of: int) -> dict[str, Any]:
     return {"count": count, "of": of, "interval": list(exact_interval(count, of))}
 
 
-def copies(lab: Lab, made: Sampled) -> int:
-    scores = (lab.copy_score(image, prompt) for image, prompt in zip(made.images, made.prompts, strict=True))
-    return sum(score > COPY_THRESHOLD for score in scores)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=MODEL)
-    parser.add_argument("--world", type=Path, default=DATA)
-    parser.add_argument("--sampler", default="Euler:30", help="NAME:STEPS")
-    parser.add_argument("--guidance", type=float, default=7.5)
-    parser.add_argument("--batch", type=int, default=10)
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-
-    lab = Lab(arguments.model, arguments.world)
-    pipe = lab.pipeline()
-    name, _, steps = arguments.sampler.partition(":")
-    if name in SAMPLERS:
-        pipe.scheduler = SAMPLERS[name](pipe.scheduler.config)
-    options = {"num_inference_steps": int(steps), "guidance_scale": arguments.guidance}
+    arguments = lab_arguments(__doc__, batch=10).parse_args()
+    lab, pipe, steps = sampled_lab(arguments)
+    options = {"num_inference_steps": steps, "guidance_scale": arguments.guidance}
     seconds = cost(pipe, lab.prompts("reference")[:10], **options)
     profile = profile_of(pipe)
     groups: dict[str, Any] = {}
     for number, (group, seeds) in enumerate(SEEDS.items()):
         texts = [text for text in lab.prompts(group, "evaluation") for _ in range(seeds)]
-        found = p_values(pipe, profile, texts, FIRST_SEED + 100_000 * number, arguments.batch, **options)
-        below = {str(rate): share(sum(p <= rate for p in found), len(found)) for rate in NOMINAL}
-        groups[group] = {"unscored": sum(p != p for p in found), "below": below}
+        how = {"steps": steps, "guidance": arguments.guidance, "batch": arguments.batch, "profile": profile}
+        runs = reference_runs(pipe, texts, FIRST_SEED + 100_000 * number, "first", **how)
+        found = [trace.p_value for traces in runs for trace in traces]
+        known = [p_value for p_value in found if p_value is not None]
+        below = {str(rate): share(sum(p_value <= rate for p_value in known), len(found)) for rate in NOMINAL}
+        groups[group] = {"unscored": len(found) - len(known), "below": below}
         print(group, below, flush=True)
     mitigated: dict[str, Any] = {}
     for number, (group, count) in enumerate(MITIGATED.items()):
@@ -115,8 +81,8 @@ def main() -> None:
         if group != "ordinary":
             plain = sample(pipe, profile, texts, first, "off", arguments.batch, **options)
             mitigated[group] |= {
-                "copies": share(copies(lab, plain), len(texts)),
-                "left": share(copies(lab, made), len(texts)),
+                "copies": share(copies(lab, plain)["count"], len(texts)),
+                "left": share(copies(lab, made)["count"], len(texts)),
             }
         print(group, mitigated[group], flush=True)
     result = {
@@ -126,10 +92,7 @@ def main() -> None:
         "groups": groups,
         "mitigated": mitigated,
     }
-    text = json.dumps(result, indent=1)
-    print(text)
-    if arguments.json:
-        write_whole(arguments.json, text + "\n")
+    write_result(result, arguments.json)
 
 
 if __name__ == "__main__":

@@ -10,24 +10,18 @@ which the references do not have. Nothing is fitted here, and no prompt or seed 
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from samplers import SAMPLERS, reference_runs
+from samplers import lab_arguments, reference_runs, sampled_lab, write_result
 from tqdm import tqdm
 
 from memorization_guard import Trace
 from memorization_guard.core.judge import decided
 from memorization_guard.core.reference import Tail, memorized
-from memorization_guard.files import write_whole
-from memorization_guard.lab import MODEL, Lab
-from memorization_guard.lab.world import DATA
 from memorization_guard.statistics import detection_with_intervals, rate_with_interval
 
 #: Seeds of a prompt, by group.
@@ -120,27 +114,16 @@ def negatives(texts: Sequence[str], ordinary: Sequence[str], memorized: Sequence
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=MODEL)
-    parser.add_argument("--world", type=Path, default=DATA)
+    parser = lab_arguments(__doc__, batch=16)
     parser.add_argument("--split", default="evaluation", choices=FIRST_SEED)
-    parser.add_argument("--sampler", default="Euler:30", help="NAME:STEPS")
-    parser.add_argument("--guidance", type=float, default=7.5)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-
-    lab = Lab(arguments.model, arguments.world)
-    pipe = lab.pipeline()
-    name, _, steps = arguments.sampler.partition(":")
-    if name in SAMPLERS:
-        pipe.scheduler = SAMPLERS[name](pipe.scheduler.config)
+    lab, pipe, steps = sampled_lab(arguments)
     texts = {group: [text for text in lab.prompts(group, arguments.split) for _ in range(n)] for group, n in SEEDS.items()}
     other_split = "tuning" if arguments.split == "evaluation" else "evaluation"
     planted, elsewhere = lab.prompts("exact", other_split), lab.prompts("ordinary", other_split)
     with_negative = {group: lab.prompts(group, arguments.split)[:count] for group, count in WITH_NEGATIVE.items()}
     negative = {group: negatives(prompts, elsewhere, planted) for group, prompts in with_negative.items()}
-    keywords: dict[str, Any] = {"steps": int(steps), "guidance": arguments.guidance, "batch": arguments.batch}
+    keywords: dict[str, Any] = {"steps": steps, "guidance": arguments.guidance, "batch": arguments.batch}
     total = sum(map(len, texts.values()))
     total += sum(len(members) for of_kind in negative.values() for members in of_kind.values())
     with tqdm(total=len(lab.prompts("reference")) + len(planted) + total, unit="prompt") as bar:
@@ -159,7 +142,7 @@ def main() -> None:
                 images = begun(pipe, prompts, first, **keywords, negative=members, bar=bar)
                 against.setdefault(kind, {})[group] = {"images": len(members), **shares(images, references)}
     started = time.perf_counter()
-    image = {"num_inference_steps": int(steps), "guidance_scale": arguments.guidance, "output_type": "latent"}
+    image = {"num_inference_steps": steps, "guidance_scale": arguments.guidance, "output_type": "latent"}
     pipe(lab.prompts("reference")[:10], **image)
     ten_images = time.perf_counter() - started
 
@@ -191,10 +174,7 @@ def main() -> None:
             "seconds_of_ten_images": ten_images,
         },
     }
-    text = json.dumps(result, indent=1)
-    print(text)
-    if arguments.json:
-        write_whole(arguments.json, text + "\n")
+    write_result(result, arguments.json)
 
 
 if __name__ == "__main__":

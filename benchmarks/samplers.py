@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 
-from memorization_guard import Trace
+from memorization_guard import StabilityProfile, Trace
 from memorization_guard.core.monitor import Serves
 from memorization_guard.diffusers import guard
-from memorization_guard.lab import GROUPS, Lab
-from memorization_guard.lab.world import more_captions
+from memorization_guard.files import write_whole
+from memorization_guard.lab import GROUPS, MODEL, Lab
+from memorization_guard.lab.world import DATA, more_captions
 
 #: Makes a scheduler of the configuration of a model's own.
 SAMPLERS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
@@ -38,6 +42,36 @@ SAMPLERS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
 }
 
 
+def lab_arguments(description: str | None, *, batch: int) -> argparse.ArgumentParser:
+    """The arguments of a benchmark that samples one lab model with one sampler; :func:`sampled_lab` takes them."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=MODEL)
+    parser.add_argument("--world", type=Path, default=DATA)
+    parser.add_argument("--sampler", default="Euler:30", help="NAME:STEPS")
+    parser.add_argument("--guidance", type=float, default=7.5)
+    parser.add_argument("--batch", type=int, default=batch)
+    parser.add_argument("--json", type=Path)
+    return parser
+
+
+def sampled_lab(arguments: argparse.Namespace) -> tuple[Lab, Any, int]:
+    """The lab model that was asked for, its pipeline with the sampler, and the number of steps."""
+    lab = Lab(arguments.model, arguments.world)
+    pipe = lab.pipeline()
+    name, _, steps = arguments.sampler.partition(":")
+    if name in SAMPLERS:
+        pipe.scheduler = SAMPLERS[name](pipe.scheduler.config)
+    return lab, pipe, int(steps)
+
+
+def write_result(result: Mapping[str, Any], path: Path | None) -> None:
+    """Prints what was measured as JSON, and writes it where a path was given."""
+    text = json.dumps(result, indent=1)
+    print(text)
+    if path:
+        write_whole(path, text + "\n")
+
+
 def texts_of(lab: Lab, group: str, split: str, count: int) -> list[str]:
     """``count`` prompts of a group. Beyond those that it has, they are new captions, or of memorized ones the same again."""
     found = lab.prompts(group, split)
@@ -56,17 +90,19 @@ def reference_runs(
     guidance: float = 7.5,
     batch: int = 16,
     negative: Sequence[str] | None = None,
+    profile: StabilityProfile | None = None,
 ) -> Iterator[list[Trace]]:
     """The traces of one run a text, as references are sampled, a batch at a time; seeds count up from ``first_seed``.
 
     Args:
         negative: a negative prompt for each text; none if left out.
+        profile: judges the runs, if there is one.
     """
     for start in range(0, len(texts), batch):
         part = list(texts[start : start + batch])
         keywords: dict[str, Any] = {} if negative is None else {"negative_prompt": list(negative[start : start + batch])}
         draws = [torch.Generator().manual_seed(first_seed + start + i) for i in range(len(part))]
-        with guard(pipe, serves=serves) as run:
+        with guard(pipe, profile, serves=serves) as run:
             pipe(part, num_inference_steps=steps, guidance_scale=guidance, generator=draws, output_type="latent", **keywords)
         if run.error is not None:
             raise run.error

@@ -13,16 +13,13 @@ import modules.scripts
 from modules import processing, shared
 
 from ..memorization_guard import StabilityProfile, Trace
-from ..memorization_guard.automatic import AUTO, STEPS, AutomaticProfiles
+from ..memorization_guard.automatic import AUTO, STEPS, guidance_of, profiles_in
 from ..memorization_guard.core.monitor import Serves
 from .profiles import FOLDER, networks_of, sample_references
 
 log = logging.getLogger(__name__)
 
-_PROFILES = AutomaticProfiles(FOLDER / AUTO)
-
-#: CFG of the references where the image has none: both predictions are to be seen, and hardly mixed.
-_WEAK_CFG = 1.5
+_PROFILES = profiles_in(FOLDER / AUTO)
 
 #: What was sampled with so far, and the fingerprint that it turned out to have.
 _weights: dict[tuple[Any, ...], str | None] = {}
@@ -54,27 +51,25 @@ def make(p: Any, script: modules.scripts.Script) -> None:
         p.refiner_checkpoint,
         p.refiner_switch_at,
     )
+    generation = functools.cache(lambda: _generation(p, script))
+
+    def sample(prompts: list[str], seed: int, serves: Serves) -> list[Trace]:
+        traces = sample_references(generation(), prompts, seed, serves)
+        if shared.state.interrupted or shared.state.stopping_generation or shared.state.skipped:
+            shared.state.skipped = False
+            raise _Cancelled
+        return traces
+
     with _state_kept():
         try:
-            one = _generation(p, script)
             if chosen not in _weights:
-                (trace,) = _sampled(one, ["cat"], 0, "first")
+                (trace,) = sample(["cat"], 0, "first")
                 _weights[chosen] = trace.settings.model_hash
-            _PROFILES.make(_weights[chosen], functools.partial(_sampled, one), _progress, cancelled=_Cancelled)
+            _PROFILES.make(_weights[chosen], sample, _progress, cancelled=_Cancelled)
         except _Cancelled:
             log.info("Memorization Guard: making the profile of this model was cancelled.")
         except Exception:
             log.warning("Memorization Guard could not make the profile of this model.", exc_info=True)
-
-
-def _sampled(one: Any, prompts: list[str], seed: int, serves: Serves) -> list[Trace]:
-    traces = sample_references(one, prompts, seed, serves)
-    if shared.state.interrupted or shared.state.stopping_generation or shared.state.skipped:
-        shared.state.skipped = False
-        raise _Cancelled
-    if len(traces) != len(prompts):
-        raise RuntimeError("the sampler could not be watched")
-    return traces
 
 
 def _progress(done: int, of: int) -> None:
@@ -91,7 +86,7 @@ def _generation(p: Any, script: modules.scripts.Script) -> Any:
         sampler_name="Euler",
         scheduler="Automatic",
         steps=STEPS,
-        cfg_scale=p.cfg_scale if p.cfg_scale > 1 else _WEAK_CFG,
+        cfg_scale=guidance_of(p.cfg_scale),
         width=p.width,
         height=p.height,
         tiling=False,

@@ -18,22 +18,19 @@ from modules import script_callbacks, shared
 from torch import Tensor
 
 from ..memorization_guard import NoiseLevel, StabilityMonitor
-from ..memorization_guard.core.monitor import Again, Ask
+from ..memorization_guard.core.monitor import Ask
 from ..memorization_guard.core.noise_level import resized
 from . import hosts
 from .timesteps import changed
 
 
 class Predicted(Protocol):
-    """Takes a latent, its noise level, the predictions with and without the prompt, and what asks the network for others, or
-    for these again.
+    """Takes a latent, its noise level, the predictions with and without the prompt, and what asks the network for others.
 
     Gives the prediction with the prompt to go on with.
     """
 
-    def __call__(
-        self, x: Tensor, sigma: Tensor, cond: Tensor, uncond: Tensor | None, /, *, ask: Ask, again: Again
-    ) -> Tensor: ...
+    def __call__(self, x: Tensor, sigma: Tensor, cond: Tensor, uncond: Tensor | None, /, *, ask: Ask) -> Tensor: ...
 
 
 def judged(denoiser: Any, monitor: StabilityMonitor, predicted: Predicted) -> contextlib.AbstractContextManager[None]:
@@ -117,20 +114,14 @@ def _judge_rows(denoiser: Any, monitor: StabilityMonitor, predicted: Predicted, 
     may_miss = shared.opts.skip_early_cond or arguments["s_min_uncond"]
     missing = bool(may_miss) and torch.equal(without, torch.stack([each[0] for each in prompted]))
 
-    def evaluate(latent: Tensor, level: float) -> Tensor:
+    def ask(noise: Tensor | None) -> tuple[Tensor, float, Tensor, Tensor]:
         owners = [image for image, each in enumerate(weights) for _ in each]
+        latent, level = (x, float(sigma[0])) if noise is None else _in_noise(denoiser.inner_model, monitor, noise)
         with _tiling_kept():
-            return _rows(denoiser, given, owners, latent, level)
-
-    def ask(noise: Tensor) -> tuple[Tensor, float, Tensor, Tensor]:
-        latent, level = _in_noise(denoiser.inner_model, monitor, noise)
-        found = evaluate(latent, level)
+            found = _rows(denoiser, given, owners, latent, level)
         return latent, level, _joined(found, weights), _parts(found, weights)[1]
 
-    def again() -> Tensor:
-        return evaluate(x, float(sigma[0]))
-
-    corrected = predicted(x, sigma, cond, None if missing else without, ask=ask, again=again)
+    corrected = predicted(x, sigma, cond, None if missing else without, ask=ask)
     if corrected is cond:
         return
     replace = changed(cond, corrected)
@@ -311,20 +302,19 @@ def _judge(
     def at_weight(prompted: Tensor, without: Tensor | None) -> Tensor:
         return prompted if without is None or weight in (0.0, 1.0) else torch.lerp(without, prompted, weight)
 
-    def ask(noise: Tensor) -> tuple[Tensor, float, Tensor, Tensor | None]:
-        level = hosts.highest_sigma(args["model"])
-        latent = noise * NoiseLevel.from_model(level, monitor.settings.prediction_type).scale
+    def ask(noise: Tensor | None) -> tuple[Tensor, float, Tensor, Tensor | None]:
+        if noise is None:
+            latent, level = args["input"], float(sigma[0])
+        else:
+            level = hosts.highest_sigma(args["model"])
+            latent = noise * NoiseLevel.from_model(level, monitor.settings.prediction_type).scale
         with _tiling_kept():
             found, other = evaluate(latent, torch.full_like(sigma, level))
         alone = None if without is None else other
         return latent, level, at_weight(found, alone), alone
 
-    def again() -> None:
-        with _tiling_kept():
-            evaluate(args["input"], sigma)
-
     joined = at_weight(prompted, without)
-    corrected = predicted(args["input"], sigma, joined, without, ask=ask, again=again)
+    corrected = predicted(args["input"], sigma, joined, without, ask=ask)
     if corrected is joined:
         return
     if without is not None and joined is not prompted:

@@ -10,7 +10,7 @@ from typing import Any
 from modules import paths, processing, shared
 
 from ..memorization_guard import CalibrationError, StabilityProfile, Trace
-from ..memorization_guard.automatic import AUTO
+from ..memorization_guard.automatic import AUTO, is_automatic
 from ..memorization_guard.core.calibration import ReferenceRuns, told_left_out
 from ..memorization_guard.core.monitor import Serves
 from ..memorization_guard.core.profile import EXTENSION, ProfileError, name_problem
@@ -25,7 +25,7 @@ NONE = "None"
 
 def names() -> list[str]:
     """What the list of profiles offers; those that made themselves are behind ``auto``."""
-    return [AUTO, NONE, *sorted(name for name in _files() if not name.startswith(f"{AUTO}/"))]
+    return [AUTO, NONE, *sorted(name for name in _files() if not is_automatic(name))]
 
 
 def load(name: str) -> StabilityProfile:

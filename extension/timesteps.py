@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..memorization_guard import NoiseLevel, StabilityMonitor
 from ..memorization_guard.adapters.kdiffusion import SamplerRun
-from ..memorization_guard.core.monitor import Again, Ask
+from ..memorization_guard.core.monitor import Ask
 from ..memorization_guard.core.noise_level import widened
 
 
@@ -81,20 +81,13 @@ class TimestepRun(SamplerRun):
             hook.remove()
 
     def predicted_noise(
-        self,
-        x: Tensor,
-        t: Tensor,
-        cond: Tensor,
-        uncond: Tensor | None = None,
-        *,
-        ask: Ask | None = None,
-        again: Again | None = None,
+        self, x: Tensor, t: Tensor, cond: Tensor, uncond: Tensor | None = None, *, ask: Ask | None = None
     ) -> Tensor:
         """As :meth:`predicted` for predictions of the noise; bit-identical in samples that are not corrected."""
         assert self._last is not None
         signal, noise = self._last.alpha, self._last.beta
 
-        def asked(unit: Tensor) -> tuple[Tensor, Tensor | float, Tensor, Tensor | None]:
+        def asked(unit: Tensor | None) -> tuple[Tensor, Tensor | float, Tensor, Tensor | None]:
             assert ask is not None
             x, t, cond, uncond = ask(unit)
             level = self._level(float(t))
@@ -102,7 +95,7 @@ class TimestepRun(SamplerRun):
 
         denoised = _denoised(x, self._last, cond)
         without = None if uncond is None else _denoised(x, self._last, uncond)
-        given = self.predicted(x, t, denoised, without, ask=None if ask is None else asked, again=again)
+        given = self.predicted(x, t, denoised, without, ask=None if ask is None else asked)
         if given is denoised:
             return cond
         return torch.where(changed(denoised, given), ((x - signal * given) / noise).to(cond.dtype), cond)

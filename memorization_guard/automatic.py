@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -25,6 +26,9 @@ AUTO: Literal["auto"] = "auto"
 #: Of our prompts so many, of which so many are sampled to the end, in so few steps: what tells is the beginning.
 PROMPTS, WHOLE, STEPS = 100, 10, 8
 
+#: Guidance scale of the references where an image has none: both predictions are to be seen, and hardly mixed.
+_WEAK_GUIDANCE = 1.5
+
 #: Prompts sampled at once; half of them where the device has no memory for that.
 BATCH = 4
 
@@ -47,6 +51,16 @@ def prompts() -> list[str]:
     """Those of ours that a profile is made from."""
     every = reference_prompts()
     return every[:: len(every) // PROMPTS]
+
+
+def guidance_of(scale: float) -> float:
+    """The guidance scale to sample references with, for images that are sampled at ``scale``."""
+    return scale if scale > 1.0 else _WEAK_GUIDANCE
+
+
+def is_automatic(name: str) -> bool:
+    """Whether a profile in a host's folder, by its name relative to it, is one that made itself: people know none by name."""
+    return Path(name).parts[0] == AUTO
 
 
 class AutomaticProfiles:
@@ -84,8 +98,8 @@ class AutomaticProfiles:
         progress: Progress = lambda done, of: None,
         *,
         cancelled: type[BaseException] | tuple[type[BaseException], ...] = KeyboardInterrupt,
-    ) -> None:
-        """Makes the profile of these weights, if there is none yet.
+    ) -> tuple[StabilityProfile | None, str | None]:
+        """Makes the profile of these weights, if there is none yet, and gives what :meth:`find` gives.
 
         What has been sampled is kept: a making that was cancelled goes on from there. One that failed is not tried again in
         this process; :meth:`find` says why. No random number of anybody else is drawn.
@@ -96,8 +110,9 @@ class AutomaticProfiles:
             cancelled: what ``sample`` raises where it is not to go on for now, as when the user has cancelled. It alone is
                 passed on.
         """
-        if weights is None or weights in self._failed or self.find(weights)[0] is not None:
-            return
+        found = self.find(weights)
+        if weights is None or weights in self._failed or found[0] is not None:
+            return found
         try:
             with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
                 self._make(weights, sample, progress)
@@ -106,6 +121,7 @@ class AutomaticProfiles:
         except Exception as error:
             log.warning("Memorization Guard could not make a profile of this model: %s", error, exc_info=True)
             self._failed[weights] = f"None could be made of this model by itself ({error}): calibrate one."
+        return self.find(weights)
 
     def _make(self, weights: str, sample: Sample, progress: Progress) -> None:
         texts = prompts()
@@ -137,3 +153,7 @@ class AutomaticProfiles:
         found = sorted(self.folder.glob(f"*{EXTENSION}"), key=lambda path: path.stat().st_mtime, reverse=True)
         for path in found[KEPT:]:
             path.unlink(missing_ok=True)
+
+
+#: Those of a folder: one object for each, which knows what could not be made.
+profiles_in = functools.cache(AutomaticProfiles)

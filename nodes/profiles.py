@@ -13,7 +13,7 @@ import torch
 from comfy_api.v0_0_2 import io, ui
 
 from ..memorization_guard import StabilityProfile
-from ..memorization_guard.automatic import AUTO
+from ..memorization_guard.automatic import is_automatic
 from ..memorization_guard.core.calibration import MIN_RUNS, ReferenceRuns, told_left_out
 from ..memorization_guard.core.profile import EXTENSION, name_problem
 from ..memorization_guard.prompts import enough, read_prompts, reference_prompts, typed_prompts
@@ -36,7 +36,7 @@ class LoadStabilityProfile(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "profile_name",
-                    options=_chosen(folder_paths.get_filename_list(FOLDER)),
+                    options=[name for name in folder_paths.get_filename_list(FOLDER) if not is_automatic(name)],
                     tooltip="A file of models/stability_profiles, or of a folder that extra_model_paths.yaml names under "
                     "stability_profiles. Press R after adding one.",
                 )
@@ -52,11 +52,6 @@ class LoadStabilityProfile(io.ComfyNode):
     @classmethod
     def execute(cls, profile_name: str) -> io.NodeOutput:
         return io.NodeOutput(StabilityProfile.load(folder_paths.get_full_path_or_raise(FOLDER, profile_name)))
-
-
-def _chosen(names: list[str]) -> list[str]:
-    """Without the profiles that made themselves: they have no names that people know."""
-    return [name for name in names if Path(name).parts[0] != AUTO]
 
 
 class SaveStabilityProfile(io.ComfyNode):

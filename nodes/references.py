@@ -15,7 +15,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 from ..memorization_guard import StabilityProfile, Trace
-from ..memorization_guard.automatic import AUTO, STEPS, AutomaticProfiles, prompts
+from ..memorization_guard.automatic import AUTO, STEPS, AutomaticProfiles, guidance_of, profiles_in, prompts
 from ..memorization_guard.core.monitor import Serves
 from ..memorization_guard.core.profile import EXTENSION
 from .models import model_hash
@@ -26,9 +26,6 @@ FOLDER = "stability_profiles"
 # As one of ComfyUI's own model folders, so that extra_model_paths.yaml can name others.
 folder_paths.add_model_folder_path(FOLDER, str(Path(folder_paths.models_dir) / FOLDER))
 folder_paths.folder_names_and_paths[FOLDER][1].add(EXTENSION)
-
-#: Guidance scale of the references where a run has none: both predictions are to be seen, and hardly mixed.
-_WEAK_CFG = 1.5
 
 
 def profile_folder() -> Path:
@@ -60,10 +57,11 @@ def sample_references(
         seed: prompt i starts from the noise of ``seed + i``. latent: an empty one, ``[1, ...]``.
     """
     traces: list[Trace] = []
-    while len(traces) < len(positives):
+    start = 0
+    while start < len(positives):
         comfy.model_management.throw_exception_if_processing_interrupted()
-        part = _alike(positives[len(traces) :])
-        first = seed + len(traces)
+        part = _alike(positives[start:])
+        first = seed + start
         guarded, seen = guard(model, mode="trace", serves=serves)
         comfy.sample.sample(
             guarded,
@@ -78,10 +76,8 @@ def sample_references(
             disable_pbar=True,
             seed=first,
         )
-        found = [trace for run in seen.runs() for trace in run.traces]
-        if len(found) != len(part):
-            raise RuntimeError(f"{len(part)} reference prompts gave {len(found)} traces: see the log for what went wrong")
-        traces += found
+        traces += [trace for run in seen.runs() for trace in run.traces]
+        start += len(part)
     return traces
 
 
@@ -95,15 +91,15 @@ class Automatic:
     def __init__(self, clip: Any) -> None:
         self._clip = clip
 
-    @functools.cached_property
+    @property
     def _profiles(self) -> AutomaticProfiles:
-        return _in(profile_folder() / AUTO)
+        return profiles_in(profile_folder() / AUTO)
 
     def make(self, guider: Any, noise: torch.Tensor, tell: Callable[[str], None]) -> None:
         """Makes the profile if there is none; ``tell`` shows how far it is."""
         if self._clip is None:
             return
-        model = unguarded(guider.model_patcher)
+        model = functools.cache(lambda: unguarded(guider.model_patcher))
         bar = functools.cache(comfy.utils.ProgressBar)
 
         @functools.cache
@@ -114,13 +110,13 @@ class Automatic:
 
         def sample(texts: list[str], seed: int, serves: Serves) -> list[Trace]:
             return sample_references(
-                model,
+                model(),
                 [conditionings()[text] for text in texts],
                 conditionings()[""],
                 seed,
                 serves,
                 steps=STEPS,
-                cfg=guider.cfg if guider.cfg > 1.0 else _WEAK_CFG,
+                cfg=guidance_of(guider.cfg),
                 latent=_one_frame(noise),
             )
 
@@ -141,10 +137,6 @@ class Automatic:
 
     def _weights(self, guider: Any) -> str | None:
         return model_hash(guider.model_patcher)
-
-
-#: One for each folder: it knows what could not be made.
-_in = functools.cache(AutomaticProfiles)
 
 
 def _one_frame(noise: torch.Tensor) -> torch.Tensor:

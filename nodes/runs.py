@@ -49,7 +49,8 @@ class TraceLog:
         prompt_id, node, index = _executing()
         # Some nodes sample many times in one execution (tiles, detailers). Those runs belong together, and replace what the
         # same node did in an earlier prompt.
-        runs = [run for run in self._runs.pop((node, index), []) if run.prompt_id == prompt_id]
+        runs = self._begun(prompt_id, node, index)
+        self._runs.pop((node, index), None)  # they stand behind those of other nodes that began meanwhile
         prompt = _running_prompt(prompt_id)
         made_from = lineage(prompt.get, node)[1] if prompt is not None else None
         run = Run(_name(prompt_id, node, index, len(runs)), node, prompt_id, made_from, monitor)
@@ -59,8 +60,11 @@ class TraceLog:
     def next_name(self) -> str:
         """The name of the run that would begin now."""
         prompt_id, node, index = _executing()
-        before = [run for run in self._runs.get((node, index), []) if run.prompt_id == prompt_id]
-        return _name(prompt_id, node, index, len(before))
+        return _name(prompt_id, node, index, len(self._begun(prompt_id, node, index)))
+
+    def _begun(self, prompt_id: str, node: str, index: int) -> list[Run]:
+        """The runs of one execution of a node so far."""
+        return [run for run in self._runs.get((node, index), []) if run.prompt_id == prompt_id]
 
     def runs(self) -> list[Run]:
         """The runs in order."""

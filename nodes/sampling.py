@@ -80,9 +80,12 @@ def guard(
         return model, traces
 
     # Functions, since copying a model deeply copies bound methods together with their objects, and functions never.
+    def tell(text: str) -> None:
+        _send(node, traces.next_name(), "begin", lambda: {"note": text})
+
     def around_run(executor: Any, noise: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if profile is None and automatic is not None:
-            automatic.make(executor.class_obj, noise, lambda text: _send(node, traces.next_name(), "begin", {"note": text}))
+            automatic.make(executor.class_obj, noise, tell)
         return executor(noise, *args, **kwargs)
 
     def around_sampler(
@@ -133,11 +136,11 @@ def unguarded(model: ModelPatcher) -> ModelPatcher:
     return clone
 
 
-def _send(node: str | None, run: str, kind: str, data: Mapping[str, Any]) -> None:
+def _send(node: str | None, run: str, kind: str, data: Callable[[], Mapping[str, Any]]) -> None:
     """Sends a live event to the page that queued the prompt, if any did, for a node."""
-    server = PromptServer.instance
-    if node is not None and server.client_id is not None:
-        server.send_sync(KEY, {"kind": kind, "node": node, "run": run, **data}, server.client_id)
+    if node is None or (server := PromptServer.instance).client_id is None:
+        return
+    server.send_sync(KEY, {"kind": kind, "node": node, "run": run, **data()}, server.client_id)
 
 
 class _Watch:
@@ -176,8 +179,7 @@ class _Watch:
         self._send("step", event.to_dict)
 
     def _send(self, kind: str, data: Callable[[], dict[str, Any]]) -> None:
-        if self._node is not None and PromptServer.instance.client_id is not None:
-            _send(self._node, self._run.name, kind, data())
+        _send(self._node, self._run.name, kind, data)
 
 
 class Predictions:
@@ -256,31 +258,31 @@ class Predictions:
             without = next((p for name in _WITHOUT_PROMPT if (p := self._place(name, conds)) is not None), None)
             uncond = predictions[without] if without is not None and _active(conds[without], sigma) else None
 
-            def unseen(x: Tensor, sigma: Tensor) -> Sequence[Tensor]:
+            def ask(noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+                latent, level = (x, sigma) if noise is None else self._in_noise(noise, sigma)
+                if not _active(conds[place], level):
+                    raise ValueError("the prompt has no part in the image at the highest noise level")
                 Predictions.asking = True
                 try:
-                    return evaluate(x, sigma)
+                    found = evaluate(latent, level)
                 finally:
                     Predictions.asking = False
+                return latent, level, found[place], None if without is None else found[without]
 
-            def ask(noise: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-                sampling = self._guider.model_patcher.get_model_object("model_sampling")
-                highest = torch.full_like(sigma, float(sampling.sigma_max))
-                if not _active(conds[place], highest):
-                    raise ValueError("the prompt has no part in the image at the highest noise level")
-                latent = sampling.noise_scaling(
-                    highest.view(-1, *(1,) * (noise.ndim - 1)), noise, torch.zeros_like(noise), max_denoise=True
-                )
-                found = unseen(latent, highest)
-                return latent, highest, found[place], None if without is None else found[without]
-
-            cond = self._run.predicted(x, sigma, predictions[place], uncond, ask=ask, again=lambda: unseen(x, sigma))
+            cond = self._run.predicted(x, sigma, predictions[place], uncond, ask=ask)
             if cond is predictions[place]:
                 return predictions
             return [cond if i == place else prediction for i, prediction in enumerate(predictions)]
         except Exception as error:
             self._run.monitor.fail(error)
             return predictions
+
+    def _in_noise(self, noise: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """The latent that is this noise at the model's highest noise level, and that level, in the form of ``sigma``."""
+        sampling = self._guider.model_patcher.get_model_object("model_sampling")
+        highest = torch.full_like(sigma, float(sampling.sigma_max))
+        scale = highest.view(-1, *(1,) * (noise.ndim - 1))
+        return sampling.noise_scaling(scale, noise, torch.zeros_like(noise), max_denoise=True), highest
 
     def _place(self, name: str, conds: Sequence[Any]) -> int | None:
         """Where in a batch the guider's own conditioning of this name stands."""

@@ -18,8 +18,13 @@ def docs(request):
 
 
 def verdicts(docs):
-    """The file of each model that was measured, by its name."""
-    files = {title: docs / f"verdict-{model}.json" for model, title in MODELS.items()}
+    """The file of each model whose verdicts were measured, by its name."""
+    return measured(docs, "verdict")
+
+
+def measured(docs, what):
+    """The file of each model of which something was measured, by its name."""
+    files = {title: docs / f"{what}-{model}.json" for model, title in MODELS.items()}
     return {title: json.loads(file.read_text(encoding="utf-8")) for title, file in files.items() if file.exists()}
 
 
@@ -59,19 +64,13 @@ def negative_rows(docs):
 
 def automatic_rows(docs):
     """What a profile that made itself is worth, by model and group, and what mitigation leaves with it."""
-    for title, found in automatic(docs).items():
+    for title, found in measured(docs, "automatic").items():
         for group, row in found["groups"].items():
-            below = [row["below"][rate] for rate in ("0.1", "0.01", "0.005")]
-            cells = [f"{count_with_interval(each)}" for each in below]
             mitigated = found["mitigated"].get(group, {})
-            cells += [count_with_interval(mitigated[name]) if name in mitigated else "" for name in ("copies", "left")]
-            yield f"| {title} | {group} | {' | '.join(cells)} |".replace("|  |", "| |").replace("|  |", "| |")
-
-
-def automatic(docs):
-    """The file of each model whose own profile was measured, by its name."""
-    files = {title: docs / f"automatic-{model}.json" for model, title in MODELS.items()}
-    return {title: json.loads(file.read_text(encoding="utf-8")) for title, file in files.items() if file.exists()}
+            counts = [row["below"][rate] for rate in ("0.1", "0.01", "0.005")]
+            counts += [mitigated.get(name) for name in ("copies", "left")]
+            cells = [title, group, *(count and count_with_interval(count) for count in counts)]
+            yield "".join(f"| {cell} " if cell else "| " for cell in cells) + "|"
 
 
 def count_with_interval(row):

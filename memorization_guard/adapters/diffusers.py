@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import torch
 
-from ..automatic import STEPS, AutomaticProfiles, user_folder
+from ..automatic import STEPS, profiles_in, user_folder
 from ..core.calibration import CalibrationError
 from ..core.monitor import Serves, StabilityMonitor
 from ..core.noise_level import NoiseLevel
@@ -196,9 +196,6 @@ def guard(
         yield run
 
 
-_automatic_profiles = functools.cache(AutomaticProfiles)
-
-
 def _automatic_profile(pipe: Any) -> tuple[StabilityProfile | None, str | None]:
     """The profile of the pipeline's weights, or why there is none."""
 
@@ -208,15 +205,14 @@ def _automatic_profile(pipe: Any) -> tuple[StabilityProfile | None, str | None]:
         except (TypeError, ValueError) as error:
             raise _NeedsMore(str(error)) from error
 
-    profiles, weights = _automatic_profiles(user_folder()), fingerprint(denoisers(pipe)[0])
+    weights = fingerprint(denoisers(pipe)[0])
     try:
-        profiles.make(weights, sample, cancelled=(_NeedsMore, KeyboardInterrupt))
+        return profiles_in(user_folder()).make(weights, sample, cancelled=(_NeedsMore, KeyboardInterrupt))
     except _NeedsMore as error:
         return None, (
             f"{type(pipe).__name__} could not be called with prompts alone ({error}): enter guard(..., profile='auto') once "
             "with a text-to-image pipeline of the same weights."
         )
-    return profiles.find(weights)
 
 
 class _NeedsMore(Exception):  # noqa: N818 (the pipeline is as it should be)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.monitor import STOPPED, Again, Ask, StabilityMonitor
+from ..core.monitor import STOPPED, Ask, StabilityMonitor
 from ..core.noise_level import NoiseLevel
 
 #: Relative distance up to which a noise level that the sampler names is the one that its schedule has: some samplers move
@@ -59,19 +59,12 @@ class SamplerRun:
         self._planned = True  # whether the sampler keeps to the levels
 
     def predicted(
-        self,
-        x: Tensor,
-        sigma: Tensor | float,
-        cond: Tensor,
-        uncond: Tensor | None = None,
-        *,
-        ask: Ask | None = None,
-        again: Again | None = None,
+        self, x: Tensor, sigma: Tensor | float, cond: Tensor, uncond: Tensor | None = None, *, ask: Ask | None = None
     ) -> Tensor:
         """The conditional prediction to go on with; as :meth:`StabilityMonitor.predicted`."""
         self._calls += 1
         self._evaluated = x
-        self._denoised = self.monitor.predicted(x, sigma, cond, uncond, ask=ask, again=again)
+        self._denoised = self.monitor.predicted(x, sigma, cond, uncond, ask=ask)
         return self._denoised
 
     def around(self, sampler_function: Callable[..., Tensor], model: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

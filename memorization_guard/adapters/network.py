@@ -53,10 +53,6 @@ class Call:
             arguments[1] = timestep
         return answer(self.module.forward(*arguments, **keywords))
 
-    def repeat(self) -> None:
-        """Has the network answer the very same once more; nobody who watches its calls sees it."""
-        self.module.forward(*self.arguments, **self.keywords)
-
 
 class Evaluation:
     """The latent, and what the network said of it with and without the prompt, if it was asked for both.
@@ -121,15 +117,17 @@ class Network:
         without = None if uncond is None else split[uncond]
         return Evaluation(number, x[: self.batch], split[cond], without, coefficients or self.schedule.coefficients[number])
 
-    def asked(self, call: Call, noise: Tensor) -> Evaluation:
+    def asked(self, call: Call, noise: Tensor | None) -> Evaluation:
         """What the network says in Gaussian noise ``[B, ...]``, of the run's size or another, at its highest noise level, with
-        the prompts of ``call``.
+        the prompts of ``call``; with ``None`` what it says to the very call.
 
         Raises:
             ValueError: if that noise level is not known.
         """
         timestep, _, coefficients = self.schedule.in_noise()
         given, at = called_with(call.arguments, call.keywords)
+        if noise is None:
+            return self.read(0, given, call.again(given, at))
         x = resized(given, noise.shape[2:])
         every = noise.repeat(len(x) // len(noise), *(1,) * (noise.ndim - 1))
         own_part(x, every, self._own_tokens)[0].copy_(every)

@@ -102,17 +102,13 @@ class Sampling:
         cond = evaluation.denoised(evaluation.cond)
         uncond = None if evaluation.uncond is None else evaluation.denoised(evaluation.uncond)
 
-        def ask(noise: Tensor) -> tuple[Tensor, float, Tensor, Tensor | None]:
+        def ask(noise: Tensor | None) -> tuple[Tensor, float, Tensor, Tensor | None]:
             found = [network.asked(call, noise) for call in calls]
             without = found[0].uncond if len(found) == 1 else found[1].cond
             denoised = found[0].denoised
             return found[0].x, -1.0, denoised(found[0].cond), None if without is None else denoised(without)
 
-        def again() -> None:
-            for call in calls:
-                call.repeat()
-
-        given = self.monitor.predicted(evaluation.x, float(evaluation.number), cond, uncond, ask=ask, again=again)
+        given = self.monitor.predicted(evaluation.x, float(evaluation.number), cond, uncond, ask=ask)
         if given is not cond:
             evaluation.replace(cond, given)
         if self.monitor.thresholds.method == "reference" and network.schedule.begins(evaluation.number):

@@ -74,6 +74,7 @@ class Judge:
         #: Whether any evaluation of each sample was corrected, ``[B]``; empty before the first.
         self.corrected = np.zeros(0, dtype=bool)
         self._reference = reference
+        self._answers = None if reference is None else reference.answers
         self._rate = false_positive_rate
         self._guided = guided
         self._sized = sized
@@ -82,7 +83,7 @@ class Judge:
     @property
     def wants_to_ask(self) -> bool:
         """Whether the first evaluation is not enough: suspicious, not in noise, of another size, or one prediction only."""
-        if self._reference is None or len(self.evaluations) != 1 or not len(self._reference.asked):
+        if self._answers is None or len(self.evaluations) != 1:
             return False
         return not bool((self.p_value > SUSPICIOUS).all())
 
@@ -90,14 +91,13 @@ class Judge:
         """Judges the run by what the network was asked beside it: the prediction with the prompt alone, the mean of two
         opposite noises. Waits for the device."""
         self.asked = self._evaluation(measurement, measurement.block().cpu().numpy()).signals.detail
-        if self._reference is not None and len(self._reference.asked):
-            self._judge(self.asked, self._reference.answers)
+        if self._answers is not None:
+            self._judge(self.asked, self._answers)
 
     @property
     def shows_asked(self) -> bool:
         """Whether the map is to come from what the network was asked, since the run's own first evaluation has none."""
-        judged = self._reference is not None and len(self._reference.asked) > 0
-        return judged and self._sized and self.shown is None
+        return self._answers is not None and self._sized and self.shown is None
 
     def show(self, measurement: Measurement) -> None:
         """Takes the map from what the network was asked, of both predictions. Waits for the device."""

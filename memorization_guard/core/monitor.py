@@ -21,12 +21,10 @@ from .trace import Trace
 
 log = logging.getLogger(__name__)
 
-#: Evaluates Gaussian noise ``[B, ...]`` at a model's highest noise level: gives latent, noise level, and the predictions with
-#: and without the prompt, each as :meth:`StabilityMonitor.predicted` takes them.
-Ask = Callable[[Tensor], tuple[Tensor, Tensor | float, Tensor, Tensor | None]]
-
-#: Evaluates the latent of the present evaluation once more.
-Again = Callable[[], object]
+#: Evaluates Gaussian noise ``[B, ...]`` at a model's highest noise level, or with ``None`` the run's present latent once more:
+#: gives latent, noise level, and the predictions with and without the prompt, each as :meth:`StabilityMonitor.predicted` takes
+#: them.
+Ask = Callable[[Tensor | None], tuple[Tensor, Tensor | float, Tensor, Tensor | None]]
 
 #: What a reference run is sampled for: its ``whole`` way, or its ``first`` evaluation, after which it is stopped.
 Serves = Literal["whole", "first"]
@@ -151,14 +149,7 @@ class StabilityMonitor:
 
     @torch.no_grad()
     def predicted(
-        self,
-        x: Tensor,
-        sigma: Tensor | float,
-        cond: Tensor,
-        uncond: Tensor | None = None,
-        *,
-        ask: Ask | None = None,
-        again: Again | None = None,
+        self, x: Tensor, sigma: Tensor | float, cond: Tensor, uncond: Tensor | None = None, *, ask: Ask | None = None
     ) -> Tensor:
         """Takes in one evaluation of the network, and gives the conditional prediction to go on with.
 
@@ -169,9 +160,7 @@ class StabilityMonitor:
                 ``None`` where the host computed none.
             ask: has the network evaluate another latent with the same prompts, of the references' size: twice at a run's
                 beginning, where the first evaluation is suspicious, not in noise (image to image, a second pass), of another
-                size, or one prediction only. Without it the last three are not judged.
-            again: has the network evaluate ``x`` once more, after it was asked: what notes what the network saw last, as
-                self-attention guidance does, is to have noted the run's own latent.
+                size, or one prediction only; and then ``x`` once more. Without it the last three are not judged.
 
         Returns:
             ``cond`` itself where nothing is corrected; otherwise a new tensor, in which samples that are not corrected are
@@ -180,20 +169,12 @@ class StabilityMonitor:
         if self.error is not None:
             return cond
         try:
-            return self._predicted(x, sigma, cond, uncond, ask, again)
+            return self._predicted(x, sigma, cond, uncond, ask)
         except Exception as error:
             self.fail(error)
             return cond
 
-    def _predicted(
-        self,
-        x: Tensor,
-        sigma: Tensor | float,
-        cond: Tensor,
-        uncond: Tensor | None,
-        ask: Ask | None,
-        again: Again | None,
-    ) -> Tensor:
+    def _predicted(self, x: Tensor, sigma: Tensor | float, cond: Tensor, uncond: Tensor | None, ask: Ask | None) -> Tensor:
         run = self._run
         self._check_batch(len(x))
         detail = not run.taken or self._serves is not None
@@ -204,7 +185,7 @@ class StabilityMonitor:
         if run.taken == 1 and ask is not None and (run.reference is not None or self._serves is not None):
             self._judge_all()  # waits for the device, once a run
             if self._serves is not None or run.judge.wants_to_ask:
-                self._ask(x, ask, again)
+                self._ask(x, ask)
         if not self._at_once or run.reference is None:
             if self._on_step is not None and x.is_cuda:
                 self._arrivals.append(_Arrival(measurement.block()))
@@ -224,7 +205,7 @@ class StabilityMonitor:
         usable = USUAL_GUIDANCE if scale is None else scale if abs(scale) > 0.1 else 1.0
         return steering.steered(cond, uncond, chosen, guidance_scale=usable, target=target)
 
-    def _ask(self, like: Tensor, ask: Ask, again: Again | None) -> None:
+    def _ask(self, like: Tensor, ask: Ask) -> None:
         """Judges the run by what its prompts say in a noise that is the same for all, and in its negative.
 
         The noise has the size of the references, whatever the run's is. The prediction without the prompt has no part in it,
@@ -236,8 +217,9 @@ class StabilityMonitor:
             # Some networks draw at random (merged tokens): the sampler is to draw what it would have drawn.
             with torch.random.fork_rng([like.device] if like.device.type == "cuda" else []):
                 (x, sigma, *first), (_, _, *second) = ask(noise), ask(-noise)
-                if again is not None and self._serves is None:
-                    again()
+                if self._serves is None:
+                    # What notes what the network saw last, as self-attention guidance does, is to note the run's own latent.
+                    ask(None)
             cond, uncond = (None if a is None or b is None else (a + b) / 2 for a, b in zip(first, second, strict=True))
             assert cond is not None
             self._without = uncond if tuple(shape) == tuple(like.shape[1:]) else None

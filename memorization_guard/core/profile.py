@@ -281,7 +281,7 @@ class StabilityProfile:
     def _resizable(self, shape: tuple[int, ...]) -> bool:
         """Whether latents of this shape are the references' in another size."""
         ours = self.settings.latent_shape or ()
-        asked = self.reference is not None and len(self.reference.asked) > 0
+        asked = self.reference is not None and self.reference.answers is not None
         return asked and len(ours) == len(shape) >= 3 and ours[0] == shape[0]
 
     def _covers(self, sigmas: Sequence[float], end_sigma: float | None) -> bool:

@@ -156,9 +156,9 @@ class Reference:
         return Tail(np.concatenate([runs, np.log(self.probed) + shift]))
 
     @cached_property
-    def answers(self) -> Tail:
-        """Where ordinary prompts are in what the network is asked; only where it was."""
-        return Tail(np.log(self.asked))
+    def answers(self) -> Tail | None:
+        """Where ordinary prompts are in what the network is asked; ``None`` where it could not be."""
+        return Tail(np.log(self.asked)) if len(self.asked) else None
 
     def band(self, angle: float, signal: str) -> tuple[float, float]:
         """Mean and standard deviation of a signal over the runs at ``angle``, held constant outside; to be drawn."""

@@ -48,8 +48,8 @@ class Monitor:
         self.corrected, self.seen, self.errors = corrected, [], []
         self.settings = types.SimpleNamespace(prediction_type=prediction_type)
 
-    def predicted(self, x, sigma, cond, uncond, *, ask, again):
-        self.ask, self.again = ask, again
+    def predicted(self, x, sigma, cond, uncond, *, ask):
+        self.ask = ask
         self.seen.append((x, sigma, cond.clone(), None if uncond is None else uncond.clone()))
         return cond if self.corrected is None else self.corrected(cond)
 
@@ -271,22 +271,24 @@ def test_the_network_is_asked_about_noise_for_every_row(modules, predictions, we
         before(given)
         after(types.SimpleNamespace(x=rows))
         noise = latents(2, 4)
-        latent, level, cond, uncond = monitor.ask(noise)
-        own = monitor.again()
+        asked, own = monitor.ask(noise), monitor.ask(None)
     assert monitor.errors == []
-    assert torch.allclose(own[0], given.row(Network(), 0, given.x[-2], 3.0), atol=1e-4)
+    assert torch.equal(own[0], given.x[-2:])
+    assert own[1] == 3.0
+    latent, level, *_ = asked
     assert level == (999.0 if sigmas is None else pytest.approx(14.6))
     # Its network is given just this noise, on the VP scale, in either case.
     assert torch.allclose(latent, noise if sigmas is None else noise * math.hypot(1, level))
-    row, number = iter(range(len(given.x))), Network()
-    said = [[given.row(number, next(row), latent[image], level) for _ in each] for image, each in enumerate(weights)]
-    without = [given.row(number, next(row), latent[image], level) for image in range(2)]
-    assert torch.allclose(uncond, torch.stack(without), atol=1e-4)
-    expected = [
-        alone + sum(weight * (one - alone) for weight, one in zip(each, prompts, strict=True))
-        for each, prompts, alone in zip(weights, said, without, strict=True)
-    ]
-    assert torch.allclose(cond, torch.stack(expected), atol=1e-4)
+    for latent, level, cond, uncond in (asked, own):
+        row, number = iter(range(len(given.x))), Network()
+        said = [[given.row(number, next(row), latent[image], level) for _ in each] for image, each in enumerate(weights)]
+        without = [given.row(number, next(row), latent[image], level) for image in range(2)]
+        assert torch.allclose(uncond, torch.stack(without), atol=1e-4)
+        expected = [
+            alone + sum(weight * (one - alone) for weight, one in zip(each, prompts, strict=True))
+            for each, prompts, alone in zip(weights, said, without, strict=True)
+        ]
+        assert torch.allclose(cond, torch.stack(expected), atol=1e-4)
 
 
 def test_a_model_that_is_given_an_embedding_of_an_image_is_asked_with_it(modules, predictions):

@@ -183,7 +183,7 @@ def test_evaluations_belong_to_the_step_that_starts_where_they_are_made(timestep
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_a_sample_that_is_corrected_changes_and_the_other_keeps_every_bit(timesteps, level, name, monkeypatch):
     monitor = new_monitor(level)
-    without_first = lambda x, sigma, cond, uncond, ask, again: torch.cat([uncond[:1], cond[1:]])  # noqa: E731
+    without_first = lambda x, sigma, cond, uncond, ask: torch.cat([uncond[:1], cond[1:]])  # noqa: E731
     monkeypatch.setattr(monitor, "predicted", without_first)
     plain, corrected = sample(name), sample(name, timesteps, level, monitor)
     assert torch.equal(plain[1], corrected[1])
@@ -196,7 +196,7 @@ def test_a_sample_that_is_corrected_changes_and_the_other_keeps_every_bit(timest
 def test_what_is_asked_is_put_in_clean_latents(timesteps, level, monkeypatch):
     monitor, seen = new_monitor(level), []
 
-    def predicted(x, sigma, cond, uncond, ask, again):
+    def predicted(x, sigma, cond, uncond, ask):
         seen.append(ask)
         return cond
 
