@@ -194,8 +194,8 @@ def _by_image(runs: list[list[Trace]], count: int) -> list[Trace]:
     runs = [traces for traces in runs if traces]
     if not runs:
         note = (
-            "No run of a guard led here. It may be bypassed, its mode may be off, the sampler's model may come from elsewhere, "
-            "or the sampler's result was taken from the cache: change the seed to sample again."
+            "No run of a guard led here. It may be bypassed, its mode may be off, the sampler's model may come from "
+            "elsewhere, or the sampler's result was taken from the cache: change the seed to sample again."
         )
         return [Trace(note=note)] * count
     return [
