@@ -1,14 +1,14 @@
 """An audit of the lab model that is killed while it works, alone or on a Ray cluster of several nodes in this machine.
 
-    python benchmarks/audit.py kill --output DIR [--kills 3]
-    python benchmarks/audit.py cluster --output DIR [--nodes 3]
+    python benchmarks/audit.py kill --output DIR [--seeds 2] [--steps 20] [--kills 3]
+    python benchmarks/audit.py cluster --output DIR [--seeds 2] [--steps 20] [--nodes 3]
     python benchmarks/audit.py throughput --output DIR [--workers 1 2 3]
     python benchmarks/audit.py driver --output DIR [--images 20000]
 
-``kill`` makes 2,000 images (500 prompts of the evaluation split, four seeds) and kills the process with SIGKILL at random
-moments; ``cluster`` makes the same on nodes of one core each, kills a worker, takes a node away and adds one. Both print how
-long it took, how many images were kept at each kill, how many rows and different images there are at the end, and the rates
-by kind of prompt. ``throughput`` times 400 images of 10 steps on so many workers, and what one process does without Ray.
+``kill`` makes images of 500 prompts of the evaluation split and kills the process with SIGKILL at random moments; ``cluster``
+makes the same on nodes of one core each, kills a worker, takes a node away and adds one. Both print how long it took, how many
+images were kept at each kill, how many rows and different images there are at the end, and the rates by kind of prompt at the
+audit's own threshold and at others. ``throughput`` times 400 images of 10 steps on so many workers, and what one process does without Ray.
 ``driver`` times the one process that keeps the rows of all workers, with workers that take no time, and the reading of a list
 of ten million prompts.
 """
@@ -31,6 +31,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 
 from memorization_guard.audit import cluster
@@ -43,6 +44,8 @@ from memorization_guard.lab import PROFILE, prompts
 
 #: Prompts of each group; 500 of them.
 COUNTS = {"exact": 30, "template": 24, "rare": 30, "ordinary": 416}
+#: Thresholds that the rates are printed at.
+RATES = (0.0005, 0.001, 0.005, 0.01)
 
 
 def lists(folder: Path) -> tuple[Path, Path]:
@@ -55,14 +58,15 @@ def lists(folder: Path) -> tuple[Path, Path]:
     # In no order, like a user's list.
     random.Random(0).shuffle(rows)
     audited.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    reference.write_text("\n".join(prompts("reference")[:50]) + "\n", encoding="utf-8")
+    reference.write_text("\n".join(prompts("reference")) + "\n", encoding="utf-8")
     return audited, reference
 
 
-def command(folder: Path, *more: str) -> list[str]:
+def command(folder: Path, seeds: int, steps: int, *more: str) -> list[str]:
     audited, reference = lists(folder)
     call = [sys.executable, "-m", "memorization_guard", "audit", "lab", str(audited), "-o", str(folder / "audit")]
-    return [*call, "--reference", str(reference), "--seeds-per-prompt", "4", "--batch-size", "8", *more]
+    call += ["--reference", str(reference), "--seeds-per-prompt", str(seeds), "--steps", str(steps)]
+    return [*call, "--batch-size", "8", *more]
 
 
 def kept(folder: Path) -> int:
@@ -84,16 +88,21 @@ def told(folder: Path, began: float) -> None:
             f"{rate['kind']}: {images['count']} of {images['of']} images triggered, {images['rate']:.2%} ({low:.2%} to "
             f"{high:.2%}); {per_prompt['count']} of {per_prompt['of']} prompts"
         )
+    rows = pq.read_table(folder / "audit" / "results", columns=["kind", "p_value"]).to_pylist()
+    for rate in RATES:
+        shares = [(kind, [row["p_value"] <= rate for row in rows if row["kind"] == kind]) for kind in COUNTS]
+        print(f"p-value not above {rate}:", ", ".join(f"{kind} {np.mean(below):.2%}" for kind, below in shares))
 
 
-def kill(folder: Path, kills: int) -> None:
+def kill(folder: Path, seeds: int, steps: int, kills: int) -> None:
     moments, began = random.Random(0), time.time()
+    images = sum(COUNTS.values()) * seeds
     for number in range(kills + 1):
         start = time.time()
-        process = subprocess.Popen(command(folder))
+        process = subprocess.Popen(command(folder, seeds, steps))
         if number < kills:
             # The kills are spread over the run by the number of images that are kept.
-            goal = kept(folder) + moments.randint(300, 700)
+            goal = kept(folder) + int(images * moments.uniform(0.15, 0.3))
             while process.poll() is None and kept(folder) < goal:
                 time.sleep(moments.uniform(0.2, 0.8))
             process.send_signal(signal.SIGKILL)
@@ -121,23 +130,24 @@ def workers() -> list[int]:
     return [int(line) for line in subprocess.run(["pgrep", "-f", "ray::_Actor"], capture_output=True).stdout.split()]
 
 
-def on_cluster(folder: Path, count: int) -> None:
+def on_cluster(folder: Path, seeds: int, steps: int, count: int) -> None:
+    planned = sum(COUNTS.values()) * seeds
     with nodes(count) as (made, members):
         began = time.time()
-        process = subprocess.Popen(command(folder, "--ray", made.address))
+        process = subprocess.Popen(command(folder, seeds, steps, "--ray", made.address))
         done = 0
         while process.poll() is None:
             time.sleep(1)
             images = kept(folder)
-            if done == 0 and images > 500:
+            if done == 0 and images > planned / 4:
                 os.kill(workers()[0], signal.SIGKILL)
                 print(f"\n{time.time() - began:.0f} s, {images} images: a worker killed")
                 done = 1
-            elif done == 1 and images > 1000:
+            elif done == 1 and images > planned / 2:
                 made.remove_node(members[-1], allow_graceful=False)
                 print(f"\n{time.time() - began:.0f} s, {images} images: a node taken away")
                 done = 2
-            elif done == 2 and images > 1300:
+            elif done == 2 and images > planned * 2 / 3:
                 made.add_node(num_cpus=1)
                 print(f"\n{time.time() - began:.0f} s, {images} images: a node added")
                 done = 3
@@ -149,7 +159,7 @@ def throughput(folder: Path, counts: list[int]) -> None:
     for count in [0, *counts]:
         place = folder / f"workers-{count}"
         shutil.rmtree(place, ignore_errors=True)
-        call = [*command(place), "--steps", "10", "--seeds-per-prompt", "1"]
+        call = command(place, 1, 10)
         if count == 0:
             rate(call, place)
             continue
@@ -257,15 +267,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("kill", "cluster", "throughput", "driver"))
     parser.add_argument("--output", type=Path, required=True, help="a new folder")
+    parser.add_argument("--seeds", type=int, default=2, help="images of each prompt")
+    parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--kills", type=int, default=3)
     parser.add_argument("--nodes", type=int, default=3)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--images", type=int, default=20_000)
     options = parser.parse_args()
     if options.what == "kill":
-        kill(options.output, options.kills)
+        kill(options.output, options.seeds, options.steps, options.kills)
     elif options.what == "cluster":
-        on_cluster(options.output, options.nodes)
+        on_cluster(options.output, options.seeds, options.steps, options.nodes)
     elif options.what == "driver":
         driver(options.output, options.images)
     else:
