@@ -8,9 +8,9 @@
 ``kill`` makes images of 500 prompts of the evaluation split and kills the process with SIGKILL at random moments; ``cluster``
 makes the same on nodes of one core each, kills a worker, takes a node away and adds one. Both print how long it took, how many
 images were kept at each kill, how many rows and different images there are at the end, and the rates by kind of prompt at the
-audit's own threshold and at others. ``throughput`` times 400 images of 10 steps on so many workers, and what one process does without Ray.
-``driver`` times the one process that keeps the rows of all workers, with workers that take no time, and the reading of a list
-of ten million prompts.
+audit's own threshold and at others. ``throughput`` times 400 images of 10 steps on so many workers, and what one process does
+without Ray. ``driver`` times the one process that keeps the rows of all workers, with workers that take no time, and the
+reading of a list of ten million prompts.
 """
 
 from __future__ import annotations
