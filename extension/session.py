@@ -24,7 +24,6 @@ from ..memorization_guard import (
 )
 from ..memorization_guard.core.monitor import Serves
 from ..memorization_guard.core.settings import MODES
-from ..memorization_guard.core.trace import rarity
 from ..memorization_guard.files import write_whole
 from ..memorization_guard.reports import graph
 from ..memorization_guard.reports.words import summary
@@ -276,7 +275,7 @@ class Session:
             return trace.verdict
         if name == "rarity":
             # The host puts quotes around a value with a comma, and takes them off again when it is pasted.
-            return None if trace.p_value is None else rarity(trace.p_value)
+            return trace.rarity
         if name == "score":
             return None if trace.score is None else f"{trace.score:.2f}"
         return None if trace.trigger_step is None else str(trace.trigger_step)

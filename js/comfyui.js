@@ -317,14 +317,14 @@ function keep(one) {
 /** The part of a trace that the graph shows, with four digits: it is saved with the workflow. */
 function short(trace) {
   const digits = (values) => values?.map((value) => (typeof value === "number" ? Number(value.toPrecision(4)) : value));
-  const { verdict, score, p_value, trigger_step, nonfinite_step, note, reference_count } = trace;
+  const { verdict, score, p_value, p_value_floor, trigger_step, nonfinite_step, note, reference_count } = trace;
   const bands = {};
   for (const [name, band] of Object.entries(trace.bands ?? {})) bands[name] = { mean: digits(band.mean), std: digits(band.std) };
   const steps = {};
   for (const name of KEPT_STEPS) steps[name] = digits(trace.steps?.[name]);
   for (const name of KEPT_STEPS) if (!steps[name]?.some(Boolean)) delete steps[name];
   const thresholds = { gamma: trace.thresholds?.gamma };
-  return { verdict, score, p_value, trigger_step, nonfinite_step, note, reference_count, thresholds, bands, steps };
+  return { verdict, score, p_value, p_value_floor, trigger_step, nonfinite_step, note, reference_count, thresholds, bands, steps };
 }
 
 /**

@@ -44,6 +44,7 @@ export function startRun(outline) {
     gamma: positive(plan.thresholds?.gamma) ?? 3,
     note: plan.note ? String(plan.note) : null,
     referenceCount: positive(plan.reference_count),
+    pValueFloor: positive(plan.p_value_floor),
     items: [], // one an image of the batch
     finished: false,
   };
@@ -84,6 +85,7 @@ export function finishRun(run, traces) {
   run.bands = readBands(scored.bands);
   run.gamma = positive(scored.thresholds?.gamma) ?? run.gamma;
   run.referenceCount = positive(scored.reference_count);
+  run.pValueFloor = found.map((trace) => positive(trace.p_value_floor)).find((floor) => floor !== null) ?? null;
   run.note = found.map((trace) => trace.note).filter(Boolean).map(String)[0] ?? null;
   return run;
 }
@@ -106,7 +108,10 @@ export function summarize(run) {
     if (item.verdict === "stable" && !run.finished) parts[0] += " so far";
     if (item.trigger !== null) parts.push(`triggered at step ${item.trigger}`);
     if (item.score !== null) parts.push(`S_mem ${scoreText(item.score)}`);
-    if (item.pValue !== null) parts.push(`as far as ${rarity(item.pValue)} ordinary images`);
+    if (item.pValue !== null) {
+      const rare = rarity(item.pValue, run.pValueFloor);
+      parts.push(`${rare.startsWith("rarer") ? "" : "as far as "}${rare} ordinary images`);
+    }
     const corrected = item.mitigated.filter(Boolean).length;
     if (corrected) parts.push(`${corrected} ${corrected === 1 ? "step" : "steps"} corrected`);
     if (item.nonfinite !== null) parts.push(`not a number from step ${item.nonfinite}`);
@@ -187,13 +192,17 @@ const smallest = (values) => values.reduce((a, b) => Math.min(a, b), Infinity);
 /** The more extreme of a value so far, null at first, and a new one that may be NaN. */
 const extremeOf = (before, value, choose) => (Number.isFinite(value) ? choose(before ?? value, value) : before);
 
-/** A share of ordinary images in words: 0.00005 is "1 in 20,000". */
-export function rarity(share) {
+/**
+ * A share of ordinary images in words: 0.00005 is "1 in 20,000", or "rarer than 1 in 20,000" if the references can carry no
+ * smaller one than `floor`.
+ */
+export function rarity(share, floor = null) {
   if (share >= 0.5) return "most";
-  if (share < 1e-6) return "less than 1 in 1,000,000";
-  const count = 1 / share;
+  const count = 1 / Math.max(share, floor ?? 1e-12);
   const digits = 10 ** Math.max(0, Math.floor(Math.log10(count)) - 1);
-  return `1 in ${String(Math.round(count / digits) * digits).replace(/\B(?=(\d{3})+$)/g, ",")}`;
+  // Both have seven digits.
+  const beyond = floor !== null && share <= floor * (1 + 1e-6) ? "rarer than " : "";
+  return `${beyond}1 in ${String(Math.round(count / digits) * digits).replace(/\B(?=(\d{3})+$)/g, ",")}`;
 }
 
 // ------------------------------------------------------------------------------------------------------------- the layout
@@ -733,7 +742,8 @@ export class StabilityGraph {
     };
     const scoreOf = ({ pValue, score }, name) => {
       if (pValue === null) return score === null ? "" : `${name}${scoreText(score)}`;
-      return narrow ? rarity(pValue).replace("less than", "<").replace(",000,000", "M").replace(",000", "k") : rarity(pValue);
+      const rare = rarity(pValue, run.pValueFloor);
+      return narrow ? rare.replace("rarer than", "<").replace(",000,000", "M").replace(",000", "k") : rare;
     };
     let entries;
     if (items.length === 1) {

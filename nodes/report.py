@@ -13,8 +13,9 @@ from comfy_execution.graph_utils import ExecutionBlocker
 from PIL import Image
 
 from ..memorization_guard import Trace, evidence
-from ..memorization_guard.core.trace import rarity, worst
+from ..memorization_guard.core.trace import worst
 from ..memorization_guard.reports import graph
+from ..memorization_guard.reports.words import unusual
 from .guard import CATEGORY, TraceType
 from .runs import Run, TraceLog
 
@@ -235,7 +236,7 @@ def _reason(trace: Trace) -> str:
     if trace.verdict == "unscored":
         return f"not judged ({(trace.note or 'no profile').rstrip('.')})"
     corrected = ", and was corrected" if trace.mitigated.any() else ""
-    rare = "" if trace.p_value is None else f", as far as {rarity(trace.p_value)} ordinary images"
+    rare = "" if trace.rarity is None else f", {unusual(trace.rarity)}"
     return f"{trace.verdict}, triggered at step {trace.trigger_step}{rare}{corrected}"
 
 

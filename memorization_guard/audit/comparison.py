@@ -35,9 +35,9 @@ def compare(a: Path, b: Path) -> dict[str, Any]:
     Some numbers of each image are kept in memory (under half a gigabyte for a million images a side); traces are not read.
 
     Returns:
-        ``"a"``, ``"b"``: ``{"folder", "model", "finished", "images", "prompts", "mode", "triggered", "prompts_triggered",
-        "corrected", "uncorrected"}``: the numbers of images and prompts are of the whole audit, the rates (as
-        ``statistics.clustered_rate`` gives them) of the pairs. ``corrected`` and ``uncorrected`` are paired images that
+        ``"a"``, ``"b"``: ``{"folder", "model", "finished", "images", "prompts", "mode", "p_value_floor", "triggered",
+        "prompts_triggered", "corrected", "uncorrected"}``: the numbers of images and prompts are of the whole audit, the rates
+        (as ``statistics.clustered_rate`` gives them) of the pairs. ``corrected`` and ``uncorrected`` are paired images that
         triggered, with steps corrected or without.
         ``"pairs"``: ``{"images", "prompts", "unscored", "only_a", "only_b", "duplicates"}``: pairs of images that are both
         scored, and their prompts, which is what everything below is about; pairs left out because one is not scored;
@@ -75,6 +75,7 @@ def compare(a: Path, b: Path) -> dict[str, Any]:
             "images": len(own) + duplicates,
             "prompts": pc.count_distinct(own["prompt"]).as_py(),
             "mode": mapping(manifest.get("settings")).get("mode"),
+            "p_value_floor": dataset.p_value_floor(manifest),
             "triggered": clustered_rate(events, prompts.sizes),
             "prompts_triggered": clustered_rate(events > 0, np.ones(len(events))),
             "corrected": corrected,

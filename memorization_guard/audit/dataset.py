@@ -21,12 +21,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from ..core.reference import p_value_floor as floor_of
 from ..core.trace import Trace
 from ..files import write_whole
 from . import AuditError
 
 FORMAT = "memorization-guard.audit"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 MANIFEST = "manifest.json"
 PROFILE = "profile.safetensors"
@@ -163,6 +164,18 @@ def read_traces(folder: Path, images: Iterable[int]) -> dict[int, Trace]:
                         except ValueError:
                             continue
     return found
+
+
+def reference_prompts(manifest: Mapping[str, Any]) -> int | None:
+    """How many prompts the images of an audit were held against; ``None`` where it does not say."""
+    count = mapping(manifest.get("profile")).get("reference_prompts")
+    return count if isinstance(count, int) and count > 0 else None
+
+
+def p_value_floor(manifest: Mapping[str, Any]) -> float | None:
+    """The smallest p-value that those can carry."""
+    count = reference_prompts(manifest)
+    return None if count is None else floor_of(count)
 
 
 def facts(manifest: Mapping[str, Any]) -> dict[str, dict[str, str]]:

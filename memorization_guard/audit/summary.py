@@ -75,6 +75,7 @@ def summarize(folder: Path) -> dict[str, Any]:
         ``"images"``, ``"prompts"``, ``"scored"``: how many there are; prompts are told apart by their text.
         ``"planned"``: images planned, or ``None``. ``"model"``: its name, or ``None``.
         ``"false_positive_rate"``: the nominal one, ``None`` for the published method.
+        ``"p_value_floor"``: the smallest p-value that the profile's references can carry, or ``None``.
         ``"triggered"``: rate of scored images that triggered. ``"prompts_triggered"``: rate of prompts with at least one.
         ``"verdicts"``: for each verdict its rate among all images. ``"corrected"``: images with corrected steps.
         ``"kinds"``: for each kind, where there are several, ``{"kind", "images", "prompts", "triggered",
@@ -207,7 +208,6 @@ def _summary(manifest: Mapping[str, Any], totals: _Totals, rows: pa.Table) -> di
     nominal = _false_positive_rate(manifest)
     rates = _rates(everyone, nominal)
     finished = dataset.is_finished(manifest, totals.images)
-    reference = mapping(manifest.get("profile")).get("reference_prompts")
     return {
         "finished": finished,
         "images": totals.images,
@@ -216,6 +216,7 @@ def _summary(manifest: Mapping[str, Any], totals: _Totals, rows: pa.Table) -> di
         "scored": rates["triggered"]["of"],
         "model": mapping(manifest.get("model")).get("name"),
         "false_positive_rate": nominal,
+        "p_value_floor": dataset.p_value_floor(manifest),
         **rates,
         "verdicts": {
             verdict: clustered_rate(everyone[:, number], everyone.sum(axis=1)) | {"chance": None}
@@ -228,7 +229,7 @@ def _summary(manifest: Mapping[str, Any], totals: _Totals, rows: pa.Table) -> di
             "p_value": [float(f"{share:.4g}") for share in 10.0**-LEVELS],
             "share": (totals.reached / max(totals.with_p_value, 1)).tolist(),
             "images": totals.with_p_value,
-            "reference_prompts": reference if isinstance(reference, int) else None,
+            "reference_prompts": dataset.reference_prompts(manifest),
         },
         "unscored": [{"note": note, "images": number} for note, number in totals.notes.most_common(10)],
         "worst": _worst(rows),

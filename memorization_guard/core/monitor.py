@@ -304,7 +304,7 @@ class StabilityMonitor:
 
     def outline(self) -> dict[str, Any]:
         """What is known before the first step, JSON-ready, for a live graph: planned ``steps`` and ``bands`` (as in a trace,
-        for the planned steps), ``thresholds``, ``reference_count``, ``mode`` and ``note``."""
+        for the planned steps), ``thresholds``, ``reference_count``, ``p_value_floor``, ``mode`` and ``note``."""
         return self._run.outline()
 
     @property

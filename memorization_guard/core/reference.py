@@ -29,6 +29,12 @@ TAIL_SHARE, TAIL_COUNT = 0.1, 8
 #: No p-value is below the inverse of this many times the number of references.
 BEYOND = 20
 
+
+def p_value_floor(prompts: int) -> float:
+    """The smallest p-value that so many reference prompts can carry: 400 of them know nothing rarer than 1 in 8,000."""
+    return 1.0 / (BEYOND * prompts)
+
+
 #: At most this share of the references is taken for memorized, where a gap sets them apart: so many mean excesses wide, and as
 #: rare as this.
 MEMORIZED_SHARE, GAP, GAP_RARITY = 0.06, 2.0, 1e-4
@@ -51,7 +57,7 @@ class Tail:
     @property
     def lowest(self) -> float:
         """The smallest p-value that the references can carry."""
-        return 1.0 / (BEYOND * len(self._sorted))
+        return p_value_floor(len(self._sorted))
 
     def p_value(self, detail: np.ndarray) -> np.ndarray:
         """Share of ordinary images with as much detail, ``[...]``; NaN for NaN.

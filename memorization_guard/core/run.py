@@ -16,7 +16,7 @@ from . import published
 from .judge import Judge
 from .noise_level import NoiseLevel
 from .profile import Norms, ProfileCheck, StabilityProfile
-from .reference import OPEN_SIGMA, Reference
+from .reference import OPEN_SIGMA, Reference, p_value_floor
 from .settings import USUAL_GUIDANCE, Mode, RunSettings, Thresholds, Verdict
 from .trace import SUSPICIOUS, Steps, Trace, band_numbers, numbers
 
@@ -184,7 +184,7 @@ class Run:
 
     def outline(self) -> dict[str, Any]:
         """What is known before the first step, JSON-ready, for a live graph: planned ``steps`` and ``bands`` (as in a trace,
-        for the planned steps), ``thresholds``, ``reference_count``, ``mode`` and ``note``."""
+        for the planned steps), ``thresholds``, ``reference_count``, ``p_value_floor``, ``mode`` and ``note``."""
         sigmas, kind = self.settings.sigmas, self.settings.prediction_type
         levels = [NoiseLevel.from_model(sigma, kind) for sigma in (*(sigmas or ()), self.settings.end_sigma or 0.0)]
         return {
@@ -192,6 +192,7 @@ class Run:
             "bands": band_numbers(self._bands(levels)),
             "thresholds": self.thresholds.to_dict(),
             "reference_count": self._reference_count,
+            "p_value_floor": self._p_value_floor,
             "mode": self.mode,
             "note": self.note(),
         }
@@ -205,6 +206,10 @@ class Run:
     @property
     def _reference_count(self) -> int | None:
         return self.profile.count if self.judges and self.profile is not None else None
+
+    @property
+    def _p_value_floor(self) -> float | None:
+        return None if self.reference is None else p_value_floor(self.reference.count)
 
     def event(self, number: int) -> StepEvent:
         """What a live graph is told of a step."""
@@ -250,6 +255,7 @@ class Run:
                 trigger_step=None if trigger < 0 else trigger if self.detector is not None else int(of_step[trigger]),
                 note=note,
                 p_value=_finite(judge.p_value, sample),
+                p_value_floor=self._p_value_floor if _finite(judge.p_value, sample) is not None else None,
                 asked=None if judge.asked is None else _finite(judge.asked, sample),
                 steps=self._traced(sample, norms, scores, mitigated),
                 evaluations=judge.traced(sample, of_step, self.settings.prediction_type),

@@ -18,7 +18,7 @@ from .reference import OPEN_SIGMA
 from .settings import MODES, VERDICTS, Mode, RunSettings, Thresholds, Verdict
 
 FORMAT = "memorization-guard.trace"
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 
 #: What every trace, report and record says of itself: what was measured, and what that does not prove.
 STATEMENT = (
@@ -109,6 +109,7 @@ class Trace:
         note: one sentence for people on why a run is unscored or less certain, or ``None``.
         p_value: share of ordinary images whose prompt fixes as much detail in noise alone: 0.00005 is one in 20,000. Ours; how
             near the nominal share is to the observed one is in ``docs/evaluation.md``. ``None`` where nothing was judged.
+        p_value_floor: the smallest p-value that the references can carry: one that is as small says "rarer than" it.
         asked: detail of what the network was asked beside the run, or ``None``.
         steps, evaluations: what the sampler did, and what the network said.
         local_map: ``[height, width]``, by how many standard deviations each patch of the latent had more detail than patches
@@ -124,6 +125,7 @@ class Trace:
     nonfinite_step: int | None = None
     note: str | None = None
     p_value: float | None = None
+    p_value_floor: float | None = None
     asked: float | None = None
     steps: Steps = field(default_factory=Steps)
     evaluations: Evaluations = field(default_factory=Evaluations)
@@ -148,6 +150,11 @@ class Trace:
     def joint_score(self) -> float | None:
         """Largest value, of all steps, that update and x0 score both reach: above ``tau_mild`` the published trigger."""
         return _highest(np.minimum(self.steps.update_score, self.steps.denoised_score))
+
+    @property
+    def rarity(self) -> str | None:
+        """The p-value in words, see :func:`rarity`; ``None`` where nothing was judged."""
+        return None if self.p_value is None else rarity(self.p_value, self.p_value_floor)
 
     @property
     def detail(self) -> float | None:
@@ -184,7 +191,7 @@ class Trace:
         return np.array([NoiseLevel.from_model(sigma, kind).angle for sigma in self.evaluations.sigma])
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON form, version 5; strict JSON, with ``null`` for what is not there."""
+        """The JSON form, version 6; strict JSON, with ``null`` for what is not there."""
         return {
             "format": FORMAT,
             "version": FORMAT_VERSION,
@@ -193,6 +200,7 @@ class Trace:
             "score": _number(self.score),
             "joint_score": _number(self.joint_score),
             "p_value": _number(self.p_value),
+            "p_value_floor": _number(self.p_value_floor),
             "detail": _number(self.detail),
             "asked": _number(self.asked),
             "uncalibrated_score": _number(self.uncalibrated_score),
@@ -234,6 +242,7 @@ class Trace:
                 nonfinite_step=data["nonfinite_step"],
                 note=data["note"],
                 p_value=data["p_value"],
+                p_value_floor=data["p_value_floor"],
                 asked=data["asked"],
                 mode=data["mode"],
                 settings=RunSettings.from_dict(data["settings"]),
@@ -252,8 +261,10 @@ class Trace:
             raise ValueError(f"the trace's mode is {trace.mode!r}; known: {', '.join(MODES)}")
         if not isinstance(trace.note, (str, type(None))):
             raise ValueError(f"the trace's note is no text but {type(trace.note).__name__}")
-        if trace.p_value is not None and not (isinstance(trace.p_value, (int, float)) and 0 <= trace.p_value <= 1):
-            raise ValueError(f"the trace's p_value is {trace.p_value!r}; it is a share of images")
+        for name in ("p_value", "p_value_floor"):
+            share = getattr(trace, name)
+            if share is not None and not (isinstance(share, (int, float)) and 0 <= share <= 1):
+                raise ValueError(f"the trace's {name} is {share!r}; it is a share of images")
         if trace.asked is not None and not (isinstance(trace.asked, (int, float)) and trace.asked >= 0):
             raise ValueError(f"the trace's asked is {trace.asked!r}; it is a size")
         for name in ("trigger_step", "nonfinite_step"):
@@ -297,13 +308,14 @@ def worst(traces: Iterable[Trace]) -> Trace:
     return max(traces, key=weight)
 
 
-def rarity(share: float) -> str:
-    """A share of ordinary images in words: 0.00005 is ``"1 in 20,000"``."""
+def rarity(share: float, floor: float | None = None) -> str:
+    """A share of ordinary images in words: 0.00005 is ``"1 in 20,000"``, or ``"rarer than 1 in 20,000"`` if the references can
+    carry no smaller one than ``floor``."""
     if share >= 0.5:
         return "most"
-    if share < 1e-6:
-        return "less than 1 in 1,000,000"
-    return f"1 in {float(f'{1 / share:.2g}'):,.0f}"
+    # A trace holds seven digits of both.
+    beyond = floor is not None and share <= floor * (1 + 1e-6)
+    return f"{'rarer than ' if beyond else ''}1 in {float(f'{1 / max(share, floor or 1e-12):.2g}'):,.0f}"
 
 
 def trace_schema() -> dict[str, Any]:

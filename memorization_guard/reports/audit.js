@@ -44,7 +44,7 @@
 
   function showTable(box, data) {
     const total = data.image.length;
-    const rareText = (share) => rarity(share).replace("less than", "<");
+    const rareText = (share) => rarity(share, data.p_value_floor).replace("rarer than", "<");
     const columns = [
       { key: "verdict", title: "verdict", width: "84px", show: (i) => data.verdicts[data.verdict[i]] },
       { key: "p_value", title: "as rare as", width: "112px", right: true, show: (i) => (data.p_value[i] === null ? "-" : rareText(data.p_value[i])) },

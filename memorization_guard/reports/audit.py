@@ -13,12 +13,12 @@ from markupsafe import Markup
 
 from ..audit.dataset import REPORT, mapping, read_traces
 from ..audit.summary import LEVELS, read
-from ..core.reference import BEYOND
 from ..core.settings import TRIGGERED, VERDICTS
 from ..core.trace import rarity
 from ..files import write_whole
 from . import charts
 from .pieces import audit_page, run_summary, share, thumbnail
+from .words import unusual
 
 #: Prompts whose image and graph are open from the start.
 OPEN = 6
@@ -51,7 +51,7 @@ def write_report(folder: Path) -> dict[str, Any]:
             row
             | {
                 "kind": row["kind"] if found["kinds"] else None,
-                "rarity": rarity(row["p_value"]) if row["p_value"] is not None and row["image"] not in traces else None,
+                "unusual": _unusual(row, found) if row["image"] not in traces else None,
                 "picture": thumbnail(folder, row["file"]),
                 "summary": run_summary(traces.get(row["image"])),
             }
@@ -67,6 +67,10 @@ def write_report(folder: Path) -> dict[str, Any]:
     return found
 
 
+def _unusual(row: Mapping[str, Any], found: Mapping[str, Any]) -> str | None:
+    return None if row["p_value"] is None else unusual(rarity(row["p_value"], found["p_value_floor"]))
+
+
 def _about(number: float | None) -> str:
     if number is None:
         return "-"
@@ -79,7 +83,7 @@ def _distribution(found: Mapping[str, Any], manifest: Mapping[str, Any]) -> dict
     It is not compared with the profile's references: a p-value is an image's rank among them, and of 400 none is expected
     below 1 in 400.
     """
-    distribution, nominal = found["distribution"], found["false_positive_rate"]
+    distribution, nominal, floor = found["distribution"], found["false_positive_rate"], found["p_value_floor"]
     if not distribution["images"]:
         return None
     shares = np.array(distribution["share"])
@@ -109,9 +113,13 @@ def _distribution(found: Mapping[str, Any], manifest: Mapping[str, Any]) -> dict
     mode = mapping(manifest.get("settings")).get("mode")
     return {
         "drawing": Markup(drawing),
-        "rows": [(rarity(10.0**-level), _level(10.0**-level), share(float(shares[10 * level]))) for level in range(1, 7)],
+        "rows": [
+            (rarity(10.0**-level), _level(10.0**-level), share(float(shares[10 * level])))
+            for level in range(1, 7)
+            if floor is None or 10.0**-level >= floor
+        ],
         "references": distribution["reference_prompts"],
-        "beyond": BEYOND,
+        "floor": floor,
         "ended": {"stop": "stopped", "mitigate": "corrected"}.get(mode) if isinstance(mode, str) else None,
     }
 
@@ -142,6 +150,7 @@ def _table(rows: pa.Table, found: Mapping[str, Any]) -> dict[str, Any]:
         "kind": kind_codes if found["kinds"] else None,
         "verdict": [verdicts.index(verdict) for verdict in rows["verdict"].to_pylist()],
         "p_value": _digits(rows, "p_value", 5),
+        "p_value_floor": found["p_value_floor"],
         "score": _digits(rows, "score", 4),
         "trigger": rows["trigger_step"].to_pylist(),
         "corrected": rows["corrected_steps"].to_pylist() if found["corrected"] else None,

@@ -119,7 +119,7 @@ def _list(change: str, result: Mapping[str, Any]) -> dict[str, Any]:
         cells = [row["prompt"], row["images"]]
         for side in "ab":
             rarest = row[f"rarest_{side}"]
-            cells += [row[f"triggered_{side}"], "-" if rarest is None else rarity(rarest)]
+            cells += [row[f"triggered_{side}"], "-" if rarest is None else rarity(rarest, result[side]["p_value_floor"])]
             cells += [row[f"corrected_{side}"]] if side in corrected else []
         rows.append(cells)
     return {"change": change, "total": result["prompts"][change], "columns": columns, "rows": rows}

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from ..core.trace import Trace, rarity
+from ..core.trace import Trace
 from .axis import Axis
 
 if TYPE_CHECKING:
@@ -351,8 +351,8 @@ def _text_width(text: str) -> float:
 
 def _score(trace: Trace) -> str:
     """The number beside the verdict: how rare the run is among ordinary images, else S_mem."""
-    if trace.p_value is not None:
-        return rarity(trace.p_value)
+    if trace.rarity is not None:
+        return trace.rarity
     if trace.score is None:
         return ""
     return f"S_mem {trace.score:.1f}" if trace.score < 1000 else f"S_mem {trace.score:.2g}"

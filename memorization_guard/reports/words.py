@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..core.trace import Trace, rarity
+from ..core.trace import Trace
 
 
 def summary(trace: Trace, title: str = "Image 1") -> str:
@@ -12,14 +12,19 @@ def summary(trace: Trace, title: str = "Image 1") -> str:
         parts.append(f"triggered at step {trace.trigger_step}")
     if trace.score is not None:
         parts.append(f"S_mem {trace.score:.1f}" if trace.score < 1000 else "S_mem over 1000")
-    if trace.p_value is not None:
-        parts.append(f"as far as {rarity(trace.p_value)} ordinary images")
+    if trace.rarity is not None:
+        parts.append(unusual(trace.rarity))
     if corrected := int(trace.mitigated.sum()):
         parts.append(f"{count(corrected, 'step')} corrected")
     if trace.nonfinite_step is not None:
         parts.append(f"not a number from step {trace.nonfinite_step}")
     note = trace.note or ("no profile: not scored" if trace.verdict == "unscored" and not trace.bands else "")
     return ", ".join(parts) + "." + (f"\n{note.removesuffix('.')}." if note else "")
+
+
+def unusual(rarity: str) -> str:
+    """A trace's rarity in a sentence."""
+    return f"{'' if rarity.startswith('rarer') else 'as far as '}{rarity} ordinary images"
 
 
 def noticed(trace: Trace, copied: bool | None) -> str:
@@ -32,7 +37,7 @@ def noticed(trace: Trace, copied: bool | None) -> str:
     if trace.trigger_step is None:
         return what + ("not noticed" if copied else "nothing noticed")
     steps = f"after {trace.trigger_step + 1} of {count(len(trace.mitigated), 'step')}"
-    rare = "" if trace.p_value is None else f", {rarity(trace.p_value)}"
+    rare = "" if trace.rarity is None else f", {trace.rarity}"
     return f"{what}noticed {steps}{rare}"
 
 

@@ -74,7 +74,7 @@ def test_the_documents_name_every_field(traces, request):
     ("change", "message"),
     [
         (lambda d: d.update(format="other"), "not a trace"),
-        (lambda d: d.update(version=2), "reads 5"),
+        (lambda d: d.update(version=2), "reads 6"),
         (lambda d: d.pop("steps"), "incomplete"),
         (lambda d: d["evaluations"].pop("velocity"), "incomplete"),
         (lambda d: d["steps"].update(sigma="12345"), "incomplete"),
@@ -124,7 +124,14 @@ def test_the_worst_of_several_runs_is_a_trigger_then_what_was_not_judged():
 
 @pytest.mark.parametrize(
     ("share", "words"),
-    [(0.9, "most"), (0.3, "1 in 3"), (0.01, "1 in 100"), (0.00005, "1 in 20,000"), (1e-9, "less than 1 in 1,000,000")],
+    [
+        ((0.9,), "most"),
+        ((0.3,), "1 in 3"),
+        ((0.01, 0.000125), "1 in 100"),
+        ((0.00005,), "1 in 20,000"),
+        ((0.000125, 1 / 8000), "rarer than 1 in 8,000"),
+        ((0.0001251, 1 / 8000), "1 in 8,000"),
+    ],
 )
 def test_a_share_is_said_in_words(share, words):
-    assert rarity(share) == words
+    assert rarity(*share) == words

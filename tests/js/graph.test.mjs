@@ -99,8 +99,16 @@ test("a live run says how far it is, and takes its verdict, trigger and score fr
 
 test("how rare a run is, is said in round numbers, as Python says it", () => {
   const said = [[0.9, "most"], [0.5, "most"], [0.3, "1 in 3"], [0.1, "1 in 10"], [0.0123, "1 in 81"], [0.00123, "1 in 810"],
-    [0.00005, "1 in 20,000"], [0.00004444, "1 in 23,000"], [1e-6, "1 in 1,000,000"], [9e-7, "less than 1 in 1,000,000"]];
+    [0.00005, "1 in 20,000"], [0.00004444, "1 in 23,000"], [1e-6, "1 in 1,000,000"]];
   for (const [share, words] of said) assert.equal(rarity(share), words, String(share));
+  assert.equal(rarity(0.000125, 0.000125), "rarer than 1 in 8,000");
+  assert.equal(rarity(0.0001251, 0.000125), "1 in 8,000");
+});
+
+test("what the references carry no further is told as rarer than that", () => {
+  const words = (p_value) => summarize(runOf([trace({ score: null, p_value, p_value_floor: 0.000125 })]));
+  assert.match(words(0.000125), /triggered at step 3, rarer than 1 in 8,000 ordinary images,/);
+  assert.match(words(0.01), /as far as 1 in 100 ordinary images/);
 });
 
 test("the p-value of a trace is said, and that of events is the last that was told", () => {
