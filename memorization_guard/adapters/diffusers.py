@@ -27,7 +27,7 @@ from ..core.run import StepEvent
 from ..core.settings import Mode, RunSettings, Thresholds
 from ..core.trace import Trace
 from ..fingerprint import fingerprint
-from .hooks import calls_of, replaced
+from .hooks import calls_of, is_replaced, replaced
 from .network import denoisers
 from .sampling import NewMonitor, Sampling
 from .schedule import check_hands_out_steps
@@ -263,7 +263,7 @@ def copy_sharing_weights(pipe: Any) -> Any:
     """
     if not isinstance(components := getattr(pipe, "components", None), dict) or "scheduler" not in components:
         raise TypeError(f"{type(pipe).__name__} has no components with a scheduler: not a diffusion pipeline")
-    if "step" in vars(components["scheduler"]):
+    if is_replaced(components["scheduler"], "step"):
         raise ValueError(f"the scheduler of this {type(pipe).__name__} is hooked by a guard: copy it outside of the block")
     twin = copy.copy(pipe)
     for name, part in components.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,12 +18,35 @@ AfterCall = Callable[[torch.nn.Module, tuple[Any, ...], dict[str, Any], Any], No
 _counting = threading.Lock()
 
 
+log = logging.getLogger(__name__)
+
+
+class _Replacement:
+    """A function in the place of an object's method. A deep copy of the object has its class's own method again."""
+
+    def __init__(self, owner: Any, name: str, function: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, function)
+        self._owner, self._name, self._function = owner, name, function
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        return self._function(*arguments, **keywords)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        twin = memo.get(id(self._owner))
+        return self if twin is None else getattr(type(twin), self._name).__get__(twin)
+
+
+def is_replaced(owner: Any, name: str) -> bool:
+    """Whether a block has taken the place of a method of the object."""
+    return isinstance(vars(owner).get(name), _Replacement)
+
+
 @contextmanager
-def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Sets an attribute of one object for the time of a block."""
+def replaced(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """Puts a function in the place of one object's method for the time of a block."""
     own = vars(owner)
     had, before = name in own, own.get(name)
-    own[name] = value
+    own[name] = _Replacement(owner, name, function)
     try:
         yield
     finally:
@@ -34,14 +58,23 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 @contextmanager
 def calls_of(module: torch.nn.Module, after: AfterCall) -> Iterator[None]:
-    """Calls ``after`` after every call of the module for the time of a block."""
+    """Calls ``after`` after every call of the module for the time of a block. A deep copy of the module has the hook, and no
+    block of its own: its calls are not seen, and a warning says so."""
+    told = False
 
-    def hook(module: torch.nn.Module, arguments: tuple[Any, ...], *rest: Any) -> None:
+    def hook(called: torch.nn.Module, arguments: tuple[Any, ...], *rest: Any) -> None:
+        nonlocal told
+        if called is not module:
+            if not told and not any(getattr(one, "watches", None) is called for one in called._forward_hooks.values()):
+                told = True
+                log.warning("Memorization Guard does not watch a copy of a guarded pipeline: guard the copy.")
+            return
         # torch notes apart from the hook that it wants keywords. A call in another thread can come between the two, while the
         # hook is set or taken away: that call is not one of the block's.
         if len(rest) == 2:
             after(module, arguments, *rest)
 
+    hook.watches = module  # type: ignore[attr-defined]
     compiled: Callable[..., Any] | None = module._compiled_call_impl
     if compiled is None:
         with _counting:

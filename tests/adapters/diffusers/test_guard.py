@@ -1,5 +1,6 @@
 """What a guard leaves behind (nothing), what it says of runs that break off, and pipelines in threads."""
 
+import copy
 import inspect
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -225,6 +226,21 @@ def test_a_copy_shares_the_networks_and_nothing_that_a_call_writes_to(tiny_pipe)
     assert (set(vars(tiny_pipe)), set(vars(tiny_pipe.scheduler)), tiny_pipe.guidance_scale) == before
     assert tiny_pipe.scheduler.num_inference_steps == 4
     np.testing.assert_array_equal(images_of(twin), plain)
+
+
+def test_a_deep_copy_of_a_guarded_pipeline_is_whole_and_said_to_be_unwatched(tiny_pipe, caplog):
+    plain = images_of(tiny_pipe)
+    with guard(tiny_pipe) as run:
+        twin = copy.deepcopy(tiny_pipe)
+        with guard(twin) as its_own:
+            assert np.array_equal(images_of(twin), plain)
+        assert len(its_own.traces) == len(plain)
+        assert not caplog.text
+        assert np.array_equal(images_of(twin), plain)
+        assert not run.traces
+        assert caplog.text.count("does not watch a copy of a guarded pipeline") == 1
+        assert np.array_equal(images_of(tiny_pipe), plain)
+    assert len(run.traces) == len(plain)
 
 
 def test_what_cannot_be_copied_is_refused_in_one_sentence(tiny_pipe):
