@@ -1,6 +1,6 @@
 """An audit of the lab model that is killed while it works, alone or on a Ray cluster of several nodes in this machine.
 
-    python benchmarks/audit.py kill --output DIR [--seeds 2] [--steps 20] [--kills 3]
+    python benchmarks/audit.py kill --output DIR [--seeds 2] [--steps 20] [--kills 3] [--json FILE]
     python benchmarks/audit.py cluster --output DIR [--seeds 2] [--steps 20] [--nodes 3]
     python benchmarks/audit.py throughput --output DIR [--workers 1 2 3]
     python benchmarks/audit.py driver --output DIR [--images 20000]
@@ -33,6 +33,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+from samplers import write_result
 
 from memorization_guard.audit import cluster
 from memorization_guard.audit.plan import Job, Plan
@@ -77,25 +78,19 @@ def kept(folder: Path) -> int:
     return done + sum(len(json.loads(line)) for line in lines if line.endswith(b"]"))
 
 
-def told(folder: Path, began: float) -> None:
-    images = pq.read_table(folder / "audit" / "results", columns=["image"])["image"].to_pylist()
-    print(f"{time.time() - began:.0f} s; {len(images)} rows, {len(set(images))} different images, 0 to {max(images)}")
-    summary = summarize(folder / "audit")
-    for rate in [{"kind": "all", **summary}, *summary["kinds"]]:
-        images, per_prompt = rate["triggered"], rate["prompts_triggered"]
-        low, high = images["interval"]
-        print(
-            f"{rate['kind']}: {images['count']} of {images['of']} images triggered, {images['rate']:.2%} ({low:.2%} to "
-            f"{high:.2%}); {per_prompt['count']} of {per_prompt['of']} prompts"
-        )
-    rows = pq.read_table(folder / "audit" / "results", columns=["kind", "p_value"]).to_pylist()
-    for rate in RATES:
-        shares = [(kind, [row["p_value"] <= rate for row in rows if row["kind"] == kind]) for kind in COUNTS]
-        print(f"p-value not above {rate}:", ", ".join(f"{kind} {np.mean(below):.2%}" for kind, below in shares))
+def found(folder: Path) -> dict[str, Any]:
+    """What came of an audit: how many rows and different images there are, and the rates by kind of prompt."""
+    rows = pq.read_table(folder / "audit" / "results", columns=["image", "kind", "p_value"]).to_pylist()
+    kinds = {}
+    for rate in summarize(folder / "audit")["kinds"]:
+        p_values = [row["p_value"] for row in rows if row["kind"] == rate["kind"]]
+        below = {str(share): float(np.mean([p_value <= share for p_value in p_values])) for share in RATES}
+        kinds[rate["kind"]] = {**{name: rate[name] for name in ("triggered", "prompts_triggered")}, "below": below}
+    return {"rows": len(rows), "images": len({row["image"] for row in rows}), "kinds": kinds}
 
 
-def kill(folder: Path, seeds: int, steps: int, kills: int) -> None:
-    moments, began = random.Random(0), time.time()
+def kill(folder: Path, seeds: int, steps: int, kills: int, file: Path | None) -> None:
+    moments, calls = random.Random(0), []
     images = sum(COUNTS.values()) * seeds
     for number in range(kills + 1):
         start = time.time()
@@ -107,8 +102,9 @@ def kill(folder: Path, seeds: int, steps: int, kills: int) -> None:
                 time.sleep(moments.uniform(0.2, 0.8))
             process.send_signal(signal.SIGKILL)
         process.wait()
-        print(f"\ncall {number + 1}: {time.time() - start:.0f} s, exit code {process.returncode}, {kept(folder)} images kept")
-    told(folder, began)
+        calls.append({"seconds": round(time.time() - start), "exit": process.returncode, "kept": kept(folder)})
+        print(f"\ncall {number + 1}: {calls[-1]}")
+    write_result({"seeds": seeds, "steps": steps, "calls": calls, **found(folder)}, file)
 
 
 @contextmanager
@@ -151,8 +147,8 @@ def on_cluster(folder: Path, seeds: int, steps: int, count: int) -> None:
                 made.add_node(num_cpus=1)
                 print(f"\n{time.time() - began:.0f} s, {images} images: a node added")
                 done = 3
-        print(f"\nexit code {process.returncode}")
-        told(folder, began)
+        print(f"\n{time.time() - began:.0f} s, exit code {process.returncode}")
+        write_result(found(folder), None)
 
 
 def throughput(folder: Path, counts: list[int]) -> None:
@@ -269,13 +265,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="a new folder")
     parser.add_argument("--seeds", type=int, default=2, help="images of each prompt")
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--json", type=Path, help="kill: where the figures go")
     parser.add_argument("--kills", type=int, default=3)
     parser.add_argument("--nodes", type=int, default=3)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--images", type=int, default=20_000)
     options = parser.parse_args()
     if options.what == "kill":
-        kill(options.output, options.seeds, options.steps, options.kills)
+        kill(options.output, options.seeds, options.steps, options.kills, options.json)
     elif options.what == "cluster":
         on_cluster(options.output, options.seeds, options.steps, options.nodes)
     elif options.what == "driver":

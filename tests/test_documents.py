@@ -84,6 +84,28 @@ def with_interval(row, name="mean", digits=2):
     return f"{row[name]:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
 
 
+def audit_figures(docs):
+    return json.loads((docs / "audit.json").read_text(encoding="utf-8"))
+
+
+def audit_rows(docs):
+    """What an audit found, by kind of prompt."""
+    for kind, row in audit_figures(docs)["kinds"].items():
+        images, prompts = row["triggered"], row["prompts_triggered"]
+        low, high = (100 * bound for bound in images["interval"])
+        cells = [images["of"], f"{images['count']}, {100 * images['rate']:.1f} %", f"{low:.1f} to {high:.1f} %"]
+        cells += [f"{prompts['count']} of {prompts['of']}", f"{images['chance']:.1f}"]
+        yield f"| {kind} | {' | '.join(map(str, cells))} |"
+
+
+def audit_threshold_rows(docs):
+    """The share of each kind that other thresholds would find."""
+    kinds = audit_figures(docs)["kinds"]
+    for rate in kinds["exact"]["below"]:
+        cells = [f"{100 * kinds[kind]['below'][rate]:.1f} %" for kind in ("exact", "template", "rare", "ordinary")]
+        yield f"| {rate} | {' | '.join(cells)} |"
+
+
 def lab_figures(docs):
     return json.loads((docs / "lab.json").read_text(encoding="utf-8"))
 
@@ -151,6 +173,16 @@ def test_the_tables_of_the_verdict_are_those_of_their_files(rows, docs):
     expected = list(rows(docs))
     assert expected
     assert [row for row in expected if row not in text] == []
+
+
+@pytest.mark.parametrize("rows", [audit_rows, audit_threshold_rows])
+def test_the_tables_of_the_audit_are_those_of_its_file(rows, docs):
+    text = (docs / "audit.md").read_text(encoding="utf-8")
+    assert [row for row in rows(docs) if row not in text] == []
+    found = audit_figures(docs)
+    kept = [call["kept"] for call in found["calls"]]
+    said = f"SIGKILL at {', '.join(map(str, kept[:-2]))} and {kept[-2]} images; after the fourth call there were"
+    assert f"{said} {found['rows']:,} rows of {found['images']:,} different" in text
 
 
 def readme_rows(docs):
