@@ -2,10 +2,10 @@
 
     COMFYUI_PATH=/path/to/ComfyUI /path/to/its/python benchmarks/comfyui_passes.py FOLDER
 
-Each row of the table in docs/comfyui.md is a way to chain KSamplers, all of them on the model of one guard. Exact, template and
-ordinary prompts of the evaluation split are sampled so with mitigation and, from the same noise, without a guard: ordinary ones
-only where something was corrected. Images that are given are those of ordinary prompts, so that a copy comes from the prompt
-alone. Figures go to a JSON file a row in FOLDER; a second call does what is missing.
+Each row of the table in docs/comfyui.md is a way to chain KSamplers, all of them on the model of one guard. Exact, template
+and ordinary prompts of the evaluation split are sampled so with mitigation and, from the same noise, without a guard:
+ordinary ones only where something was corrected. Images that are given are those of ordinary prompts, so that a copy comes
+from the prompt alone. Figures go to a JSON file a row in FOLDER; a second call does what is missing.
 """
 
 from __future__ import annotations
@@ -214,8 +214,8 @@ def main() -> None:
         lines.append(row(name, figures))
         print(lines[-1], flush=True)
     said = (
-        f"ComfyUI {__version__}, lab model, euler, normal, {STEPS} steps, cfg {CFG}, batches of {BATCH}, one profile, evaluation "
-        "split; images that are given are of ordinary prompts."
+        f"ComfyUI {__version__}, lab model, euler, normal, {STEPS} steps, cfg {CFG}, batches of {BATCH}, one profile, "
+        "evaluation split; images that are given are of ordinary prompts."
     )
     write_table("passe", "\n\n".join([said, "\n".join(lines)]))
 

@@ -18,7 +18,7 @@ from modules import script_callbacks, shared
 from torch import Tensor
 
 from ..memorization_guard import NoiseLevel, StabilityMonitor
-from ..memorization_guard.core.monitor import Ask
+from ..memorization_guard.core.asking import Ask
 from ..memorization_guard.core.noise_level import resized
 from . import hosts
 from .timesteps import changed

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..memorization_guard import NoiseLevel, StabilityMonitor
 from ..memorization_guard.adapters.kdiffusion import SamplerRun
-from ..memorization_guard.core.monitor import Ask
+from ..memorization_guard.core.asking import Ask
 from ..memorization_guard.core.noise_level import widened
 
 

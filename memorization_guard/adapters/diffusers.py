@@ -12,7 +12,7 @@ import functools
 import inspect
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
@@ -47,6 +47,7 @@ class GuardedRun:
         self._runs: list[Sampling] = []
         self._hooks = ExitStack()
         self._scheduler: Any = None
+        self._encoded: tuple[Any, ...] | None = None  # the latest call of encode_prompt, and what came of it
         self._thread = threading.get_ident()
 
     @property
@@ -65,8 +66,17 @@ class GuardedRun:
     def _watch(self) -> None:
         """Hooks the pipeline's network and scheduler, until ``_hooks`` is closed."""
         for network in denoisers(self._pipe):
-            self._hooks.enter_context(calls_of(network, self._after_network))
+            self._hooks.enter_context(calls_of(network, self._before_network, self._after_network))
         self._watch_scheduler()
+        if callable(encode := getattr(self._pipe, "encode_prompt", None)):
+
+            @functools.wraps(encode)
+            def watched_encode(*args: Any, **kwargs: Any) -> Any:
+                result = encode(*args, **kwargs)
+                self._encoded = encode, args, kwargs, result
+                return result
+
+            self._hooks.enter_context(replaced(self._pipe, "encode_prompt", watched_encode))
 
     def _watch_scheduler(self) -> None:
         self._scheduler = scheduler = self._pipe.scheduler
@@ -105,7 +115,13 @@ class GuardedRun:
         if self._runs:
             self._timed(self._runs[-1].end)
         self._thread = threading.get_ident()
-        self._runs.append(Sampling(self._pipe, self._new_monitor))
+        encoded, self._encoded = self._encoded, None
+        self._runs.append(Sampling(self._pipe, self._new_monitor, encoded))
+
+    def _before_network(self, keywords: dict[str, Any]) -> Mapping[str, Any]:
+        if threading.get_ident() != self._thread or not self._runs:
+            return keywords
+        return self._timed(self._runs[-1].calling, keywords) or keywords
 
     def _after_network(
         self, module: torch.nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any

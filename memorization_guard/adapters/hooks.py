@@ -5,11 +5,14 @@ from __future__ import annotations
 import functools
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+
+#: Called with the keyword arguments of a module; gives those that it is called with.
+BeforeCall = Callable[[dict[str, Any]], Mapping[str, Any]]
 
 #: Called with the module, its arguments, its keyword arguments and its output.
 AfterCall = Callable[[torch.nn.Module, tuple[Any, ...], dict[str, Any], Any], None]
@@ -57,9 +60,11 @@ def replaced(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[No
 
 
 @contextmanager
-def calls_of(module: torch.nn.Module, after: AfterCall) -> Iterator[None]:
-    """Calls ``after`` after every call of the module for the time of a block. A deep copy of the module has the hook, and no
-    block of its own: its calls are not seen, and a warning says so."""
+def calls_of(module: torch.nn.Module, before: BeforeCall, after: AfterCall) -> Iterator[None]:
+    """Calls ``before`` before and ``after`` after every call of the module for the time of a block.
+
+    A deep copy of the module has the hooks, and no block of its own: its calls are not seen, and a warning says so.
+    """
     told = False
 
     def hook(called: torch.nn.Module, arguments: tuple[Any, ...], *rest: Any) -> None:
@@ -74,20 +79,31 @@ def calls_of(module: torch.nn.Module, after: AfterCall) -> Iterator[None]:
         if len(rest) == 2:
             after(module, arguments, *rest)
 
+    def first(called: torch.nn.Module, arguments: tuple[Any, ...], *rest: Any) -> tuple[Any, Any] | None:
+        if called is not module or not rest:
+            return None
+        given = before(rest[0])
+        return None if given is rest[0] else (arguments, dict(given))
+
     hook.watches = module  # type: ignore[attr-defined]
     compiled: Callable[..., Any] | None = module._compiled_call_impl
     if compiled is None:
         with _counting:
-            handle = module.register_forward_hook(hook, with_kwargs=True)
+            handles = (
+                module.register_forward_pre_hook(first, with_kwargs=True),
+                module.register_forward_hook(hook, with_kwargs=True),
+            )
         try:
             yield
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
         return
 
     # module.compile() was called: hooks are compiled along, and what is compiled already does not look for new ones.
     @functools.wraps(compiled)
     def call(*arguments: Any, **keywords: Any) -> Any:
+        keywords = dict(before(keywords))
         output = compiled(*arguments, **keywords)
         after(module, arguments, keywords, output)
         return output

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.monitor import STOPPED, Ask, StabilityMonitor
+from ..core.asking import Ask
+from ..core.monitor import STOPPED, StabilityMonitor
 from ..core.noise_level import NoiseLevel
 
 #: Relative distance up to which a noise level that the sampler names is the one that its schedule has: some samplers move

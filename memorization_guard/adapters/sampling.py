@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,10 @@ from ..core.noise_level import NoiseLevel
 from ..core.settings import RunSettings
 from ..fingerprint import fingerprint
 from .network import Call, Evaluation, Network, answer, called_with, denoisers, number_of
+from .prompts import Encoded, OtherPrompts
 from .schedule import check_hands_out_steps
+
+log = logging.getLogger(__name__)
 
 #: Makes the monitor of a run, from its settings and from what its noise levels are called.
 NewMonitor = Callable[[RunSettings, Callable[[float], NoiseLevel] | None], StabilityMonitor]
@@ -28,13 +32,16 @@ class Sampling:
 
     Args:
         pipe: the pipeline. new_monitor: makes the monitor, once the settings are known.
+        encoded: what the pipeline's ``encode_prompt`` was called with before the run, and gave: the arguments of
+            :class:`~memorization_guard.adapters.prompts.Encoded`.
 
     Attributes:
         monitor: ``None`` before the first evaluation.
     """
 
-    def __init__(self, pipe: Any, new_monitor: NewMonitor) -> None:
-        self._pipe, self._new_monitor = pipe, new_monitor
+    def __init__(self, pipe: Any, new_monitor: NewMonitor, encoded: tuple[Any, ...] | None) -> None:
+        self._pipe, self._new_monitor, self._encoded = pipe, new_monitor, encoded
+        self._prompts: OtherPrompts | None = None
         self.monitor: StabilityMonitor | None = None
         self._network: Network | None = None
         self._steps = 0  # calls of the scheduler's step
@@ -56,6 +63,10 @@ class Sampling:
         self._failure = error
         if self.monitor is not None:
             self.monitor.fail(error)
+
+    def calling(self, keywords: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The network is about to be called; gives the arguments that it is called with."""
+        return keywords if self._prompts is None or self.failure is not None else self._prompts.chosen(keywords)
 
     def called(self, module: torch.nn.Module, arguments: tuple[Any, ...], keywords: Mapping[str, Any], output: Any) -> None:
         """The network was called, and has answered."""
@@ -108,12 +119,24 @@ class Sampling:
             denoised = found[0].denoised
             return found[0].x, -1.0, denoised(found[0].cond), None if without is None else denoised(without)
 
-        given = self.monitor.predicted(evaluation.x, float(evaluation.number), cond, uncond, ask=ask)
+        if not self.monitor.evaluations:
+            self._prompts = self._other_prompts(network, evaluation, calls[0])
+        given = self.monitor.predicted(evaluation.x, float(evaluation.number), cond, uncond, ask=ask, prompts=self._prompts)
         if given is not cond:
             evaluation.replace(cond, given)
         if self.monitor.thresholds.method == "reference" and network.schedule.begins(evaluation.number):
             self.monitor.latent(evaluation.x, network.schedule.levels[evaluation.number], evaluated=True)
         self._pending, self._evaluated = None, evaluation
+
+    def _other_prompts(self, network: Network, evaluation: Evaluation, call: Call) -> OtherPrompts | None:
+        """What can have the network evaluate other prompts; ``None`` where the run's own are not known."""
+        if self._encoded is None:
+            return None
+        try:
+            return OtherPrompts(Encoded(*self._encoded), network, evaluation, call)
+        except (TypeError, ValueError) as error:
+            log.debug("Memorization Guard cannot tell words: %s", error)
+            return None
 
     def before_step(self, guided: Tensor, sample: Tensor) -> None:
         """The scheduler is about to step from ``sample``, with the prediction that guidance has made."""

@@ -74,7 +74,8 @@ class Judge:
         #: Whether any evaluation of each sample was corrected, ``[B]``; empty before the first.
         self.corrected = np.zeros(0, dtype=bool)
         self._reference = reference
-        self._answers = None if reference is None else reference.answers
+        #: Where ordinary prompts are in what the network is asked; ``None`` where nothing is judged by that.
+        self.answers = None if reference is None else reference.answers
         self._rate = false_positive_rate
         self._guided = guided
         self._sized = sized
@@ -83,21 +84,25 @@ class Judge:
     @property
     def wants_to_ask(self) -> bool:
         """Whether the first evaluation is not enough: suspicious, not in noise, of another size, or one prediction only."""
-        if self._answers is None or len(self.evaluations) != 1:
+        if self.answers is None or len(self.evaluations) != 1:
             return False
         return not bool((self.p_value > SUSPICIOUS).all())
 
     def take_in_asked(self, measurement: Measurement) -> None:
         """Judges the run by what the network was asked beside it: the prediction with the prompt alone, the mean of two
         opposite noises. Waits for the device."""
-        self.asked = self._evaluation(measurement, measurement.block().cpu().numpy()).signals.detail
-        if self._answers is not None:
-            self._judge(self.asked, self._answers)
+        self.asked = self.detail(measurement)
+        if self.answers is not None:
+            self._judge(self.asked, self.answers)
+
+    def detail(self, measurement: Measurement) -> np.ndarray:
+        """The detail of what the network was asked, ``[B]``. Waits for the device."""
+        return self._evaluation(measurement, measurement.block().cpu().numpy()).signals.detail
 
     @property
     def shows_asked(self) -> bool:
         """Whether the map is to come from what the network was asked, since the run's own first evaluation has none."""
-        return self._answers is not None and self._sized and self.shown is None
+        return self.answers is not None and self._sized and self.shown is None
 
     def show(self, measurement: Measurement) -> None:
         """Takes the map from what the network was asked, of both predictions. Waits for the device."""

@@ -10,21 +10,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import steering
+from . import asking, steering
+from .asking import Ask, Prompts
 from .noise_level import NoiseLevel, row_norm, sample_norm, widened
 from .profile import ProfileCheck, StabilityProfile
 from .reference import OPEN_SIGMA
 from .run import Run, Step, StepEvent
 from .settings import USUAL_GUIDANCE, Mode, RunSettings, Thresholds
-from .signals import Measurement, Meter
+from .signals import Arrival, Measurement, Meter
 from .trace import Trace
 
 log = logging.getLogger(__name__)
-
-#: Evaluates Gaussian noise ``[B, ...]`` at a model's highest noise level, or with ``None`` the run's present latent once more:
-#: gives latent, noise level, and the predictions with and without the prompt, each as :meth:`StabilityMonitor.predicted` takes
-#: them.
-Ask = Callable[[Tensor | None], tuple[Tensor, Tensor | float, Tensor, Tensor | None]]
 
 #: What a reference run is sampled for: its ``whole`` way, or its ``first`` evaluation, after which it is stopped.
 Serves = Literal["whole", "first"]
@@ -79,8 +75,9 @@ class StabilityMonitor:
         self._meter = Meter()
         self._evaluated: tuple[Tensor, Tensor] | None = None  # the last latent that was evaluated, and its norm
         self._without: Tensor | None = None  # what the network answers without the prompt
+        self._kept = np.zeros(0, dtype=bool)  # samples [B] that go on with another prompt
         self._waiting: list[Measurement] = []  # not yet judged, oldest first
-        self._arrivals: list[_Arrival] = []  # of the same, where they are sent one by one
+        self._arrivals: list[Arrival] = []  # of the same, where they are sent one by one
         self._latent: tuple[Tensor, NoiseLevel, int] | None = None  # the last one, and the evaluation that starts from it
 
     @property
@@ -149,7 +146,14 @@ class StabilityMonitor:
 
     @torch.no_grad()
     def predicted(
-        self, x: Tensor, sigma: Tensor | float, cond: Tensor, uncond: Tensor | None = None, *, ask: Ask | None = None
+        self,
+        x: Tensor,
+        sigma: Tensor | float,
+        cond: Tensor,
+        uncond: Tensor | None = None,
+        *,
+        ask: Ask | None = None,
+        prompts: Prompts | None = None,
     ) -> Tensor:
         """Takes in one evaluation of the network, and gives the conditional prediction to go on with.
 
@@ -161,6 +165,7 @@ class StabilityMonitor:
             ask: has the network evaluate another latent with the same prompts, of the references' size: twice at a run's
                 beginning, where the first evaluation is suspicious, not in noise (image to image, a second pass), of another
                 size, or one prediction only; and then ``x`` once more. Without it the last three are not judged.
+            prompts: has it evaluate other prompts, to tell the words that call a copy up, and to go on without them.
 
         Returns:
             ``cond`` itself where nothing is corrected; otherwise a new tensor, in which samples that are not corrected are
@@ -169,14 +174,24 @@ class StabilityMonitor:
         if self.error is not None:
             return cond
         try:
-            return self._predicted(x, sigma, cond, uncond, ask)
+            return self._predicted(x, sigma, cond, uncond, ask, prompts)
         except Exception as error:
             self.fail(error)
             return cond
 
-    def _predicted(self, x: Tensor, sigma: Tensor | float, cond: Tensor, uncond: Tensor | None, ask: Ask | None) -> Tensor:
+    def _predicted(
+        self,
+        x: Tensor,
+        sigma: Tensor | float,
+        cond: Tensor,
+        uncond: Tensor | None,
+        ask: Ask | None,
+        prompts: Prompts | None,
+    ) -> Tensor:
         run = self._run
         self._check_batch(len(x))
+        if not run.taken:
+            self._kept = np.zeros(len(x), dtype=bool)
         detail = not run.taken or self._serves is not None
         measurement = self._meter.measure(x, sigma, cond, uncond, run.scale, detail=detail)
         self._evaluated = x, measurement.latent
@@ -186,14 +201,23 @@ class StabilityMonitor:
             self._judge_all()  # waits for the device, once a run
             if self._serves is not None or run.judge.wants_to_ask:
                 self._ask(x, ask)
+            if prompts is not None and (run.judge.trigger >= 0).any():
+                cond = self._look_at_words(x, cond, prompts)
         if not self._at_once or run.reference is None:
             if self._on_step is not None and x.is_cuda:
-                self._arrivals.append(_Arrival(measurement.block()))
+                self._arrivals.append(Arrival(measurement.block()))
             return cond
         self._judge_all()
-        if self.mode != "mitigate" or not (chosen := run.judge.to_correct()).any():
+        if self.mode != "mitigate":
             return cond
-        run.judge.corrects(chosen)
+        steers = run.judge.to_correct() & ~self._kept
+        if (corrected := steers | self._kept).any():
+            run.judge.corrects(corrected)
+        return self._steered(cond, uncond, steers) if steers.any() else cond
+
+    def _steered(self, cond: Tensor, uncond: Tensor | None, chosen: np.ndarray) -> Tensor:
+        """``cond`` with the chosen samples led away from it."""
+        run = self._run
         target = self.thresholds.steering_guidance
         if uncond is None and self._without is not None and run.judge.evaluations[-1].level.sigma > OPEN_SIGMA:
             # The host leaves it out early; in noise it is nearly the same for every latent.
@@ -206,23 +230,19 @@ class StabilityMonitor:
         return steering.steered(cond, uncond, chosen, guidance_scale=usable, target=target)
 
     def _ask(self, like: Tensor, ask: Ask) -> None:
-        """Judges the run by what its prompts say in a noise that is the same for all, and in its negative.
+        """Judges the run by what its prompts say in noise.
 
         The noise has the size of the references, whatever the run's is. The prediction without the prompt has no part in it,
         so that a negative prompt has none, and a host may leave it out.
         """
         try:
-            shape = self._run.reference_shape or like.shape[1:]
-            noise = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(like).expand(len(like), *shape)
-            # Some networks draw at random (merged tokens): the sampler is to draw what it would have drawn.
-            with torch.random.fork_rng([like.device] if like.device.type == "cuda" else []):
-                (x, sigma, *first), (_, _, *second) = ask(noise), ask(-noise)
+            noise = asking.noise(self._run.reference_shape or like.shape[1:], like)
+            with asking.undisturbed(like.device):
+                x, sigma, cond, uncond = asking.answered(ask, noise.expand(len(like), *noise.shape))
                 if self._serves is None:
                     # What notes what the network saw last, as self-attention guidance does, is to note the run's own latent.
                     ask(None)
-            cond, uncond = (None if a is None or b is None else (a + b) / 2 for a, b in zip(first, second, strict=True))
-            assert cond is not None
-            self._without = uncond if tuple(shape) == tuple(like.shape[1:]) else None
+            self._without = uncond if noise.shape == like.shape[1:] else None
             meter, judge, scale = Meter(), self._run.judge, self._run.scale
             judge.take_in_asked(meter.measure(x, sigma, cond, None, scale))
             if judge.shows_asked:
@@ -230,6 +250,27 @@ class StabilityMonitor:
         except Exception as error:
             log.warning("Memorization Guard cannot judge this run; the image is not affected: %s", error, exc_info=error)
             self._run.unasked = f"{type(error).__name__}: {error}"
+
+    def _look_at_words(self, x: Tensor, cond: Tensor, prompts: Prompts) -> Tensor:
+        """Tells the words that call up what has triggered, and if that is wanted has the run go on without them; gives the
+        conditional predictions to go on with."""
+        run, judge = self._run, self._run.judge
+        if judge.answers is None:
+            return cond
+        try:
+            noise = asking.noise(run.reference_shape or x.shape[1:], x)
+            triggered = np.flatnonzero(judge.trigger >= 0).tolist()
+            with asking.undisturbed(x.device):
+                run.words = asking.words_of(triggered, prompts, noise, run.scale, judge.detail, judge.answers)
+                if not run.words or self.mode != "mitigate" or self.thresholds.correction != "keep":
+                    return cond
+                without = prompts.go_on({sample: words.text for sample, words in run.words.items()})
+            self._kept[list(run.words)] = True
+            kept = torch.from_numpy(self._kept).to(cond.device).view(-1, *(1,) * (cond.ndim - 1))
+            return torch.where(kept, without.to(cond.dtype), cond)
+        except Exception as error:
+            log.warning("Memorization Guard cannot tell the words of this prompt: %s", error, exc_info=error)
+            return cond
 
     @torch.no_grad()
     def latent(self, x: Tensor, level: NoiseLevel, *, evaluated: bool) -> None:
@@ -367,22 +408,3 @@ class StabilityMonitor:
                 log.warning("Memorization Guard: the live view failed and is switched off for this run.", exc_info=True)
                 self._on_step = None
             self._emitted += 1
-
-
-class _Arrival:
-    """A small tensor on its way to host memory."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        self._host.copy_(tensor, non_blocking=True)
-        self._event = torch.cuda.Event()
-        self._event.record()
-
-    @property
-    def arrived(self) -> bool:
-        return bool(self._event.query())
-
-    def numpy(self) -> np.ndarray:
-        """Waits until it is there."""
-        self._event.synchronize()
-        return self._host.numpy()

@@ -19,6 +19,7 @@ from .profile import Norms, ProfileCheck, StabilityProfile
 from .reference import OPEN_SIGMA, Reference, p_value_floor
 from .settings import USUAL_GUIDANCE, Mode, RunSettings, Thresholds, Verdict
 from .trace import SUSPICIOUS, Steps, Trace, band_numbers, numbers
+from .words import Words
 
 #: What is said of an image that mode ``stop`` hands nothing on of.
 WITHHELD = "Nothing of the image is handed on: a plain picture stands in its place."
@@ -93,6 +94,7 @@ class Run:
         taken: number of evaluations taken in, judged or not.
         error: what ended the watching early. ended: why the run came to no regular end.
         unasked: why a run that does not begin in noise could not be judged by a probe.
+        words: of samples that triggered, the words that call the copy up, where they could be told.
     """
 
     profile: StabilityProfile | None
@@ -107,6 +109,7 @@ class Run:
     error: Exception | None = None
     ended: str | None = None
     unasked: str | None = None
+    words: dict[int, Words] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.check = self.profile.check(self.settings) if self.profile is not None else None
@@ -257,6 +260,7 @@ class Run:
                 p_value=_finite(judge.p_value, sample),
                 p_value_floor=self._p_value_floor if _finite(judge.p_value, sample) is not None else None,
                 asked=None if judge.asked is None else _finite(judge.asked, sample),
+                words=self.words.get(sample),
                 steps=self._traced(sample, norms, scores, mitigated),
                 evaluations=judge.traced(sample, of_step, self.settings.prediction_type),
                 local_map=judge.map(sample),

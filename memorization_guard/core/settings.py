@@ -18,6 +18,11 @@ MODES: tuple[Mode, ...] = get_args(Mode)
 Method = Literal["reference", "published"]
 METHODS: tuple[Method, ...] = get_args(Method)
 
+#: How the reference method corrects. ``keep``: the image goes on with the prompt without the words that call the copy up,
+#: where the host can tell them, and is steered where not. ``steer``: guidance leads away from the prompt.
+Correction = Literal["keep", "steer"]
+CORRECTIONS: tuple[Correction, ...] = get_args(Correction)
+
 #: ``likely copy`` is the reference method's word for an image that triggered, and ``corrected`` for one that was led elsewhere
 #: from then on; ``mild`` and ``strong`` are the published one's.
 Verdict = Literal["stable", "corrected", "likely copy", "mild", "strong", "unscored"]
@@ -99,7 +104,8 @@ class Thresholds:
     Attributes:
         method: by which an image is judged and corrected.
         false_positive_rate: share of ordinary images that may trigger, above 0 and below 1 (reference).
-        steering_guidance: the guidance scale that a corrected prediction has; below 0 leads away from the prompt (reference).
+        correction: how an image is corrected (reference).
+        steering_guidance: the guidance scale that a steered prediction has; below 0 leads away from the prompt (reference).
         tau_mild: score of update and x0 norm from which an image triggers. Positive (published).
         tau_strong: score of the x0 norm from which a trigger is strong. At least ``tau_mild`` (published).
         gamma: half width, in standard deviations, of the bands: those that are drawn, and that the published method clamps
@@ -127,11 +133,20 @@ class Thresholds:
         (0.0001, 0.5, 0.0001),
         "Share of ordinary images that may be taken for copies: 0.005 is one in 200. Larger finds more.",
     )
+    correction: Correction = dataclasses.field(
+        default="keep",
+        metadata={
+            "method": "reference",
+            "choices": CORRECTIONS,
+            "about": "keep: the image goes on without the words of the prompt that call the copy up, and is steered where "
+            "these cannot be told. steer: guidance leads away from the whole prompt.",
+        },
+    )
     steering_guidance: float = _constant(
         "reference",
         -1.0,
         (-30.0, 30.0, 0.5),
-        "Guidance scale of a corrected prediction. Below 0 leads away from the prompt, with strong contrasts; 0 is as without "
+        "Guidance scale of a steered prediction. Below 0 leads away from the prompt, with strong contrasts; 0 is as without "
         "the prompt, and calmer.",
     )
     tau_mild: float = _constant(
@@ -162,6 +177,8 @@ class Thresholds:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ValueError(f"the method is {self.method!r}; known: {', '.join(METHODS)}")
+        if self.correction not in CORRECTIONS:
+            raise ValueError(f"the correction is {self.correction!r}; known: {', '.join(CORRECTIONS)}")
         for name in ("tau_mild", "tau_strong", "gamma"):
             value = getattr(self, name)
             if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):

@@ -186,3 +186,22 @@ def signals(block: np.ndarray, level: NoiseLevel) -> Signals:
     squared = (alpha / scale * latent) ** 2 - (2 * alpha / scale) * product + denoised * denoised
     detail = np.sqrt(block[5:].mean(axis=0)) if len(block) > 5 else np.full_like(denoised, np.nan)
     return Signals(np.sqrt(np.maximum(squared, 0.0)) / beta, denoised, distance / beta, detail)
+
+
+class Arrival:
+    """A small tensor on its way to host memory."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        self._host.copy_(tensor, non_blocking=True)
+        self._event = torch.cuda.Event()
+        self._event.record()
+
+    @property
+    def arrived(self) -> bool:
+        return bool(self._event.query())
+
+    def numpy(self) -> np.ndarray:
+        """Waits until it is there."""
+        self._event.synchronize()
+        return self._host.numpy()

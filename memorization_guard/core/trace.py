@@ -16,6 +16,7 @@ from .noise_level import MAX_SIGMA, NoiseLevel
 from .profile import Norms
 from .reference import OPEN_SIGMA
 from .settings import MODES, VERDICTS, Mode, RunSettings, Thresholds, Verdict
+from .words import Words
 
 FORMAT = "memorization-guard.trace"
 FORMAT_VERSION = 6
@@ -111,6 +112,7 @@ class Trace:
             near the nominal share is to the observed one is in ``docs/evaluation.md``. ``None`` where nothing was judged.
         p_value_floor: the smallest p-value that the references can carry: one that is as small says "rarer than" it.
         asked: detail of what the network was asked beside the run, or ``None``.
+        words: the words of the prompt that call the copy up, or ``None`` where nothing triggered or they could not be told.
         steps, evaluations: what the sampler did, and what the network said.
         local_map: ``[height, width]``, by how many standard deviations each patch of the latent had more detail than patches
             of ordinary images have, where the prompt was judged; empty if unknown.
@@ -127,6 +129,7 @@ class Trace:
     p_value: float | None = None
     p_value_floor: float | None = None
     asked: float | None = None
+    words: Words | None = None
     steps: Steps = field(default_factory=Steps)
     evaluations: Evaluations = field(default_factory=Evaluations)
     local_map: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
@@ -204,6 +207,7 @@ class Trace:
             "detail": _number(self.detail),
             "asked": _number(self.asked),
             "uncalibrated_score": _number(self.uncalibrated_score),
+            "words": None if self.words is None else self.words.to_dict(),
             "trigger_step": self.trigger_step,
             "nonfinite_step": self.nonfinite_step,
             "note": self.note,
@@ -244,6 +248,7 @@ class Trace:
                 p_value=data["p_value"],
                 p_value_floor=data["p_value_floor"],
                 asked=data["asked"],
+                words=None if data["words"] is None else Words.from_dict(data["words"]),
                 mode=data["mode"],
                 settings=RunSettings.from_dict(data["settings"]),
                 thresholds=Thresholds.from_dict(data["thresholds"]),

@@ -1,0 +1,193 @@
+"""The prompts of a diffusers run, as far as its text encoders saw them, and other prompts in their place.
+
+What ``encode_prompt`` of a pipeline gave is found again among what the network is given; there, what it makes of another
+prompt takes its place.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.noise_level import resized
+from .network import Call, Evaluation, Network, called_with, own_part
+
+#: The argument of a network that is the prompt's.
+PROMPT = "encoder_hidden_states"
+
+
+class Encoded:
+    """A call of ``encode_prompt``: its prompts, and what came of them.
+
+    Args:
+        encode: the pipeline's own method. arguments, keywords: what it was called with. result: what it gave.
+
+    Attributes:
+        texts: the prompt of every image. tensors: what came of them, and ``None`` for what came of negative prompts.
+
+    Raises:
+        ValueError: if the prompts are not known: they were given as embeddings, or each text encoder has another one.
+    """
+
+    def __init__(
+        self, encode: Callable[..., Any], arguments: tuple[Any, ...], keywords: Mapping[str, Any], result: Any
+    ) -> None:
+        call = inspect.signature(encode).bind(*arguments, **keywords)
+        given = dict(call.arguments)
+        prompt = given.get("prompt")
+        if prompt is None:
+            raise ValueError("the prompt was given as embeddings")
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        for name, other in given.items():
+            if name.startswith("prompt_") and not name.endswith("embeds") and other not in (None, prompt, prompts):
+                raise ValueError(f"{name} is another prompt")
+        repeats = next((count for name, count in given.items() if name.startswith("num_") and name.endswith("_per_prompt")), 1)
+        self._encode, self._given = encode, given
+        self.texts = [text for text in prompts for _ in range(repeats)]
+        of_prompts = [one is not None for one in self.again(prompts[:1])]
+        self.tensors = [one if known else None for one, known in zip(_tensors(result), of_prompts, strict=True)]
+
+    def again(self, texts: Sequence[str]) -> list[Tensor | None]:
+        """What comes of other prompts, one an image; in the order of ``tensors``."""
+        given = dict(self._given)
+        for name in given:
+            if name.startswith("prompt_") or name.startswith("negative_") or name.endswith("_embeds"):
+                given[name] = None
+            elif name.startswith("num_") and name.endswith("_per_prompt"):
+                given[name] = 1
+        given["prompt"] = list(texts)
+        if "do_classifier_free_guidance" in given:
+            given["do_classifier_free_guidance"] = False
+        return _tensors(self._encode(**given))
+
+
+class OtherPrompts:
+    """:class:`~memorization_guard.core.asking.Prompts` of a run: has its network evaluate other prompts.
+
+    Args:
+        encoded: what the text encoders made of the run's prompts. network, evaluation: of the run's first evaluation.
+        call: the call of the network that was given the prompts.
+
+    Raises:
+        ValueError: if the network is given something else than what the text encoders made of the prompts.
+    """
+
+    def __init__(self, encoded: Encoded, network: Network, evaluation: Evaluation, call: Call) -> None:
+        self._encoded, self._network, self._evaluation, self._call = encoded, network, evaluation, call
+        self._known: dict[int, tuple[Tensor, list[tuple[int, int]]]] = {}
+        self._chosen: dict[int, list[Tensor | None]] = {}
+        self._replaced: dict[int, tuple[Tensor, Tensor]] = {}
+        if len(encoded.texts) != network.batch or not self._places(call.keywords.get(PROMPT)):
+            raise ValueError("the network is not given what encode_prompt made of the prompt")
+
+    @property
+    def texts(self) -> Sequence[str]:
+        """The prompt of every image."""
+        return self._encoded.texts
+
+    def ask(self, noise: Tensor, sample: int, texts: Sequence[str]) -> tuple[Tensor, float, Tensor]:
+        """As in :class:`~memorization_guard.core.asking.Prompts`; in batches no larger than the run's own."""
+        timestep, _, coefficients = self._network.schedule.in_noise()
+        x, at = called_with(self._call.arguments, self._call.keywords)
+        batch = self._network.batch
+        parts = len(x) // batch
+        with_prompt = self._places(self._call.keywords[PROMPT])[0][0]
+        latents, denoised = [], []
+        for start in range(0, len(texts), batch):
+            some = self._encoded.again(texts[start : start + batch])
+            count = len(texts[start : start + batch])
+            rows = torch.arange(parts).repeat_interleave(count) * batch + sample
+
+            def chosen(tensor: Tensor, some: list[Tensor | None] = some, rows: Tensor = rows, count: int = count) -> Tensor:
+                if tensor.ndim == 0 or len(tensor) != len(x):
+                    return tensor
+                picked = tensor[rows.to(tensor.device)]
+                for part, which in self._places(tensor):
+                    picked[part * count : (part + 1) * count] = _given(some[which], tensor)
+                return picked
+
+            given = resized(x[rows.to(x.device)], noise.shape[1:])
+            every = noise.expand(len(given), *noise.shape)
+            own_part(given, every)[0].copy_(every)
+            number = torch.full_like(chosen(at), timestep) if isinstance(at, Tensor) else type(at)(timestep)
+            output = replace(self._call, keywords=_mapped(self._call.keywords, chosen)).again(given, number)
+            mine = slice(with_prompt * count, (with_prompt + 1) * count)
+            given, output = own_part(given, output)
+            found = Evaluation(0, given[mine], output[mine], None, coefficients)
+            latents.append(found.x)
+            denoised.append(found.denoised(found.cond))
+        return torch.cat(latents), -1.0, torch.cat(denoised)
+
+    def go_on(self, texts: Mapping[int, str]) -> Tensor:
+        """As in :class:`~memorization_guard.core.asking.Prompts`."""
+        self._chosen = {sample: self._encoded.again([text]) for sample, text in texts.items()}
+        x, at = called_with(self._call.arguments, self._call.keywords)
+        output = replace(self._call, keywords=self.chosen(self._call.keywords)).again(x, at)
+        one = self._evaluation
+        found = self._network.read(one.number, x, output, one.coefficients)
+        return found.denoised(found.cond)
+
+    def chosen(self, keywords: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The arguments of a call of the network, with the prompts that the run goes on with."""
+        if not self._chosen or not self._places(keywords.get(PROMPT)):
+            return keywords
+        return _mapped(keywords, self._with_chosen)
+
+    def _with_chosen(self, tensor: Tensor) -> Tensor:
+        places = self._places(tensor)
+        if not places:
+            return tensor
+        if id(tensor) not in self._replaced:
+            other = tensor.clone()
+            for part, which in places:
+                for sample, outputs in self._chosen.items():
+                    other[part * self._network.batch + sample] = _given(outputs[which], tensor)[0]
+            self._replaced[id(tensor)] = tensor, other
+        return self._replaced[id(tensor)][1]
+
+    def _places(self, tensor: Any) -> list[tuple[int, int]]:
+        """Which parts of a batch are given what the text encoders made of the prompts, and which of it: ``(part, number)``.
+
+        Pipelines hand the same tensors over at every step: each is compared once, which waits for the device.
+        """
+        batch = self._network.batch
+        if not isinstance(tensor, Tensor) or tensor.ndim == 0 or len(tensor) % batch:
+            return []
+        if id(tensor) not in self._known:
+            self._known[id(tensor)] = (
+                tensor,
+                [
+                    (part, which)
+                    for part, rows in enumerate(tensor.split(batch))
+                    for which, output in enumerate(self._encoded.tensors)
+                    if output is not None and output.shape == rows.shape and torch.equal(_given(output, rows), rows)
+                ],
+            )
+        return self._known[id(tensor)][1]
+
+
+def _given(output: Tensor | None, like: Tensor) -> Tensor:
+    assert output is not None
+    return output.to(like)
+
+
+def _tensors(result: Any) -> list[Tensor | None]:
+    """What a pipeline's encode_prompt gives, in its order; ``None`` for what is no tensor."""
+    values = result if isinstance(result, (tuple, list)) else [result]
+    return [value if isinstance(value, Tensor) else None for value in values]
+
+
+def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A nested argument with every tensor changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {name: _mapped(one, change) for name, one in value.items()}
+    if isinstance(value, (tuple, list)) and type(value) in (tuple, list):
+        return type(value)(_mapped(one, change) for one in value)
+    return value
