@@ -6,8 +6,9 @@
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import { addStep, finishRun, startRun } from "./graph.js";
+import { badge, holds, put, stateOf } from "./outside.js";
 import { EMPTY, Panel, WIDGET, forgetPlaces, joined, promptOf, styled } from "./panel.js";
-import { isOnShow, nodeOf, noteLoading, noteQueued, ownerOf, recordOf } from "./workflows.js";
+import { forget, isOnShow, nodeOf, noteLoading, noteQueued, ownerOf, recordOf } from "./workflows.js";
 
 const EVENT = "memorization_guard"; // also the key in the output of a report
 const SPEAKERS = ["MemorizationGuardSaveProfile", "MemorizationGuardCalibrate", "MemorizationGuardGate"]; // their output is text
@@ -94,38 +95,69 @@ function end(one, traces) {
 }
 
 /**
- * Puts a run into the properties of its node, in every state that the workflow remembers. So a run does not count as an edit: it
- * does not mark the workflow as changed, and undo does not remove it. A workflow that is not on the page shows it when it is opened.
+ * Puts a run into the properties of its node, and its verdict into those of the nodes around, in every state that the workflow
+ * remembers. So a run does not count as an edit: it does not mark the workflow as changed, and undo does not remove it. A workflow
+ * that is not on the page shows it when it is opened.
  */
 function keep(one) {
-  const kept = JSON.parse(JSON.stringify({ name: one.name, at: one.at, traces: one.traces.slice(0, KEPT_IMAGES).map(short) }));
-  const into = (node) => {
-    if (!node || !((node.comfyClass ?? node.type) in EMPTY)) return;
-    node.properties ??= {};
-    const before = Array.isArray(node.properties.stability_runs) ? node.properties.stability_runs : [];
-    node.properties.stability_runs = joined(before, kept);
+  const { name, at, run, traces } = one;
+  const kept = JSON.parse(JSON.stringify({ name, at, note: run.note, traces: traces.slice(0, KEPT_IMAGES).map(short) }));
+  const state = stateOf(one);
+  const into = (find) => {
+    const node = find(one.node);
+    const kind = node?.comfyClass ?? node?.type;
+    if (kind in EMPTY) {
+      node.properties ??= {};
+      const before = Array.isArray(node.properties.stability_runs) ? node.properties.stability_runs : [];
+      node.properties.stability_runs = joined(before, kept, kind);
+    }
+    const path = String(one.node).split(":");
+    for (let i = 1; i < path.length; i++) put(find(path.slice(0, i).join(":")), state);
   };
   const owner = ownerOf(promptOf(one));
   const tracker = owner?.changeTracker;
   const { initialState, activeState, undoQueue = [], redoQueue = [] } = tracker ?? {};
-  for (const state of new Set([initialState, activeState, ...undoQueue, ...redoQueue])) into(recordOf(state, one.node));
+  for (const each of new Set([initialState, activeState, ...undoQueue, ...redoQueue])) into((id) => recordOf(each, id));
   if (!isOnShow(owner)) return;
-  into(nodeOf(one.node));
+  into(nodeOf);
+  app.canvas?.setDirty(true, true);
   // This makes ComfyUI store the workflow for a reload. In the mode "run on change" it would also run it again.
   if (app.extensionManager?.queueSettings?.mode !== "change") tracker?.updateModified?.();
 }
 
-/** The part of a trace that the graph shows, with four digits: it is saved with the workflow. */
-function short(trace) {
+/** The part of a trace that the graph shows, with four digits: it is saved with the workflow. Images of a run share their bands. */
+function short(trace, image) {
   const digits = (values) => values?.map((value) => (typeof value === "number" ? Number(value.toPrecision(4)) : value));
   const { verdict, score, p_value, trigger_step, nonfinite_step, note, reference_count } = trace;
   const bands = {};
-  for (const [name, band] of Object.entries(trace.bands ?? {})) bands[name] = { mean: digits(band.mean), std: digits(band.std) };
+  for (const [name, band] of Object.entries((image === 0 && trace.bands) || {})) {
+    bands[name] = { mean: digits(band.mean), std: digits(band.std) };
+  }
   const steps = {};
   for (const name of KEPT_STEPS) steps[name] = digits(trace.steps?.[name]);
   for (const name of KEPT_STEPS) if (!steps[name]?.some(Boolean)) delete steps[name];
   const thresholds = { gamma: trace.thresholds?.gamma };
   return { verdict, score, p_value, trigger_step, nonfinite_step, note, reference_count, thresholds, bands, steps };
+}
+
+/** Copies begin without the runs of the node that they were copied from. ComfyUI gives them an id only when it adds them. */
+function forgetInCopies(node) {
+  const { onConfigure } = node;
+  node.onConfigure = function (record, ...args) {
+    const id = Number(record.id ?? -1);
+    if (id === -1) forget(this);
+    // A pasted subgraph is a new one with copies of its nodes. A clone that is not pasted yet shares those of the first.
+    if (id === -1 && record.id != null) forgetInside(this);
+    onConfigure?.call(this, record, ...args);
+  };
+}
+
+function forgetInside(node) {
+  for (const inner of node.subgraph?.nodes ?? []) {
+    forget(inner);
+    panels.get(inner)?.restore();
+    forgetInside(inner);
+  }
 }
 
 app.registerExtension({
@@ -140,6 +172,10 @@ app.registerExtension({
 
   nodeCreated(node) {
     if (SPEAKERS.includes(node.comfyClass)) speaker(node);
+    if (holds(node)) {
+      badge(node);
+      forgetInCopies(node);
+    }
     if (!(node.comfyClass in EMPTY)) return;
     const panel = new Panel(node);
     panels.set(node, panel);
@@ -153,6 +189,7 @@ app.registerExtension({
     node.setSize([Math.max(width, WIDTH), height + ROOM]);
 
     // Some nodes are never added to a graph, as for a preview or during a copy. They must not start anything.
+    forgetInCopies(node);
     const { onAdded, onConfigure, onRemoved } = node;
     node.onAdded = function (...args) {
       onAdded?.apply(this, args);

@@ -1,6 +1,6 @@
 // The graph of one node, with what goes with it: which of its runs is on show, the theme, and its place on the page.
 
-import { QUANTITIES, StabilityGraph, runOf } from "./graph.js";
+import { QUANTITIES, StabilityGraph, finishRun, startRun } from "./graph.js";
 
 // What stands in the place of a graph, by the class of the node.
 export const EMPTY = {
@@ -8,20 +8,23 @@ export const EMPTY = {
   MemorizationGuardReport: "The graph is shown after the run.",
 };
 export const WIDGET = "stability_graph";
-const MOST_RUNS = 8; // a tiled upscaler makes dozens of runs: the last ones are kept
+const MOST_RUNS = 10;
 
 // A run is {name, node, run, traces, at}: `name` is prompt:sampler node:place in its list:number, `node` the id of the node that
 // shows it, `run` what graph.js draws, `at` when it ended.
 
-/** A node's runs with one more. Runs of the same prompt are kept, those of an earlier prompt are replaced. */
-export function joined(runs, one) {
-  return [...runs.filter((each) => promptOf(each) === promptOf(one) && each.name !== one.name), one].slice(-MOST_RUNS);
+/**
+ * The runs of a node of class `kind` with one more. A guard keeps the last ones, whatever prompt they are of. A report shows those of
+ * its picture: ComfyUI puts it out again for every prompt that takes it from the cache.
+ */
+export function joined(runs, one, kind) {
+  const belongs = (each) => each.name !== one.name && (kind === "MemorizationGuard" || promptOf(each) === promptOf(one));
+  return [...runs.filter(belongs), one].slice(-MOST_RUNS);
 }
 
 export const promptOf = ({ name }) => String(name).split(":")[0];
 
-
-/** The graph of one node, and a button for each run if there are several. */
+/** The graph of one node, and what steps through its runs if there are several. */
 export class Panel {
   #node;
   #graph = null; // exists while the node is part of a workflow
@@ -86,14 +89,14 @@ export class Panel {
     const { stability_runs: kept, stability_quantity: quantity } = this.#node.properties ?? {};
     if (this.#graph && QUANTITIES.includes(quantity)) this.#graph.quantity = quantity;
     const runs = (Array.isArray(kept) ? kept : []).filter((one) => Array.isArray(one?.traces));
-    this.#runs = runs.map((one) => ({ ...one, run: runOf(one.traces), kept: true }));
+    this.#runs = runs.map((one) => ({ ...one, run: finishRun(startRun(one), one.traces), kept: true }));
     this.#show(this.#runs.at(-1) ?? null);
   }
 
   /** Shows a new run, or what is new in a run. */
   take(one) {
     if (!this.#runs.includes(one)) {
-      this.#runs = joined(this.#runs, one);
+      this.#runs = joined(this.#runs, one, this.#node.comfyClass);
       this.#show(one);
     } else if (one === this.#shown) this.#graph?.show(one.run);
   }
@@ -105,30 +108,39 @@ export class Panel {
 
   #show(one) {
     this.#shown = one;
-    const several = this.#runs.length > 1 ? this.#runs : [];
-    const buttons = several.map((each, i) => {
-      const button = styled("button", {
-        border: "0", padding: "1px 8px", borderRadius: "6px", font: "11px/16px system-ui, sans-serif", cursor: "pointer",
-        color: "var(--input-text, #ddd)", background: each === one ? "var(--comfy-input-bg, #222)" : "transparent",
-      });
-      button.type = "button";
-      button.textContent = `run ${i + 1}`;
-      button.title = `sampler: node ${String(each.name).split(":").slice(1, -2).join(":")}`;
-      button.setAttribute("aria-pressed", String(each === one));
-      button.addEventListener("pointerdown", (event) => event.stopPropagation()); // or the node is dragged
-      button.addEventListener("click", () => this.#show(each));
-      return button;
-    });
-    this.#bar.replaceChildren(...buttons);
+    const at = this.#runs.indexOf(one);
+    const parts = [];
+    if (this.#runs.length > 1) {
+      const where = styled("span", { font: "11px/18px system-ui, sans-serif" });
+      where.textContent = `run ${at + 1} of ${this.#runs.length}`;
+      where.title = `sampler: node ${String(one.name).split(":").slice(1, -2).join(":")}`;
+      parts.push(this.#step("‹", "earlier run", at - 1), where, this.#step("›", "later run", at + 1));
+    }
     if (one?.kept && one.at) {
       const when = styled("span", { marginLeft: "auto", font: "11px/18px system-ui, sans-serif", opacity: "0.7" });
       when.textContent = `run of ${new Date(one.at).toLocaleString([], { dateStyle: "medium", timeStyle: "short" })}`;
-      this.#bar.append(when);
+      parts.push(when);
     }
+    this.#bar.replaceChildren(...parts);
     this.#bar.hidden = !this.#bar.childElementCount;
     this.#bar.style.display = this.#bar.hidden ? "none" : "flex";
     if (one) this.#graph?.show(one.run);
     else this.#graph?.clear(EMPTY[this.#node.comfyClass]);
+  }
+
+  /** A button that shows another run, the one at place `to`. */
+  #step(words, title, to) {
+    const button = styled("button", {
+      border: "0", padding: "1px 8px", borderRadius: "6px", font: "11px/16px system-ui, sans-serif", cursor: "pointer",
+      color: "var(--input-text, #ddd)", background: "var(--comfy-input-bg, #222)",
+    });
+    button.type = "button";
+    button.textContent = words;
+    button.title = title;
+    button.disabled = !(to in this.#runs);
+    button.addEventListener("pointerdown", (event) => event.stopPropagation()); // or the node is dragged
+    button.addEventListener("click", () => this.#show(this.#runs[to]));
+    return button;
   }
 }
 

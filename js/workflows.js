@@ -96,6 +96,7 @@ export function noteQueued() {
 }
 
 /** Removes what a node, or its saved form, remembers of runs. */
-function forget(node) {
+export function forget(node) {
   delete node.properties?.stability_runs;
+  delete node.properties?.stability_state;
 }

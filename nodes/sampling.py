@@ -74,9 +74,13 @@ def guard(
         node: id of the node that live events are for; without one, none are sent.
         serves: as for :class:`StabilityMonitor`.
         automatic: gives runs a profile, where ``profile`` does not.
+        ends_prompt: whether a run that mode ``stop`` ends takes the whole prompt with it, as *Cancel* does.
     """
     traces = TraceLog(mode)
     if mode == "off":
+        # Or the node would go on showing the graph of an earlier run.
+        _send(node, traces.next_name(), "begin", lambda: {"note": "The mode is off: nothing is watched."})
+        _send(node, traces.next_name(), "end", lambda: {"traces": []})
         return model, traces
 
     # Functions, since copying a model deeply copies bound methods together with their objects, and functions never.
