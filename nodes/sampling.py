@@ -16,6 +16,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+import comfy.model_management
 import comfy.samplers
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -33,7 +34,7 @@ from ..memorization_guard import (
     Thresholds,
 )
 from ..memorization_guard.adapters.kdiffusion import SamplerRun, watched
-from ..memorization_guard.core.monitor import Serves
+from ..memorization_guard.core.monitor import STOPPED, Serves
 from .models import noise_levels, run_settings
 from .runs import TraceLog
 
@@ -67,6 +68,7 @@ def guard(
     node: str | None = None,
     serves: Serves | None = None,
     automatic: Automatic | None = None,
+    ends_prompt: bool = False,
 ) -> tuple[ModelPatcher, TraceLog]:
     """A clone of ``model`` whose runs are watched, and where they are logged; ``model`` itself stays as it is.
 
@@ -115,7 +117,11 @@ def guard(
         function = sampler.sampler_function
         sampler.sampler_function = watched(function, lambda *_, **__: sampler_run)
         try:
-            return sample()
+            result = sample()
+            if ends_prompt and watch.monitor.should_stop:
+                watch.monitor.end(f"{STOPPED}, and the prompt with it")
+                raise comfy.model_management.InterruptProcessingException
+            return result
         finally:
             sampler.sampler_function = function
             predictions.detach()
