@@ -15,8 +15,9 @@ const AXIS_TITLES = {
 const BUTTONS = { update: "update", denoised: "image", latent: "latent" };
 // The badge of each verdict, the worst verdict first.
 const BADGES = {
-  strong: "solid", "likely copy": "solid", corrected: "outlined", mild: "outlined", stable: "plain", unscored: "muted",
+  strong: "solid", "likely copy": "solid", mild: "outlined", corrected: "outlined", unscored: "muted", stable: "plain",
 };
+export const VERDICTS = Object.keys(BADGES);
 const TRIGGERED = ["corrected", "likely copy", "mild", "strong"];
 const NO_PROFILE = "no profile: not scored";
 const MOST_STEPS = 10000; // a larger step number is an error of the sender
@@ -103,23 +104,32 @@ export function summarize(run) {
     lines.push(!taken ? "Sampling" : `Sampling, step ${taken}`);
     if (run.planned) lines[0] += taken ? ` of ${run.planned}` : `, ${run.planned} steps planned`;
   } else if (!taken) lines.push("No step was recorded");
-  for (const [index, item] of run.items.entries()) {
-    const parts = [item.verdict];
-    if (item.verdict === "stable" && !run.finished) parts[0] += " so far";
-    if (item.trigger !== null) parts.push(`triggered at step ${item.trigger}`);
-    if (item.score !== null) parts.push(`S_mem ${scoreText(item.score)}`);
-    if (item.pValue !== null) {
-      const rare = rarity(item.pValue, run.pValueFloor);
-      parts.push(`${rare.startsWith("rarer") ? "" : "as far as "}${rare} ordinary images`);
-    }
-    const corrected = item.mitigated.filter(Boolean).length;
-    if (corrected) parts.push(`${corrected} ${corrected === 1 ? "step" : "steps"} corrected`);
-    if (item.nonfinite !== null) parts.push(`not a number from step ${item.nonfinite}`);
-    lines.push(`Image ${index + 1}: ${parts.join(", ")}`);
-  }
+  lines.push(...run.items.map((_, image) => summarizeImage(run, image)));
   const note = noteOf(run);
   if (note) lines.push(note);
   return lines.map((line) => line.replace(/\.$/, "")).join(".\n") + ".";
+}
+
+function summarizeImage(run, image) {
+  const item = run.items[image];
+  const parts = [item.verdict];
+  if (item.verdict === "stable" && !run.finished) parts[0] += " so far";
+  if (item.trigger !== null) parts.push(`triggered at step ${item.trigger}`);
+  if (item.score !== null) parts.push(`S_mem ${scoreText(item.score)}`);
+  if (item.pValue !== null) {
+    const rare = rarity(item.pValue, run.pValueFloor);
+    parts.push(`${rare.startsWith("rarer") ? "" : "as far as "}${rare} ordinary images`);
+  }
+  if (item.words.length) parts.push(`called up by ${item.words.map((word) => `"${word}"`).join(", ")}`);
+  const corrected = item.mitigated.filter(Boolean).length;
+  if (corrected) parts.push(`${corrected} ${corrected === 1 ? "step" : "steps"} corrected`);
+  if (item.nonfinite !== null) parts.push(`not a number from step ${item.nonfinite}`);
+  return `Image ${image + 1}: ${parts.join(", ")}`;
+}
+
+/** The run with one image alone; the others are there, and empty, so that it keeps its number, its colour and its dash. */
+function alone(run, image) {
+  return { ...run, items: run.items.map((item, i) => (i === image ? item : newItem())) };
 }
 
 /** The values at a step: those of every image, and those of the reference runs. */
@@ -140,8 +150,8 @@ export function valuesAt(run, step, quantity) {
 
 function newItem() {
   return {
-    verdict: "unscored", score: null, pValue: null, trigger: null, nonfinite: null, sigma: [], latent: [], update: [], denoised: [],
-    scores: { update: [], denoised: [] }, mitigated: [],
+    verdict: "unscored", score: null, pValue: null, trigger: null, nonfinite: null, words: [], sigma: [], latent: [],
+    update: [], denoised: [], scores: { update: [], denoised: [] }, mitigated: [],
   };
 }
 
@@ -154,6 +164,7 @@ function readTrace(trace) {
     pValue: Number.isFinite(trace.p_value) ? trace.p_value : null,
     trigger: isStep(trace.trigger_step) ? trace.trigger_step : null,
     nonfinite: isStep(trace.nonfinite_step) ? trace.nonfinite_step : null,
+    words: Array.isArray(trace.words?.words) ? trace.words.words.map(String) : [],
     sigma: list("sigma"),
     latent: list("latent_norm"),
     update: list("update_norm"),
@@ -463,8 +474,11 @@ const STYLE = `
  overflow:hidden;border-radius:8px;background:var(--mg-ground);color:var(--mg-ink);text-align:left;
  font:400 12px/16px system-ui,-apple-system,'Segoe UI',Roboto,sans-serif;font-variant-numeric:tabular-nums;letter-spacing:normal}
 .mg-head{display:flex;flex:none;flex-wrap:wrap;align-items:center;gap:4px 10px;min-height:24px}
-.mg-verdicts{display:flex;align-items:center;gap:4px 12px;min-width:0}
+.mg-verdicts{display:flex;flex-wrap:wrap;align-items:center;gap:2px 12px;min-width:0;max-height:46px;overflow-y:auto}
 .mg-verdict{display:inline-flex;align-items:center;gap:6px;white-space:nowrap}
+.mg-view button.mg-image{all:unset;display:inline-flex;align-items:center;gap:6px;border-radius:99px;white-space:nowrap;cursor:pointer}
+.mg-view button.mg-image[aria-pressed=true]{background:var(--mg-band)}
+.mg-view button.mg-image:focus-visible{outline:2px solid var(--mg-reference);outline-offset:-2px}
 .mg-badge{border:1px solid var(--mg-muted);border-radius:99px;padding:1px 9px;color:var(--mg-ink);line-height:16px}
 .mg-badge-muted{color:var(--mg-muted)}
 .mg-badge-outlined{border-color:var(--mg-alarm);color:var(--mg-alarm)}
@@ -498,9 +512,10 @@ const STYLE = `
 .mg-readout[hidden],.mg-legend[hidden],.mg-note[hidden],.mg-empty[hidden]{display:none}
 .mg-live{position:absolute;width:1px;height:1px;margin:-1px;overflow:hidden;clip-path:inset(50%);white-space:pre-line}
 .mg-swatch{flex:none;display:block}
+.mg-low .mg-verdicts{max-height:20px}
 .mg-narrow{padding:6px 6px 2px}
 .mg-narrow .mg-head{gap:4px 6px}
-.mg-narrow .mg-verdicts{gap:4px 6px;font-size:11px}
+.mg-narrow .mg-verdicts{gap:2px 6px;font-size:11px}
 .mg-narrow .mg-badge{padding:1px 6px}
 .mg-narrow .mg-legend{gap:0 8px;line-height:12px}
 .mg-narrow .mg-legend>span{gap:3px}
@@ -534,6 +549,7 @@ export class StabilityGraph {
   #drawnAt = -Infinity;
   #plot = null; // the layout on show
   #step = null; // under the cursor
+  #image = null; // of a batch, the one that is shown alone
   #parts = {};
   #watchers = [];
 
@@ -565,14 +581,14 @@ export class StabilityGraph {
   /** Draws `run` soon, and again whenever the size changes. To be called after every step. */
   show(run) {
     if (!run) return this.clear();
-    if (run !== this.#run) this.#step = null;
+    if (run !== this.#run) this.#step = this.#image = null;
     this.#run = run;
     this.#schedule();
   }
 
   /** Removes the run. `message` says why there is none. */
   clear(message = "no run yet") {
-    this.#run = this.#plot = this.#step = null;
+    this.#run = this.#plot = this.#step = this.#image = null;
     this.#message = message ?? "";
     this.#schedule();
   }
@@ -600,20 +616,13 @@ export class StabilityGraph {
     const status = make("span", "mg-status");
     const choices = make("span", "mg-choices", { role: "group", "aria-label": "What the graph shows" });
     for (const quantity of QUANTITIES) {
-      const button = make("button", "mg-choice", { type: "button", title: AXIS_TITLES[quantity], "data-mg-quantity": quantity });
-      button.textContent = BUTTONS[quantity];
-      button.addEventListener("click", () => {
+      const choose = () => {
         if (quantity === this.#quantity) return;
         this.quantity = quantity;
         onQuantity?.(quantity);
-      });
-      // ComfyUI drags a node by the pointer and has shortcuts on Space and Enter.
-      button.addEventListener("pointerdown", (event) => event.stopPropagation());
-      for (const kind of ["keydown", "keyup"]) {
-        button.addEventListener(kind, (event) => {
-          if ((event.key === "Enter" || event.key === " ") && !hasModifier(event)) event.stopPropagation();
-        });
-      }
+      };
+      const button = makeButton("mg-choice", { title: AXIS_TITLES[quantity], "data-mg-quantity": quantity }, choose);
+      button.textContent = BUTTONS[quantity];
       choices.append(button);
     }
     head.append(verdicts, status, choices);
@@ -674,6 +683,11 @@ export class StabilityGraph {
     this.#drawCursor();
   }
 
+  /** The run as it is drawn. */
+  get #shown() {
+    return this.#run && this.#image !== null ? alone(this.#run, this.#image) : this.#run;
+  }
+
   #press() {
     for (const button of this.#parts.choices.children) {
       button.setAttribute("aria-pressed", String(button.dataset.mgQuantity === this.#quantity));
@@ -692,12 +706,14 @@ export class StabilityGraph {
     this.#followTheme();
     const narrow = this.#compact || view.clientWidth < 400;
     view.classList.toggle("mg-narrow", narrow);
+    view.classList.toggle("mg-low", view.clientHeight < 190);
     const run = this.#run;
-    this.#drawVerdicts(run, view.clientWidth, narrow);
+    this.#drawVerdicts(run, narrow);
+    const shown = this.#shown;
     const taken = run ? stepsTaken(run) : 0;
     const progress = taken ? `step ${taken}${run.planned ? ` of ${run.planned}` : ""}` : "starting";
     status.textContent = !run || run.finished || (narrow && taken) ? "" : progress;
-    legend.replaceChildren(...(run ? legendOf(run, this.#quantity, narrow) : []).map(([role, words]) => {
+    legend.replaceChildren(...(run ? legendOf(shown, this.#quantity, narrow) : []).map(([role, words]) => {
       const entry = make("span");
       entry.append(makeSwatch(SWATCHES[role]), words);
       return entry;
@@ -709,7 +725,7 @@ export class StabilityGraph {
 
     const { clientWidth: width, clientHeight: height } = plot;
     if (!width || !height) return; // hidden: the ResizeObserver calls again when it is shown
-    this.#plot = run ? layout(run, { width, height, quantity: this.#quantity, compact: narrow }) : null;
+    this.#plot = run ? layout(shown, { width, height, quantity: this.#quantity, compact: narrow }) : null;
     svg.setAttribute("width", width);
     svg.setAttribute("height", height);
     scene.replaceChildren(...(this.#plot?.shapes ?? []).map(([tag, attributes, text]) => makeSvg(tag, attributes, text)));
@@ -729,34 +745,40 @@ export class StabilityGraph {
     this.#parts.live.textContent = run ? summarize(run) : "";
   }
 
-  #drawVerdicts(run, width, narrow) {
+  /** An entry each image. Those of a batch are buttons: a click shows their image alone, another one all of them. */
+  #drawVerdicts(run, narrow) {
     const items = run?.items ?? [];
-    const lines = items.length ? summarize(run) : "";
-    const entry = (verdict, words, score, index) => {
-      const element = make("span", "mg-verdict", { title: lines });
-      const badge = make("span", `mg-badge mg-badge-${BADGES[verdict]}`);
-      badge.textContent = words;
-      if (index !== undefined) element.append(makeSwatch(runSwatch(index)));
-      element.append(badge, score);
-      return element;
-    };
-    const scoreOf = ({ pValue, score }, name) => {
-      if (pValue === null) return score === null ? "" : `${name}${scoreText(score)}`;
-      const rare = rarity(pValue, run.pValueFloor);
-      return narrow ? rare.replace("rarer than", "<").replace(",000,000", "M").replace(",000", "k") : rare;
-    };
-    let entries;
-    if (items.length === 1) {
-      entries = [entry(items[0].verdict, items[0].verdict, scoreOf(items[0], narrow ? "" : "S_mem "))];
-    } else if (items.length * 150 + 190 <= width) {
-      entries = items.map((item, i) => entry(item.verdict, `${i + 1} ${item.verdict}`, scoreOf(item, ""), i));
-    } else {
-      entries = Object.keys(BADGES).flatMap((verdict) => {
-        const count = items.filter((item) => item.verdict === verdict).length;
-        return count ? [entry(verdict, `${count}× ${verdict}`, "")] : [];
-      });
+    const many = items.length > 1;
+    const { verdicts } = this.#parts;
+    // Kept while the run grows: a button that is replaced under the pointer is never clicked.
+    if (verdicts.childElementCount !== items.length) {
+      verdicts.replaceChildren(...items.map((_, image) => this.#makeVerdict(many ? image : null)));
     }
-    this.#parts.verdicts.replaceChildren(...entries);
+    items.forEach(({ verdict, pValue, score }, image) => {
+      const entry = verdicts.children[image];
+      const [badge, rare] = [...entry.children].slice(-2);
+      badge.className = `mg-badge mg-badge-${BADGES[verdict]}`;
+      badge.textContent = many ? `${image + 1} ${verdict}` : verdict;
+      rare.textContent = "";
+      if (pValue !== null && narrow) {
+        const words = rarity(pValue, run.pValueFloor);
+        rare.textContent = words.replace("rarer than", "<").replace(",000,000", "M").replace(",000", "k");
+      } else if (pValue !== null) rare.textContent = rarity(pValue, run.pValueFloor);
+      else if (score !== null) rare.textContent = (narrow || many ? "" : "S_mem ") + scoreText(score);
+      entry.title = many ? summarizeImage(run, image) : summarize(run);
+      if (many) entry.setAttribute("aria-pressed", String(image === this.#image));
+    });
+  }
+
+  #makeVerdict(image) {
+    const choose = () => {
+      this.#image = this.#image === image ? null : image;
+      this.#schedule();
+    };
+    const entry = image === null ? make("span", "mg-verdict") : makeButton("mg-verdict mg-image", {}, choose);
+    if (image !== null) entry.append(makeSwatch(runSwatch(image)));
+    entry.append(make("span", "mg-badge"), make("span"));
+    return entry;
   }
 
   #drawCursor() {
@@ -772,7 +794,7 @@ export class StabilityGraph {
       cursor.setAttribute("aria-valuetext", "no step chosen");
       return;
     }
-    const at = valuesAt(this.#run, step, this.#quantity);
+    const at = valuesAt(this.#shown, step, this.#quantity);
     const x = Math.round(plot.x(step)) + 0.5;
     const dots = at.items.flatMap(({ value }, i) => {
       const look = { class: "mg-value", r: 3.5, style: styleOf(i).style };
@@ -783,7 +805,7 @@ export class StabilityGraph {
       ...dots,
     );
     this.#fillReadout(at, Math.max(1, Math.floor((view.clientHeight - 16) / 14) - 1));
-    cursor.setAttribute("aria-valuetext", wordsOf(at));
+    cursor.setAttribute("aria-valuetext", wordsOf(at, this.#image));
     const room = x + 12 + readout.offsetWidth <= frame.clientWidth;
     readout.style.left = `${room ? x + 12 : Math.max(0, x - 12 - readout.offsetWidth)}px`;
     readout.style.top = `${Math.max(2 - frame.offsetTop, Math.min(plot.top + 2, frame.clientHeight - readout.offsetHeight))}px`;
@@ -798,13 +820,14 @@ export class StabilityGraph {
     };
     // A batch with more rows than fit gets further columns, and fewer words.
     const groups = Math.ceil((at.items.length + Number.isFinite(at.mean)) / room);
-    const rows = at.items.map((item, i) => {
+    const rows = at.items.flatMap((item, i) => {
+      if (this.#image !== null && this.#image !== i) return [];
       const name = cell("mg-readout-name", at.items.length > 1 ? String(i + 1) : "this run");
       name.prepend(makeSwatch(runSwatch(i)));
       const notes = [];
       if (Number.isFinite(item.score)) notes.push(`${scoreText(item.score)} sd`);
       if (item.corrected && groups === 1) notes.push("corrected");
-      return [name, cell("mg-readout-value", short(item.value)), cell("mg-readout-note", notes.join(", "))];
+      return [[name, cell("mg-readout-value", short(item.value)), cell("mg-readout-note", notes.join(", "))]];
     });
     if (Number.isFinite(at.mean)) {
       const range = cell("mg-readout-value mg-reference-text", `${short(at.mean)} ± ${short(at.half)}`);
@@ -818,12 +841,13 @@ export class StabilityGraph {
   }
 }
 
-function wordsOf(at) {
-  const items = at.items.map((item, i) => {
+function wordsOf(at, image) {
+  const items = at.items.flatMap((item, i) => {
+    if (image !== null && image !== i) return [];
     const parts = [Number.isFinite(item.value) ? short(item.value) : "no value"];
     if (Number.isFinite(item.score)) parts.push(`${scoreText(item.score)} standard deviations off`);
     if (item.corrected) parts.push("corrected");
-    return `image ${i + 1}: ${parts.join(", ")}`;
+    return [`image ${i + 1}: ${parts.join(", ")}`];
   });
   if (Number.isFinite(at.mean)) items.push(`reference: ${short(at.mean)} plus or minus ${short(at.half)}`);
   return [`step ${at.step}`, ...items].join("; ");
@@ -855,6 +879,19 @@ function make(tag, kind, attributes = {}) {
   if (kind) element.className = kind;
   for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
   return element;
+}
+
+function makeButton(kind, attributes, onClick) {
+  const button = make("button", kind, { type: "button", ...attributes });
+  button.addEventListener("click", onClick);
+  // ComfyUI drags a node by the pointer and has shortcuts on Space and Enter.
+  button.addEventListener("pointerdown", (event) => event.stopPropagation());
+  for (const name of ["keydown", "keyup"]) {
+    button.addEventListener(name, (event) => {
+      if ((event.key === "Enter" || event.key === " ") && !hasModifier(event)) event.stopPropagation();
+    });
+  }
+  return button;
 }
 
 function makeSvg(tag, attributes, text) {

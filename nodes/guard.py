@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 from comfy_api.v0_0_2 import io
 
@@ -16,6 +16,9 @@ CATEGORY = "memorization guard"
 
 StabilityProfileType = io.Custom("STABILITY_PROFILE")
 TraceType = io.Custom("STABILITY_TRACE")
+
+#: Mode ``stop`` in a place where ComfyUI has more to end than a run.
+END_PROMPT = "stop and end prompt"
 
 #: What can be set here: the published method replaces the latent after a solver step, which ComfyUI's samplers do not allow.
 CONSTANTS = [
@@ -49,13 +52,14 @@ class MemorizationGuard(io.ComfyNode):
                 io.Model.Input("model", tooltip="The model to watch. Nodes that patch it may stand before or after this one."),
                 io.Combo.Input(
                     "mode",
-                    options=list(MODES),
+                    options=[*MODES, END_PROMPT],
                     default="trace",
                     tooltip=(
                         "off: the model passes through untouched. trace: watch and judge; the image is bit-identical to one "
                         "without this node. mitigate: also correct what counts as memorized; needs a profile that fits. "
                         "stop: end a run as soon as every image of its batch counts as memorized, and hand nothing on of "
-                        "those that do: a plain picture comes out; needs a profile too."
+                        "those that do: a plain picture comes out; needs a profile too. stop and end prompt: end the whole "
+                        "prompt then, as Cancel does; nothing comes out."
                     ),
                 ),
                 StabilityProfileType.Input(
@@ -90,14 +94,15 @@ class MemorizationGuard(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model: Any, mode: Mode, profile: Any = None, clip: Any = None, **thresholds: Any) -> io.NodeOutput:
+    def execute(cls, model: Any, mode: str, profile: Any = None, clip: Any = None, **thresholds: Any) -> io.NodeOutput:
         return io.NodeOutput(
             *guard(
                 model,
-                mode=mode,
+                mode="stop" if mode == END_PROMPT else cast(Mode, mode),
                 profile=profile,
                 thresholds=Thresholds(**thresholds),
                 node=cls.hidden.unique_id,
                 automatic=Automatic(clip),
+                ends_prompt=mode == END_PROMPT,
             )
         )

@@ -16,6 +16,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+import comfy.model_management
 import comfy.samplers
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -33,7 +34,7 @@ from ..memorization_guard import (
     Thresholds,
 )
 from ..memorization_guard.adapters.kdiffusion import SamplerRun, watched
-from ..memorization_guard.core.monitor import Serves
+from ..memorization_guard.core.monitor import STOPPED, Serves
 from .models import noise_levels, run_settings
 from .runs import TraceLog
 
@@ -67,6 +68,7 @@ def guard(
     node: str | None = None,
     serves: Serves | None = None,
     automatic: Automatic | None = None,
+    ends_prompt: bool = False,
 ) -> tuple[ModelPatcher, TraceLog]:
     """A clone of ``model`` whose runs are watched, and where they are logged; ``model`` itself stays as it is.
 
@@ -74,9 +76,13 @@ def guard(
         node: id of the node that live events are for; without one, none are sent.
         serves: as for :class:`StabilityMonitor`.
         automatic: gives runs a profile, where ``profile`` does not.
+        ends_prompt: whether a run that mode ``stop`` ends takes the whole prompt with it, as *Cancel* does.
     """
     traces = TraceLog(mode)
     if mode == "off":
+        # Or the node would go on showing the graph of an earlier run.
+        _send(node, traces.next_name(), "begin", lambda: {"note": "The mode is off: nothing is watched."})
+        _send(node, traces.next_name(), "end", lambda: {"traces": []})
         return model, traces
 
     # Functions, since copying a model deeply copies bound methods together with their objects, and functions never.
@@ -111,7 +117,11 @@ def guard(
         function = sampler.sampler_function
         sampler.sampler_function = watched(function, lambda *_, **__: sampler_run)
         try:
-            return sample()
+            result = sample()
+            if ends_prompt and watch.monitor.should_stop:
+                watch.monitor.end(f"{STOPPED}, and the prompt with it")
+                raise comfy.model_management.InterruptProcessingException
+            return result
         finally:
             sampler.sampler_function = function
             predictions.detach()

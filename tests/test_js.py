@@ -152,8 +152,8 @@ def test_what_is_heard_of_it(page):
 def test_the_keyboard_reaches_the_quantity_and_every_step(page):
     add(page, 0, 12)
     heights = page.eval_on_selector(".mg-scene .mg-run", "e => e.getAttribute('points')")
-    page.keyboard.press("Tab")
-    page.keyboard.press("Tab")
+    for _ in range(4):  # past the two images
+        page.keyboard.press("Tab")
     page.keyboard.press("Space")
     page.keyboard.press("Tab")
     page.keyboard.press("Enter")
@@ -176,6 +176,23 @@ def test_the_keyboard_reaches_the_quantity_and_every_step(page):
     page.keyboard.press("x")
     page.keyboard.press("Escape")
     assert [key for key in page.evaluate("keys") if key != "Tab"] == ["x", "Escape"]
+
+
+def test_an_image_of_a_batch_is_shown_alone_on_request(page):
+    add(page, 0, 6)
+    page.evaluate("window.entry = document.querySelectorAll('.mg-image')[1]")
+    page.locator(".mg-image").nth(1).click()
+    add(page, 6, 12)
+    assert lengths(page) == [12]
+    assert page.locator(".mg-item").all_text_contents() == ["2"]
+    assert page.evaluate("entry.isConnected && entry.getAttribute('aria-pressed') === 'true'")
+    assert page.locator(".mg-badge").all_inner_texts() == ["1 stable", "2 likely copy"]
+    page.hover(".mg-cursor")
+    assert page.locator(".mg-readout-name").all_inner_texts() == ["2", "reference"]
+    page.locator(".mg-image").nth(1).click()
+    page.wait_for_timeout(150)
+    assert lengths(page) == [12, 12]
+    assert page.evaluate("keys") == []
 
 
 def test_the_pointer_reads_every_image_and_drags_no_node_by_a_button(page):

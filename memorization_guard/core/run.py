@@ -22,7 +22,7 @@ from .trace import SUSPICIOUS, Steps, Trace, band_numbers, numbers
 from .words import Words
 
 #: What is said of an image that mode ``stop`` hands nothing on of.
-WITHHELD = "Nothing of the image is handed on: a plain picture stands in its place."
+WITHHELD = "Nothing of the image is handed on: if a picture comes out, it is a plain one."
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ def summary(trace: Trace, title: str = "Image 1") -> str:
         parts.append(f"S_mem {trace.score:.1f}" if trace.score < 1000 else "S_mem over 1000")
     if trace.rarity is not None:
         parts.append(unusual(trace.rarity))
+    if trace.words is not None:
+        parts.append("called up by " + ", ".join(f'"{word}"' for word in trace.words.words))
     if corrected := int(trace.mitigated.sum()):
         parts.append(f"{count(corrected, 'step')} corrected")
     if trace.nonfinite_step is not None:

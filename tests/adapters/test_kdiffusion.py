@@ -211,7 +211,7 @@ def test_of_a_mixed_batch_only_what_triggered_is_withheld(name, profile):
     assert torch.equal(result[1], plain[1])
     copied, stable = monitor.traces
     assert copied.verdict == "likely copy"
-    assert copied.note == "Nothing of the image is handed on: a plain picture stands in its place."
+    assert copied.note == "Nothing of the image is handed on: if a picture comes out, it is a plain one."
     assert (stable.verdict, stable.note) == ("stable", None)
 
 

@@ -125,7 +125,7 @@ for name in MODELS:
     guarded, log = sampling.guard(model, mode="mitigate", profile=profile_of(model, name), thresholds=ALMOST_ALL)
     corrected = sample(guarded, name)
     settings = run.traces[0].settings
-    mitigated, finite = traces_of(log)[0].mitigated.any(), torch.isfinite(corrected).all()
+    mitigated, finite = any(trace.mitigated.any() for trace in traces_of(log)), torch.isfinite(corrected).all()
     result[name] = [
         torch.equal(plain, traced), str(run.monitor.error), len(run.traces[0].steps), settings.model, settings.prediction_type,
         list(settings.latent_shape), settings.model_hash, bool(mitigated), bool(finite),
@@ -134,16 +134,18 @@ for name in MODELS:
         dtype,
     )
     expected = {
-        "SD 1": ("SD15", "epsilon", 4),
-        "SD 2 v": ("SD20", "v_prediction", 4),
-        "SDXL": ("SDXL", "epsilon", 4),
-        "SD3": ("SD3", "flow_prediction", 16),
-        "Flux": ("Flux", "flow_prediction", 16),
+        "SD 1": ("SD15", "epsilon", [4, 8, 8]),
+        "SD 2 v": ("SD20", "v_prediction", [4, 8, 8]),
+        "SDXL": ("SDXL", "epsilon", [4, 8, 8]),
+        "SD3": ("SD3", "flow_prediction", [16, 8, 8]),
+        "Flux": ("Flux", "flow_prediction", [16, 8, 8]),
+        "Wan": ("WAN21_T2V", "flow_prediction", [16, 3, 8, 8]),
+        "Wan, from an image": ("WAN21_I2V", "flow_prediction", [16, 3, 8, 8]),
     }
-    for name, (model, kind, channels) in expected.items():
+    for name, (model, kind, shape) in expected.items():
         identical, error, steps, *said, model_hash, mitigated, finite = result[name]
         assert (identical, error, steps, mitigated, finite) == (True, "None", 6, True, True), name
-        assert said == [model, kind, [channels, 8, 8]], name
+        assert said == [model, kind, shape], name
         assert len(model_hash) == 16, name
     assert len({row[6] for row in result.values()}) == len(expected)
 

@@ -23,10 +23,27 @@ UNET = {
     "num_heads": 4,
     "num_head_channels": -1,
 }
+WAN = {
+    "image_model": "wan2.1",
+    "dim": 48,
+    "ffn_dim": 64,
+    "freq_dim": 32,
+    "text_dim": 64,
+    "out_dim": 16,
+    "num_heads": 2,
+    "num_layers": 1,
+}
 MODELS = {
-    # name: configuration, network, kind, [tokens, width] of the text, width of its pooled form, latent channels
-    "SD 1": (comfy.supported_models.SD15, UNET | {"context_dim": 64}, "EPS", (7, 64), 16, 4),
-    "SD 2 v": (comfy.supported_models.SD20, UNET | {"context_dim": 64, "model_channels": 64}, "V_PREDICTION", (7, 64), 16, 4),
+    # name: configuration, network, kind, [tokens, width] of the text, width of its pooled form, shape of a latent
+    "SD 1": (comfy.supported_models.SD15, UNET | {"context_dim": 64}, "EPS", (7, 64), 16, (4, 8, 8)),
+    "SD 2 v": (
+        comfy.supported_models.SD20,
+        UNET | {"context_dim": 64, "model_channels": 64},
+        "V_PREDICTION",
+        (7, 64),
+        16,
+        (4, 8, 8),
+    ),
     "SDXL": (
         comfy.supported_models.SDXL,
         UNET
@@ -40,7 +57,7 @@ MODELS = {
         None,
         (7, 64),
         1280,
-        4,
+        (4, 8, 8),
     ),
     "SD3": (
         comfy.supported_models.SD3,
@@ -56,7 +73,7 @@ MODELS = {
         None,
         (7, 64),
         2048,
-        16,
+        (16, 8, 8),
     ),
     "Flux": (
         comfy.supported_models.Flux,
@@ -80,7 +97,23 @@ MODELS = {
         None,
         (7, 64),
         32,
-        16,
+        (16, 8, 8),
+    ),
+    "Wan": (
+        comfy.supported_models.WAN21_T2V,
+        WAN | {"model_type": "t2v", "in_dim": 16},
+        None,
+        (7, 64),
+        1,
+        (16, 3, 8, 8),
+    ),
+    "Wan, from an image": (
+        comfy.supported_models.WAN21_I2V,
+        WAN | {"model_type": "i2v", "in_dim": 36},
+        None,
+        (7, 64),
+        1,
+        (16, 3, 8, 8),
     ),
 }
 
@@ -105,13 +138,13 @@ def tiny(name, dtype=torch.float32):
 
 def sample(model, name, sampler="euler", scheduler="normal", steps=6, cfg=4.0, batch=2, seed=3, **options):
     """What the sampler makes of fixed noise and fixed texts."""
-    _, _, _, text, pooled, channels = MODELS[name]
+    _, _, _, text, pooled, shape = MODELS[name]
     generator = torch.Generator().manual_seed(1)
     conds = [
         [[torch.randn(1, *text, generator=generator), {"pooled_output": torch.randn(1, pooled, generator=generator)}]]
         for _ in range(2)
     ]
-    latent = torch.zeros(batch, channels, 8, 8)
+    latent = torch.zeros(batch, *shape)
     noise = comfy.sample.prepare_noise(latent, seed)
     with torch.inference_mode():
         return comfy.sample.sample(

@@ -105,6 +105,11 @@ test("how rare a run is, is said in round numbers, as Python says it", () => {
   assert.equal(rarity(0.0001251, 0.000125), "1 in 8,000");
 });
 
+test("the words that call a copy up are named, as text", () => {
+  const words = { words: ["<b>wosol</b>", "dethax"], p_values: [0.1, 0.2], text: "a ring, by", p_value: 0.6 };
+  assert.match(summarize(runOf([trace({ words })])), /, called up by "<b>wosol<\/b>", "dethax", /);
+});
+
 test("what the references carry no further is told as rarer than that", () => {
   const words = (p_value) => summarize(runOf([trace({ score: null, p_value, p_value_floor: 0.000125 })]));
   assert.match(words(0.000125), /triggered at step 3, rarer than 1 in 8,000 ordinary images,/);

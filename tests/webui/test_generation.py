@@ -372,8 +372,8 @@ def test_a_run_is_stopped_once_all_its_images_have_triggered(host, profile, samp
         assert len(trace.steps) < len(reference.steps)
         assert trace.trigger_step == reference.trigger_step
         assert trace.note == (
-            "The run ended early: stopped, since every image of the batch had triggered. Nothing of the image is handed on: a "
-            "plain picture stands in its place."
+            "The run ended early: stopped, since every image of the batch had triggered. Nothing of the image is handed on: "
+            "if a picture comes out, it is a plain one."
         )
     assert all((np.asarray(image) == withheld.GREY).mean() > 0.5 for image in stopped.images)
     assert f"{TITLE}: stop" in stopped.info["infotexts"][0]

@@ -167,8 +167,8 @@ def test_a_memorized_run_is_stopped_and_what_is_behind_it_still_runs(bench: Any,
         assert trace.verdict == "likely copy"
         assert len(trace.steps) < STEPS
         assert trace.note == (
-            "The run ended early: stopped, since every image of the batch had triggered. Nothing of the image is handed on: a "
-            "plain picture stands in its place."
+            "The run ended early: stopped, since every image of the batch had triggered. Nothing of the image is handed on: "
+            "if a picture comes out, it is a plain one."
         )
     # As far as the last of both.
     assert max(trace.trigger_step for trace in traces) == len(traces[0].steps)
@@ -189,6 +189,23 @@ def test_an_ordinary_run_is_not_stopped(bench: Any, finish: Any) -> None:
     result = finish(b := bench("stop", text=ORDINARY), b.ksampler())
     assert (result.runs[0][0].verdict, len(result.runs[0][0].steps), result.runs[0][0].note) == ("stable", STEPS, None)
     assert np.array_equal(plain.images[0], result.images[0])
+
+
+def test_the_whole_prompt_ends_if_that_is_chosen(bench: Any, finish: Any, server: Any) -> None:
+    b = bench("stop and end prompt")
+    save = b.g.node("SaveImage", images=b.g.node("VAEDecode", samples=b.ksampler(), vae=b.lab[2])[0], filename_prefix="t")
+    server.free(unload_models=False, free_memory=True)
+    run = server.queue(b.g.prompt())
+    with pytest.raises(RuntimeError, match=r"interrupted at node .* \(KSampler\)"):
+        run.wait()
+    assert run.outputs(save) == {}
+    (trace,) = [event.data for event in run.events if event.type == "memorization_guard"][-1]["traces"]
+    assert trace["verdict"] == "likely copy"
+    assert trace["note"].startswith(
+        "The run ended early: stopped, since every image of the batch had triggered, and the prompt with it. "
+    )
+    stable = finish(b := bench("stop and end prompt", text=ORDINARY), b.ksampler())
+    assert (stable.runs[0][0].verdict, len(stable.images)) == ("stable", 1)
 
 
 def test_nothing_is_stopped_without_a_profile(bench: Any, finish: Any) -> None:

@@ -1,129 +1,12 @@
-"""The graph on its nodes, in ComfyUI's own frontend in Chromium.
-
-For another frontend than the one that ComfyUI brings, let ``COMFYUI_PYTHON`` be a script that adds ``--front-end-root``;
-``COMFYUI_VUE_NODES=1`` draws the nodes in Vue ("Nodes 2.0"; frontends before 1.30 show no DOM widgets there).
-"""
+"""The graph on its nodes, in ComfyUI's own frontend in Chromium."""
 
 import json
-import os
 import re
-import time
 from pathlib import Path
 
 import pytest
 
-CHROMIUM = "/usr/bin/chromium"
-SWITCHES = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--no-first-run",
-]
-VUE_NODES = os.environ.get("COMFYUI_VUE_NODES") == "1"
-MEMORIZED = "in the open, an orange triangle and a white star, by fouxeth beiskim"
-ORDINARY = "a red cross alone on stripes, by stouxon koroun"
-#: What frontends complain of by themselves: files that a fresh server lacks, routes that an older one lacks.
-OF_THE_HOST = re.compile(r"Failed to load resource|Jobs API|JobsApiError|fetch(ing)? jobs")
-
-# Functions for the page. Nodes are found by their path of ids, as the server names them.
-HELPERS = Path(__file__).with_name("page.js").read_text(encoding="utf-8")
-READY = """!!(window.app?.extensionManager?.workflow?.activeWorkflow && window.app.graph && window.comfyAPI?.api?.api
-  && window.LiteGraph?.registered_node_types?.MemorizationGuard)"""
-# Counts the observers that are at work.
-INIT = Path(__file__).with_name("page_init.js").read_text(encoding="utf-8")
-
-
-@pytest.fixture(scope="module")
-def browser(server):
-    if not Path(CHROMIUM).exists():
-        pytest.skip(f"{CHROMIUM} is not there")
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    with playwright.sync_playwright() as started:
-        chromium = started.chromium.launch(executable_path=CHROMIUM, args=SWITCHES)
-        yield chromium
-        chromium.close()
-
-
-@pytest.fixture
-def page(server, browser):
-    """The frontend, opened; at the end nothing may have been logged as an error."""
-    context = browser.new_context(viewport={"width": 1500, "height": 950}, color_scheme="dark")
-    context.add_init_script(INIT)
-    page = context.new_page()
-    page.errors = []
-    page.steps = []  # (bytes, data) of each live step
-    page.on("console", lambda message: message.type == "error" and page.errors.append(message.text))
-    page.on("pageerror", lambda error: page.errors.append(f"{error.message}\n{error.stack}"))
-    page.on("websocket", lambda socket: socket.on("framereceived", lambda frame: note(page, frame)))
-    page.set_default_timeout(60_000)
-    show(page, server.url)
-    page.evaluate("on => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)", VUE_NODES)
-    yield page
-    server.interrupt()
-    errors = [text for text in page.errors if not OF_THE_HOST.search(text)]
-    context.close()
-    assert not errors
-
-
-def note(page, frame):
-    if isinstance(frame, str) and '"memorization_guard"' in frame:
-        message = json.loads(frame)
-        if message["type"] == "memorization_guard" and message["data"]["kind"] == "step":
-            page.steps.append((len(frame), message["data"]))
-
-
-def show(page, url=None):
-    """Opens or reloads the frontend; what it logs by itself meanwhile is not ours."""
-    before = list(page.errors)
-    page.goto(url) if url else page.reload()
-    page.wait_for_function(READY)
-    page.wait_for_timeout(1500)  # it goes on loading, and closes nothing that is open
-    page.keyboard.press("Escape")  # the templates that a newer frontend greets with
-    ours = [text for text in page.errors[len(before) :] if "memorization" in text.lower() or "/extensions/" in text]
-    page.errors[:] = before + ours
-    page.evaluate(HELPERS)
-
-
-def build(page, *guards):
-    defaults = {"prompt": MEMORIZED, "steps": 30, "batch": 1, "seed": time.time_ns() % 10**9, "mode": "trace"}
-    built = page.evaluate("guards => mg.build(guards)", [defaults | guard for guard in guards or ({},)])
-    page.evaluate("() => { app.canvas.ds.offset = [0, 0]; app.canvas.ds.scale = 0.6; app.canvas.setDirty(true, true); }")
-    capture(page)
-    return built if len(guards) > 1 else built[0]
-
-
-def capture(page):
-    """As after a click: the frontend looks whether something was edited."""
-    page.evaluate("() => (mg.tracker().captureCanvasState ?? mg.tracker().checkState).call(mg.tracker())")
-    page.wait_for_timeout(200)
-
-
-def start(page):
-    page.evaluate("() => mg.queue()")
-
-
-def wait_end(page):
-    page.wait_for_function("mg.ended")
-    page.wait_for_timeout(250)  # the last drawing
-
-
-def queue(page):
-    start(page)
-    wait_end(page)
-
-
-def points(page, node):
-    return page.evaluate("id => mg.points(id)", node)
-
-
-def label(page, node):
-    return page.evaluate("id => mg.label(id)", node)
-
-
-def wait_points(page, node, count):
-    page.wait_for_function("([id, count]) => mg.points(id) >= count", arg=[node, count])
+from .conftest import ORDINARY, build, capture, label, points, queue, show, start, wait_end, wait_points
 
 
 def test_graph_grows_while_sampling(page):
@@ -167,7 +50,7 @@ def test_summary_survives_reload_and_cache(page):
 
 
 def test_quick_start(page):
-    place = Path(__file__).parents[2] / "example_workflows" / "quick_start.json"
+    place = Path(__file__).parents[3] / "example_workflows" / "quick_start.json"
     page.evaluate("state => app.loadGraphData(state, true, true, null)", json.loads(place.read_text(encoding="utf-8")))
     queue(page)
     guard, report = page.evaluate(
@@ -239,20 +122,17 @@ def test_saved_image_holds_no_earlier_run(page, server):
     nodes = prompt[3]["extra_pnginfo"]["workflow"]["nodes"]
     assert any(node["type"] == "MemorizationGuard" for node in nodes)
     assert not any("stability_runs" in node["properties"] for node in nodes)
-    assert len(page.evaluate("id => mg.kept(id)", ids["guard"])) == 1
+    assert len(page.evaluate("id => mg.kept(id)", ids["report"])) == 1
 
 
 def test_two_samplers_on_one_guard(page):
     ids = build(page, {"samplers": 2})
     queue(page)
-    buttons = page.evaluate(
-        "id => [...mg.box(id).firstChild.querySelectorAll('button')].map((each) => each.textContent)", ids["guard"]
-    )
-    assert buttons == ["run 1", "run 2"]
+    assert "run 2 of 2" in page.evaluate("id => mg.box(id).innerText", ids["guard"])
     assert points(page, ids["guard"]) == 40
     page.evaluate("id => mg.box(id).firstChild.querySelector('button').click()", ids["guard"])
     page.wait_for_function("id => mg.points(id) === 30", arg=ids["guard"])
-    page.evaluate("id => mg.node(id).onConfigure({})", ids["guard"])
+    page.evaluate("id => mg.node(id).onConfigure(mg.node(id).serialize())", ids["guard"])
     assert len(page.evaluate("id => mg.kept(id)", ids["guard"])) == 2
 
 
