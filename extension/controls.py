@@ -55,24 +55,19 @@ class Controls:
             with InputAccordion(False, label=TITLE, elem_id=elem_id("enabled")) as enabled:
                 self.inputs = [enabled, *self._common(_ON, host_inputs)]
             # What the dropdown's script made comes back there. An image that we have no part in leaves the guard on.
-            self.infotext_fields = [PasteField(enabled, _pasted_enabled)]
+            sent = [PasteField(enabled, _pasted_enabled)]
         else:
             self.inputs = self._common((*_ON, COMPARE, CALIBRATE), host_inputs)
-            self.infotext_fields = []
-        mode, profile, *values = self.inputs[-2 - len(CONSTANTS) :]
+            sent = []
+        sent += map(PasteField, self.inputs[-len(_PASTED) :], _PASTED)
         if not accordion:
             self.inputs += self._calibration()
             if not hosts.HAS_UNET_PATCHER:
                 self._lab_model()
-        self.infotext_fields += [
-            PasteField(mode, _pasted(lambda options: options.mode)),
-            PasteField(profile, _pasted(_pasted_profile)),
-            *(
-                PasteField(value, _pasted(operator.attrgetter(f"thresholds.{field.name}")))
-                for field, value in zip(CONSTANTS, values, strict=True)
-            ),
-            PasteField(self._pasted_result, lambda fields: gr.update(value=(r := pasted_result(fields)), visible=bool(r))),
-        ]
+        result = PasteField(self._pasted_result, lambda fields: gr.update(value=(r := pasted_result(fields)), visible=bool(r)))
+        self.infotext_fields = [*sent, result]
+        # *Send to img2img* hands on what is set in txt2img, of the fields whose second half is among these in both tabs.
+        self.paste_field_names = [target for _, target in sent]
 
     def _common(self, modes: tuple[str, ...], host_inputs: Mapping[str, Any]) -> list[Any]:
         mode = gr.Radio(
@@ -220,3 +215,11 @@ def _pasted(get: Callable[[Options], Any]) -> Callable[[Mapping[str, str]], Any]
 def _pasted_profile(options: Options) -> Any:
     name, offered = options.profile or profiles.NONE, profiles.names()
     return gr.update(value=name, choices=offered) if name in offered else None  # it may be another computer's
+
+
+#: What sets the inputs that both scripts and both tabs have to what they were for a pasted image, in their order.
+_PASTED = [
+    _pasted(operator.attrgetter("mode")),
+    _pasted(_pasted_profile),
+    *(_pasted(operator.attrgetter(f"thresholds.{field.name}")) for field in CONSTANTS),
+]

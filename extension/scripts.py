@@ -60,7 +60,7 @@ class _WithControls(modules.scripts.Script):
 
     def ui(self, is_img2img: bool) -> list[Any]:
         controls = Controls(accordion=self.accordion, elem_id=self.elem_id, host_inputs=self._host_inputs)
-        self.infotext_fields = controls.infotext_fields
+        self.infotext_fields, self.paste_field_names = controls.infotext_fields, controls.paste_field_names
         return controls.inputs
 
 
