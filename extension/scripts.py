@@ -15,7 +15,7 @@ from ..memorization_guard import Mode, StabilityProfile
 from ..memorization_guard.automatic import AUTO
 from ..memorization_guard.reports import withheld
 from . import automatic, profiles, sampling, xyz
-from .controls import CALIBRATE, COMPARE, HOST_INPUTS, Controls, add_settings, setting
+from .controls import CALIBRATE, COMPARE, Controls, add_settings, setting
 from .live import LiveRuns, add_route
 from .session import CALIBRATING, CHOSEN, FAILED, LABEL, SESSION, TITLE, Options, Session
 
@@ -42,24 +42,15 @@ class _WithControls(modules.scripts.Script):
 
     accordion: bool
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._host_inputs: dict[str, Any] = {}
-
     def title(self) -> str:
         return TITLE
-
-    def after_component(self, component: Any, **kwargs: Any) -> None:
-        prefix, _, name = (kwargs.get("elem_id") or "").partition("_")
-        if prefix == self.tabname and name in HOST_INPUTS:
-            self._host_inputs[name] = component
 
     def elem_id(self, item_id: str) -> str:
         kind = "accordion" if self.accordion else "script"
         return f"memorization_guard_{self.tabname}_{kind}_{item_id}"
 
     def ui(self, is_img2img: bool) -> list[Any]:
-        controls = Controls(accordion=self.accordion, elem_id=self.elem_id, host_inputs=self._host_inputs)
+        controls = Controls(accordion=self.accordion, elem_id=self.elem_id)
         self.infotext_fields, self.paste_field_names = controls.infotext_fields, controls.paste_field_names
         return controls.inputs
 
