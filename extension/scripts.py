@@ -11,7 +11,7 @@ import modules.scripts
 import torch
 from modules import processing, progress, script_callbacks, shared
 
-from ..memorization_guard import Mode, StabilityProfile
+from ..memorization_guard import Mode, StabilityMonitor, StabilityProfile
 from ..memorization_guard.automatic import AUTO
 from ..memorization_guard.reports import withheld
 from . import automatic, profiles, sampling, xyz
@@ -157,7 +157,7 @@ class MemorizationGuardScript(_WithControls):
         if options.profile not in (None, AUTO):
             profiles.load(options.profile)  # what is wrong with it shall be said before anything is sampled
         elif options.profile is None and options.mode in ("mitigate", "stop"):
-            raise ValueError(f"{mode} needs a stability profile: choose one, or make one with {CALIBRATE}")
+            raise ValueError(StabilityMonitor(mode=options.mode).outline()["note"])
         p.extra_generation_params["Script"] = TITLE
         if not compare:
             setattr(p, CHOSEN, options)
