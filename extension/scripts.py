@@ -91,6 +91,8 @@ class MemorizationGuardAccordion(_WithControls):
         setattr(p, SESSION, session)
 
     def _choice(self, p: Any, enabled: bool, args: tuple[Any, ...]) -> tuple[Options | None, StabilityProfile | None]:
+                if enabled and getattr(p, CHOSEN, None) is not None:
+                    session.say(p, "the script of the dropdown and the accordion are both on: the script's settings hold")
         options = getattr(p, CHOSEN, None) or (Options.of(*args) if enabled else None)
         options = xyz.applied(p, options)
         if getattr(p, CALIBRATING, False):
@@ -209,8 +211,7 @@ def _side_by_side(made: list[tuple[Any, Session | None]], batch_size: int) -> An
             for drawn in session.graphs(*divmod(number, batch_size)) if session is not None else ():
                 result.images.append(drawn)
                 result.infotexts.append(infotexts[number])
-    for processed, _ in made[1:]:
-        result.comments += processed.comments
+    result.comments = "".join(dict.fromkeys(line for processed, _ in made for line in processed.comments.splitlines(True)))
     result.index_of_first_image = 0
     return result
 
