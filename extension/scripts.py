@@ -75,13 +75,21 @@ class MemorizationGuardAccordion(_WithControls):
             if options is not None and options.mode != "off":
                 calibrating = getattr(p, CALIBRATING, None)
                 page = None if calibrating else progress.current_task
-                label = getattr(p, LABEL, "")
+                label = getattr(p, LABEL, "") or xyz.cell(p)
+                first = 1 if label else LIVE.number(page, p.batch_size * p.n_iter)
                 finds_profile = None
                 if options.profile == AUTO:
                     automatic.make(p, self)
                     finds_profile = automatic.find
                 session = Session(
-                    options, profile, live=LIVE, task=page, label=label, serves=calibrating, automatic=finds_profile
+                    options,
+                    profile,
+                    live=LIVE,
+                    task=page,
+                    label=label,
+                    first=first,
+                    serves=calibrating,
+                    automatic=finds_profile,
                 )
         except (ValueError, OSError) as error:
             # The image is made all the same.
@@ -123,12 +131,15 @@ class MemorizationGuardAccordion(_WithControls):
         session, failed = getattr(p, SESSION, None), getattr(p, FAILED, None)
         if failed is not None and getattr(p, "is_api", False):
             p.extra_generation_params[f"{TITLE} traces"] = _InInfo(images=[], warnings=[failed])
+        if session is not None or failed is not None:
+            xyz.mark_unjudged(p, processed, session)
         if session is None or getattr(p, CALIBRATING, False):
             return
         said = len(p.comments)
         if not session.runs:
             session.say(p, "not watched: this sampler is not called as those of the host are")
         session.tell_verdicts(p)
+        session.tell_images(p, processed)
         processed.comments += "".join(f"{comment}\n" for comment in list(p.comments)[said:])
         if getattr(p, "is_api", False):
             # The host calls what it finds callable, and writes what it does not know as null.
@@ -221,6 +232,7 @@ def register() -> None:
     script_callbacks.on_ui_settings(add_settings)
     script_callbacks.on_before_ui(xyz.add_axes)
     script_callbacks.on_app_started(lambda _, app: add_route(app, LIVE, _is_running))
+    script_callbacks.on_image_grid(xyz.label_unjudged)
     script_callbacks.on_before_image_saved(_before_image_saved)
     script_callbacks.on_image_saved(_image_saved)
 
