@@ -84,6 +84,7 @@ class Controls:
                 "Others are files of models/stability_profiles, made by 'calibrate' in the script of the same name. With None "
                 "the run is traced, and not judged.",
             )
+            # The page presses it too: before its user's first click, and after a calibration.
             create_refresh_button(
                 profile, lambda: None, lambda: {"choices": profiles.names()}, self._elem_id("profile_refresh")
             )

@@ -91,6 +91,8 @@ class MemorizationGuardAccordion(_WithControls):
                     serves=calibrating,
                     automatic=finds_profile,
                 )
+                if enabled and getattr(p, CHOSEN, None) is not None:
+                    session.say(p, "the script of the dropdown and the accordion are both on: the script's settings hold")
         except (ValueError, OSError) as error:
             # The image is made all the same.
             log.warning("%s: not watched: %s", TITLE, error)
@@ -99,8 +101,6 @@ class MemorizationGuardAccordion(_WithControls):
         setattr(p, SESSION, session)
 
     def _choice(self, p: Any, enabled: bool, args: tuple[Any, ...]) -> tuple[Options | None, StabilityProfile | None]:
-                if enabled and getattr(p, CHOSEN, None) is not None:
-                    session.say(p, "the script of the dropdown and the accordion are both on: the script's settings hold")
         options = getattr(p, CHOSEN, None) or (Options.of(*args) if enabled else None)
         options = xyz.applied(p, options)
         if getattr(p, CALIBRATING, False):
@@ -196,9 +196,9 @@ class MemorizationGuardScript(_WithControls):
 
     def _calibrate(self, p: Any, prompts: str, name: str, replace: bool) -> Any:
         name, profile, left_out = profiles.calibrate(p, prompts, name, replace)
-        report = [f"{TITLE}: saved the stability profile {name!r} ({profiles.describe(profile)})."]
-        report.append("Refresh the list of profiles to choose it.")
-        text = "\n".join(report + left_out)
+        LIVE.send(progress.current_task, {"kind": "profiles", "run": "calibration"})
+        saved = f"{TITLE}: saved the stability profile {name!r} ({profiles.describe(profile)})."
+        text = "\n".join([saved, *left_out])
         p.all_prompts, p.all_negative_prompts, p.all_seeds, p.all_subseeds = (
             [p.prompt],
             [p.negative_prompt],
@@ -206,7 +206,7 @@ class MemorizationGuardScript(_WithControls):
             [p.subseed],
         )
         p.sd_model_name, p.sd_model_hash = p.sd_model.sd_checkpoint_info.name_for_extra, p.sd_model.sd_model_hash
-        return processing.Processed(p, [], seed=p.seed, info=text)
+        return processing.Processed(p, [], seed=p.seed, info=text, infotexts=[text])
 
 
 def _side_by_side(made: list[tuple[Any, Session | None]], batch_size: int) -> Any:
