@@ -15,21 +15,18 @@ from modules.infotext_utils import PasteField
 from modules.ui_common import create_refresh_button
 from modules.ui_components import FormRow, InputAccordion
 
-from ..memorization_guard import ProfileError, RunSettings
+from ..memorization_guard import ProfileError, StabilityMonitor
 from ..memorization_guard.automatic import AUTO
 from ..memorization_guard.core.calibration import MIN_RUNS
 from ..memorization_guard.core.settings import MODES
 from ..memorization_guard.lab import prompts
-from . import hosts, lab, profiles, sampling
+from . import hosts, lab, profiles
 from .session import CONSTANTS, TITLE, Options, pasted_result
 
 COMPARE, CALIBRATE = "compare", "calibrate"
 SECTION = ("memorization_guard", TITLE)
 
 _ON = tuple(mode for mode in MODES if mode != "off")
-
-#: Inputs of the host that a profile can be held against before a run, by the end of their element id.
-HOST_INPUTS = ("sampling", "cfg_scale", "width", "height")
 
 _ABOUT = {
     "trace": "trace: watch and judge; the image is bit-identical to one without the guard",
@@ -46,35 +43,30 @@ class Controls:
 
     Args:
         accordion: whether this is the accordion, which is switched on and off, or the dropdown's script, which has more modes.
-        elem_id: makes element ids. host_inputs: the host's inputs, by the end of their element id.
+        elem_id: makes element ids.
     """
 
-    def __init__(self, *, accordion: bool, elem_id: Any, host_inputs: Mapping[str, Any]) -> None:
+    def __init__(self, *, accordion: bool, elem_id: Any) -> None:
         self._elem_id = elem_id
         if accordion:
             with InputAccordion(False, label=TITLE, elem_id=elem_id("enabled")) as enabled:
-                self.inputs = [enabled, *self._common(_ON, host_inputs)]
+                self.inputs = [enabled, *self._common(_ON)]
             # What the dropdown's script made comes back there. An image that we have no part in leaves the guard on.
-            self.infotext_fields = [PasteField(enabled, _pasted_enabled)]
+            sent = [PasteField(enabled, _pasted_enabled)]
         else:
-            self.inputs = self._common((*_ON, COMPARE, CALIBRATE), host_inputs)
-            self.infotext_fields = []
-        mode, profile, *values = self.inputs[-2 - len(CONSTANTS) :]
+            self.inputs = self._common((*_ON, COMPARE, CALIBRATE))
+            sent = []
+        sent += map(PasteField, self.inputs[-len(_PASTED) :], _PASTED)
         if not accordion:
             self.inputs += self._calibration()
             if not hosts.HAS_UNET_PATCHER:
                 self._lab_model()
-        self.infotext_fields += [
-            PasteField(mode, _pasted(lambda options: options.mode)),
-            PasteField(profile, _pasted(_pasted_profile)),
-            *(
-                PasteField(value, _pasted(operator.attrgetter(f"thresholds.{field.name}")))
-                for field, value in zip(CONSTANTS, values, strict=True)
-            ),
-            PasteField(self._pasted_result, lambda fields: gr.update(value=(r := pasted_result(fields)), visible=bool(r))),
-        ]
+        result = PasteField(self._pasted_result, lambda fields: gr.update(value=(r := pasted_result(fields)), visible=bool(r)))
+        self.infotext_fields = [*sent, result]
+        # *Send to img2img* hands on what is set in txt2img, of the fields whose second half is among these in both tabs.
+        self.paste_field_names = [target for _, target in sent]
 
-    def _common(self, modes: tuple[str, ...], host_inputs: Mapping[str, Any]) -> list[Any]:
+    def _common(self, modes: tuple[str, ...]) -> list[Any]:
         mode = gr.Radio(
             list(modes),
             value=modes[0],
@@ -92,12 +84,12 @@ class Controls:
                 "Others are files of models/stability_profiles, made by 'calibrate' in the script of the same name. With None "
                 "the run is traced, and not judged.",
             )
+            # The page presses it too: before its user's first click, and after a calibration.
             create_refresh_button(
                 profile, lambda: None, lambda: {"choices": profiles.names()}, self._elem_id("profile_refresh")
             )
-        fit = gr.HTML(elem_id=self._elem_id("fit"))
-        known = [host_inputs[name] for name in HOST_INPUTS] if all(name in host_inputs for name in HOST_INPUTS) else []
-        profile.change(fn=_describe_fit, inputs=[profile, *known], outputs=[fit], show_progress=False)
+        about = gr.HTML(elem_id=self._elem_id("about_profile"))
+        profile.change(fn=_about_profile, inputs=[profile], outputs=[about], show_progress=False)
         self._pasted_result = gr.Textbox(
             label="The pasted image", interactive=False, visible=False, elem_id=self._elem_id("pasted_result")
         )
@@ -122,7 +114,7 @@ class Controls:
             gr.HTML(
                 "<p>For the mode 'calibrate'. The profile is made with what is set now: model, sampler, schedule, steps, CFG, "
                 "size, negative prompt and styles, and the LoRAs that the prompt names. It holds for the model with these "
-                "LoRAs and this size, under every sampler, schedule and CFG. No image is decoded or saved.</p>"
+                "LoRAs, under every sampler, schedule, CFG and size. No image is decoded or saved.</p>"
             )
             prompts = gr.Textbox(
                 label="Reference prompts",
@@ -178,28 +170,21 @@ def _add_lab_model() -> str:
     )
 
 
-def _describe_fit(name: str, sampler: Any = None, cfg: Any = None, width: Any = None, height: Any = None) -> str:
-    """Whether a profile fits what is set in the page, as far as that is known before a run."""
+def _about_profile(name: str | None) -> str:
+    """What a profile was made from, and what it holds for. The rest of what is set in the page has no part in a verdict."""
     if name in (None, "", AUTO, profiles.NONE):
         return ""
     try:
         profile = profiles.load(name)
     except (ProfileError, OSError) as error:
         return f"<p class='error'>{html.escape(str(error))}</p>"
-    shape = profile.settings.latent_shape
-    model = sd_models.model_data.sd_model
-    planned = RunSettings(
-        model_hash=sampling.checkpoint_hash(model) if model is not None and hasattr(model, "sd_checkpoint_info") else None,
-        sampler=sampling.sampler_function_name(str(sampler)) if sampler else None,
-        guidance_scale=float(cfg) if cfg else None,
-        latent_shape=(shape[0], int(height) // 8, int(width) // 8) if shape and width and height else None,
+    about = html.escape(profiles.describe(profile))
+    if problem := StabilityMonitor(profile, settings=profile.settings).outline()["note"]:
+        return f"<p>{about}.</p><p class='error'>{html.escape(problem)}</p>"
+    return (
+        f"<p>{about}. It holds for the checkpoint and the LoRAs that it was made with, whatever the sampler, the schedule, "
+        "the steps, the CFG and the size.</p>"
     )
-    check = profile.check(planned)
-    verdict = ""
-    if not check.valid or check.transferred or check.weakened:
-        kind = "" if check.valid else " class='error'"
-        verdict = f"<p{kind}>{html.escape(str(check))}</p>"
-    return f"<p>{html.escape(profiles.describe(profile))}.</p>{verdict}"
 
 
 def _pasted_enabled(fields: Mapping[str, str]) -> bool | None:
@@ -220,3 +205,11 @@ def _pasted(get: Callable[[Options], Any]) -> Callable[[Mapping[str, str]], Any]
 def _pasted_profile(options: Options) -> Any:
     name, offered = options.profile or profiles.NONE, profiles.names()
     return gr.update(value=name, choices=offered) if name in offered else None  # it may be another computer's
+
+
+#: What sets the inputs that both scripts and both tabs have to what they were for a pasted image, in their order.
+_PASTED = [
+    _pasted(operator.attrgetter("mode")),
+    _pasted(_pasted_profile),
+    *(_pasted(operator.attrgetter(f"thresholds.{field.name}")) for field in CONSTANTS),
+]

@@ -13,22 +13,24 @@ from fastapi import Depends, FastAPI, Query, Response
 ROUTE = "/memorization-guard/live"
 
 _MOST_TASKS = 8
-_MOST_RUNS = 8  # of a task; the page shows as many
+_MOST_RUNS = 100  # of all tasks together; of one the page shows as many
 _MOST_STEPS = 2000  # of a run
 
 
 @dataclass
 class _Task:
     sent: int = 0  # events so far; each has its number, from 1 on
+    images: int = 0  # that are to be made, as far as is known
     runs: dict[str, list[tuple[int, str]]] = field(default_factory=dict)  # name -> numbers and JSON texts
 
 
 class LiveRuns:
     """The events of the last tasks, for pages that ask for them; safe to use from any thread.
 
-    An event is ``{"kind": "begin" | "step" | "end", "run": name, ...}``. It is kept as the text that is sent, so it does not
-    matter what becomes of it later. Of the tasks the last 8 are kept, of a task the last 8 runs, and of a run that has ended
-    its begin and its end, which carries the traces: a page that comes late draws the same from those.
+    An event is ``{"kind": "begin" | "step" | "end" | "images" | "profiles", "run": name, ...}``. It is kept as the text that
+    is sent, so it does not matter what becomes of it later. Of the tasks the last 8 are kept, of their runs the last 100, and
+    of a run that has ended its begin, its end, which carries the traces, and its images' infotexts: a page that comes late
+    draws the same from those.
     """
 
     def __init__(self) -> None:
@@ -45,7 +47,7 @@ class LiveRuns:
             return
         kind, run, text = event["kind"], event["run"], json.dumps(event, allow_nan=False)
         with self._lock:
-            log = self._tasks[task] = self._tasks.pop(task, _Task())
+            log = self._task(task)
             if kind == "begin":
                 log.runs.pop(run, None)
             events = log.runs.setdefault(run, [])
@@ -55,8 +57,17 @@ class LiveRuns:
                 return
             log.sent += 1
             events.append((log.sent, text))
-            _drop_oldest(log.runs, _MOST_RUNS)
-            _drop_oldest(self._tasks, _MOST_TASKS)
+            while sum(len(each.runs) for each in self._tasks.values()) > _MOST_RUNS:
+                _drop_oldest(self._tasks if len(self._tasks) > 1 else log.runs)
+
+    def number(self, task: str | None, images: int) -> int:
+        """The number of the first of so many ``images``, which a call of the task makes next; the first call's is 1."""
+        with self._lock:
+            if task is None:
+                return 1
+            log = self._task(task)
+            log.images += images
+            return log.images - images + 1
 
     def since(self, task: str, cursor: int) -> tuple[list[str], int]:
         """The events of a task after those up to ``cursor``, as JSON texts in order, and the cursor to go on from.
@@ -68,10 +79,15 @@ class LiveRuns:
             events = sorted(event for run in log.runs.values() for event in run if event[0] > cursor)
             return [text for _, text in events], log.sent
 
+    def _task(self, task: str) -> _Task:
+        log = self._tasks[task] = self._tasks.pop(task, _Task())
+        if len(self._tasks) > _MOST_TASKS:
+            _drop_oldest(self._tasks)
+        return log
 
-def _drop_oldest(entries: dict[str, Any], most: int) -> None:
-    while len(entries) > most:
-        del entries[next(iter(entries))]
+
+def _drop_oldest(entries: dict[str, Any]) -> None:
+    del entries[next(iter(entries))]
 
 
 def add_route(app: FastAPI, runs: LiveRuns, is_running: Callable[[str], bool]) -> None:

@@ -35,7 +35,7 @@ def load(name: str) -> StabilityProfile:
         ProfileError: if there is none of this name, or its file cannot be used.
     """
     if (path := _files().get(name)) is None:
-        raise ProfileError(f"there is no stability profile {name!r} in {FOLDER}: refresh the list, and choose another")
+        raise ProfileError(f"there is no stability profile {name!r} in {FOLDER}: choose another")
     return StabilityProfile.load(path)
 
 

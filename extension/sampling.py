@@ -113,17 +113,6 @@ def _settings(
     )
 
 
-def sampler_function_name(label: str) -> str | None:
-    """The core's name for the sampler that the host's list calls ``label``; ``None`` where it cannot be told."""
-    from modules import sd_samplers
-
-    config = sd_samplers.find_sampler_config(label)
-    parameter = inspect.signature(config.constructor).parameters.get("funcname") if config is not None else None
-    if parameter is None or parameter.default is inspect.Parameter.empty:
-        return None
-    return _name(parameter.default)
-
-
 def _name(function: Callable[..., Any] | str) -> str:
     name = function if isinstance(function, str) else getattr(function, "__name__", type(function).__name__)
     return name.removeprefix("sample_").removesuffix("_sampler")

@@ -11,11 +11,11 @@ import modules.scripts
 import torch
 from modules import processing, progress, script_callbacks, shared
 
-from ..memorization_guard import Mode, StabilityProfile
+from ..memorization_guard import Mode, StabilityMonitor, StabilityProfile
 from ..memorization_guard.automatic import AUTO
 from ..memorization_guard.reports import withheld
 from . import automatic, profiles, sampling, xyz
-from .controls import CALIBRATE, COMPARE, HOST_INPUTS, Controls, add_settings, setting
+from .controls import CALIBRATE, COMPARE, Controls, add_settings, setting
 from .live import LiveRuns, add_route
 from .session import CALIBRATING, CHOSEN, FAILED, LABEL, SESSION, TITLE, Options, Session
 
@@ -42,25 +42,16 @@ class _WithControls(modules.scripts.Script):
 
     accordion: bool
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._host_inputs: dict[str, Any] = {}
-
     def title(self) -> str:
         return TITLE
-
-    def after_component(self, component: Any, **kwargs: Any) -> None:
-        prefix, _, name = (kwargs.get("elem_id") or "").partition("_")
-        if prefix == self.tabname and name in HOST_INPUTS:
-            self._host_inputs[name] = component
 
     def elem_id(self, item_id: str) -> str:
         kind = "accordion" if self.accordion else "script"
         return f"memorization_guard_{self.tabname}_{kind}_{item_id}"
 
     def ui(self, is_img2img: bool) -> list[Any]:
-        controls = Controls(accordion=self.accordion, elem_id=self.elem_id, host_inputs=self._host_inputs)
-        self.infotext_fields = controls.infotext_fields
+        controls = Controls(accordion=self.accordion, elem_id=self.elem_id)
+        self.infotext_fields, self.paste_field_names = controls.infotext_fields, controls.paste_field_names
         return controls.inputs
 
 
@@ -84,14 +75,24 @@ class MemorizationGuardAccordion(_WithControls):
             if options is not None and options.mode != "off":
                 calibrating = getattr(p, CALIBRATING, None)
                 page = None if calibrating else progress.current_task
-                label = getattr(p, LABEL, "")
+                label = getattr(p, LABEL, "") or xyz.cell(p)
+                first = 1 if label else LIVE.number(page, p.batch_size * p.n_iter)
                 finds_profile = None
                 if options.profile == AUTO:
                     automatic.make(p, self)
                     finds_profile = automatic.find
                 session = Session(
-                    options, profile, live=LIVE, task=page, label=label, serves=calibrating, automatic=finds_profile
+                    options,
+                    profile,
+                    live=LIVE,
+                    task=page,
+                    label=label,
+                    first=first,
+                    serves=calibrating,
+                    automatic=finds_profile,
                 )
+                if enabled and getattr(p, CHOSEN, None) is not None:
+                    session.say(p, "the script of the dropdown and the accordion are both on: the script's settings hold")
         except (ValueError, OSError) as error:
             # The image is made all the same.
             log.warning("%s: not watched: %s", TITLE, error)
@@ -130,12 +131,15 @@ class MemorizationGuardAccordion(_WithControls):
         session, failed = getattr(p, SESSION, None), getattr(p, FAILED, None)
         if failed is not None and getattr(p, "is_api", False):
             p.extra_generation_params[f"{TITLE} traces"] = _InInfo(images=[], warnings=[failed])
+        if session is not None or failed is not None:
+            xyz.mark_unjudged(p, processed, session)
         if session is None or getattr(p, CALIBRATING, False):
             return
         said = len(p.comments)
         if not session.runs:
             session.say(p, "not watched: this sampler is not called as those of the host are")
         session.tell_verdicts(p)
+        session.tell_images(p, processed)
         processed.comments += "".join(f"{comment}\n" for comment in list(p.comments)[said:])
         if getattr(p, "is_api", False):
             # The host calls what it finds callable, and writes what it does not know as null.
@@ -166,7 +170,7 @@ class MemorizationGuardScript(_WithControls):
         if options.profile not in (None, AUTO):
             profiles.load(options.profile)  # what is wrong with it shall be said before anything is sampled
         elif options.profile is None and options.mode in ("mitigate", "stop"):
-            raise ValueError(f"{mode} needs a stability profile: choose one, or make one with {CALIBRATE}")
+            raise ValueError(StabilityMonitor(mode=options.mode).outline()["note"])
         p.extra_generation_params["Script"] = TITLE
         if not compare:
             setattr(p, CHOSEN, options)
@@ -192,9 +196,9 @@ class MemorizationGuardScript(_WithControls):
 
     def _calibrate(self, p: Any, prompts: str, name: str, replace: bool) -> Any:
         name, profile, left_out = profiles.calibrate(p, prompts, name, replace)
-        report = [f"{TITLE}: saved the stability profile {name!r} ({profiles.describe(profile)})."]
-        report.append("Refresh the list of profiles to choose it.")
-        text = "\n".join(report + left_out)
+        LIVE.send(progress.current_task, {"kind": "profiles", "run": "calibration"})
+        saved = f"{TITLE}: saved the stability profile {name!r} ({profiles.describe(profile)})."
+        text = "\n".join([saved, *left_out])
         p.all_prompts, p.all_negative_prompts, p.all_seeds, p.all_subseeds = (
             [p.prompt],
             [p.negative_prompt],
@@ -202,7 +206,7 @@ class MemorizationGuardScript(_WithControls):
             [p.subseed],
         )
         p.sd_model_name, p.sd_model_hash = p.sd_model.sd_checkpoint_info.name_for_extra, p.sd_model.sd_model_hash
-        return processing.Processed(p, [], seed=p.seed, info=text)
+        return processing.Processed(p, [], seed=p.seed, info=text, infotexts=[text])
 
 
 def _side_by_side(made: list[tuple[Any, Session | None]], batch_size: int) -> Any:
@@ -218,8 +222,7 @@ def _side_by_side(made: list[tuple[Any, Session | None]], batch_size: int) -> An
             for drawn in session.graphs(*divmod(number, batch_size)) if session is not None else ():
                 result.images.append(drawn)
                 result.infotexts.append(infotexts[number])
-    for processed, _ in made[1:]:
-        result.comments += processed.comments
+    result.comments = "".join(dict.fromkeys(line for processed, _ in made for line in processed.comments.splitlines(True)))
     result.index_of_first_image = 0
     return result
 
@@ -229,6 +232,7 @@ def register() -> None:
     script_callbacks.on_ui_settings(add_settings)
     script_callbacks.on_before_ui(xyz.add_axes)
     script_callbacks.on_app_started(lambda _, app: add_route(app, LIVE, _is_running))
+    script_callbacks.on_image_grid(xyz.label_unjudged)
     script_callbacks.on_before_image_saved(_before_image_saved)
     script_callbacks.on_image_saved(_image_saved)
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import json
+import itertools
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ from ..memorization_guard.core.settings import MODES
 from ..memorization_guard.files import write_whole
 from ..memorization_guard.reports import graph
 from ..memorization_guard.reports.words import summary
+from .record import Record
 
 if TYPE_CHECKING:
     from .live import LiveRuns
@@ -51,6 +51,8 @@ LABEL = "memorization_guard_label"
 CALIBRATING = "memorization_guard_calibrating"  # what the run serves for, of a reference
 FAILED = "memorization_guard_failed"  # why a generation is not watched that should be
 
+
+_NUMBERS = itertools.count()  # a task of the page may have several sessions: no two runs have one name
 
 #: Gives the profile of a run's weights, by their fingerprint, or why there is none.
 Automatic = Callable[[str | None], tuple[StabilityProfile | None, str | None]]
@@ -158,7 +160,7 @@ class Session:
         profile: the profile that they named, loaded.
         automatic: gives the profile of the weights of a run, or why there is none, where they want one that made itself.
         live: where the page looks for a graph. task: the page's name for the generation, if it came from one.
-        label: what the page calls these runs, where one task has several calls.
+        label: what the page calls these runs, where one task has several calls. first: number of the first image in the task.
         serves: as for :class:`StabilityMonitor`.
     """
 
@@ -170,6 +172,7 @@ class Session:
         live: LiveRuns,
         task: str | None,
         label: str = "",
+        first: int = 1,
         serves: Serves | None = None,
         automatic: Automatic | None = None,
     ) -> None:
@@ -181,16 +184,17 @@ class Session:
         self._live = live
         self._task = task
         self._label = label
+        self._first = first
         #: What the user was told below the images.
         self.said: list[str] = []
         #: The image that the host is about to save, as (batch, number in it).
         self.saving: tuple[int, int] | None = None
-        self._saved: tuple[Any, _Evidence] | None = None
+        self._saved: tuple[Any, Record] | None = None
 
     def new_monitor(self, p: Any, settings: RunSettings, level: Callable[[float], NoiseLevel]) -> StabilityMonitor:
         """Begins a run of ``p``'s sampler; ``level`` gives the noise level that the host's number for one means."""
         batch, hires = int(getattr(p, "iteration", 0)), bool(getattr(p, "is_hr_pass", False))
-        name = f"{self._label or 'run'} {len(self.runs)}"
+        name = f"run {next(_NUMBERS)}"
         options = self.options
         profile, missing = (self._profile, None) if self._automatic is None else self._automatic(settings.model_hash)
         monitor = StabilityMonitor(
@@ -208,9 +212,9 @@ class Session:
         self.runs.append(Run(name, batch, hires, monitor, outline["note"]))
         if outline["note"] is not None and not monitor.judges:
             self.say(p, f"hires pass: {outline['note']}" if hires else outline["note"])
-        first = batch * p.batch_size + 1
+        first = self._first + batch * p.batch_size
         images = f"image {first}" if p.batch_size == 1 else f"images {first}-{first + p.batch_size - 1}"
-        self._send("begin", name, title=self._title(images, hires), **outline)
+        self._send("begin", name, title=self._title(images, hires), first=first, **outline)
         return monitor
 
     def end_run(self, p: Any) -> None:
@@ -259,11 +263,15 @@ class Session:
 
     def _mode(self, scope: Mapping[str, Any]) -> str:
         """The mode, and whether it came to nothing: who reads *mitigate* is to know that the image was protected."""
-        of_image = [trace for run in self.runs for trace in run.traces]  # a grid of several images
-        if not scope.get("use_main_prompt"):
-            of_image = [trace for _, trace in self._scoped(scope)]
-        judged = of_image and all(trace.verdict != "unscored" for trace in of_image)
+        if scope.get("use_main_prompt"):  # a grid of several images
+            judged = _judged([trace for run in self.runs for trace in run.traces])
+        else:
+            judged = _judged([trace for _, trace in self._scoped(scope)])
         return self.options.mode if judged or self.options.mode == "trace" else f"{self.options.mode}, not judged"
+
+    def judged(self, batch: int, index: int) -> bool:
+        """Whether image ``index`` of a batch was judged in every run that made it."""
+        return _judged([trace for _, trace in self.runs_of(batch, index)])
 
     def _field(self, name: str, hires: bool, scope: Mapping[str, Any]) -> str | None:
         if scope.get("use_main_prompt"):
@@ -305,7 +313,7 @@ class Session:
         self.saving = None
         if not found:
             return
-        record = _Evidence(self, params, [(trace, self._title("", run.hires)) for run, trace in found])
+        record = Record(self, params, [(trace, self._title("", run.hires)) for run, trace in found])
         self._saved = params, record
         if in_image and Path(params.filename).suffix.lower() == ".png":
             params.pnginfo[evidence.KEY] = record
@@ -323,12 +331,20 @@ class Session:
         except OSError as error:
             log.warning("Memorization Guard could not save the trace of %s: %s", params.filename, error)
 
+    def tell_images(self, p: Any, processed: Any) -> None:
+        """Tells the page which images of the gallery the runs made, by what the host shows below them."""
+        first = processed.index_of_first_image
+        for run in self.runs:
+            begin = first + run.batch * p.batch_size
+            infotexts = processed.infotexts[begin : begin + p.batch_size]
+            self._send("images", run.name, infotexts=infotexts + processed.infotexts[:first])  # a grid is of all runs
+
     def tell_verdicts(self, p: Any) -> None:
         """Says below the images which of them are suspicious."""
         for number in range(len(p.all_prompts)):
             for run, trace in self.runs_of(*divmod(number, p.batch_size)):
                 if trace.trigger_step is not None:
-                    told = summary(trace, self._title(f"image {number + 1}", run.hires)).partition("\n")[0]
+                    told = summary(trace, self._title(f"image {self._first + number}", run.hires)).partition("\n")[0]
                     p.comment(f"{TITLE}: {told}")
 
     def _title(self, images: str, hires: bool) -> str:
@@ -346,36 +362,5 @@ class Session:
             log.warning("Memorization Guard could not show the graph of this run.", exc_info=True)
 
 
-class _Evidence(str):
-    """The evidence record of an image that is being saved: ``str()`` of it is the record's JSON, empty where that failed.
-
-    It is made when the host asks for that, to write it. By then whatever changes the image has done so: other extensions, and
-    Forge, which hides the infotext in the pixels after the last of them. To extensions that look at all texts of an image
-    it is an empty one.
-    """
-
-    def __new__(cls, *_: Any) -> _Evidence:
-        return super().__new__(cls)
-
-    def __init__(self, session: Session, params: Any, found: list[tuple[Trace, str]]) -> None:
-        self._session = session
-        self._params = params
-        self._found = found
-
-    def __str__(self) -> str:
-        return self._text
-
-    @functools.cached_property
-    def _text(self) -> str:
-        try:
-            record = evidence.record(
-                [trace for trace, _ in self._found],
-                runs=[run for _, run in self._found],
-                pixels=[evidence.pixel_hash(self._params.image)],
-                settings=self._params.pnginfo.get("parameters"),
-                settings_in="parameters",
-            )
-            return json.dumps(record, allow_nan=False)
-        except Exception as error:  # the image is to be saved all the same
-            self._session.say(self._params.p, f"no evidence in the image: {type(error).__name__}: {error}")
-            return ""
+def _judged(traces: list[Trace]) -> bool:
+    return bool(traces) and all(trace.verdict != "unscored" for trace in traces)

@@ -1,4 +1,4 @@
-"""Axes for the host's X/Y/Z plot."""
+"""The host's X/Y/Z plot: axes for it, and what is told of its cells."""
 
 from __future__ import annotations
 
@@ -6,17 +6,21 @@ import dataclasses
 from typing import Any
 
 import modules.scripts
+from modules import shared
 
 from ..memorization_guard.core.settings import MODES
+from ..memorization_guard.reports.label import labelled
 from . import profiles
-from .session import CONSTANTS, TITLE, Options
+from .session import CONSTANTS, TITLE, Options, Session
 
+_PLOT = "xyz_grid.py"
 _AXES = "memorization_guard_axes"
+_UNJUDGED = "memorization_guard_unjudged"  # on an image, as the host has its own there
 
 
 def add_axes() -> None:
     """Adds ours to the axes of the plot, once."""
-    plot = next((data.module for data in modules.scripts.scripts_data if data.script_class.__module__ == "xyz_grid.py"), None)
+    plot = next((data.module for data in modules.scripts.scripts_data if data.script_class.__module__ == _PLOT), None)
     if plot is None or any(axis.label.startswith(f"[{TITLE}]") for axis in plot.axis_options):
         return
     plot.axis_options += [
@@ -46,3 +50,28 @@ def applied(p: Any, options: Options | None) -> Options | None:
     if (profile := axes.pop("profile", None)) is not None:
         options = dataclasses.replace(options, profile=None if profile == profiles.NONE else profile)
     return dataclasses.replace(options, thresholds=dataclasses.replace(options.thresholds, **axes))
+
+
+def cell(p: Any) -> str:
+    """Which cell of a plot is being made, in the order of the gallery; empty where there is no plot."""
+    number = p.script_args[0] if p.script_args else 0  # of the dropdown's script
+    if not number or type(p.scripts.selectable_scripts[number - 1]).__module__ != _PLOT:
+        return ""
+    return f"cell {shared.state.job.partition(' out of ')[0]}"
+
+
+def mark_unjudged(p: Any, processed: Any, session: Session | None) -> None:
+    """Marks the images that were to be judged and were not, and the grid of a batch with such images."""
+    unjudged = [session is None or not session.judged(*divmod(number, p.batch_size)) for number in range(len(p.all_prompts))]
+    of_gallery = [any(unjudged)] * processed.index_of_first_image + unjudged
+    for image, marked in zip(processed.images, of_gallery, strict=False):
+        setattr(image, _UNJUDGED, marked)
+
+
+def label_unjudged(params: Any) -> None:
+    """Says on a grid of images which of them were not judged; the images themselves stay as they are.
+
+    Args:
+        params: the host's ``ImageGridLoopParams``.
+    """
+    params.imgs = [labelled(image, "not judged") if getattr(image, _UNJUDGED, False) else image for image in params.imgs]

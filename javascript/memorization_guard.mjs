@@ -9,11 +9,11 @@ const { StabilityGraph, addStep, finishRun, startRun } = await import(`../js/gra
 
 const PERIOD = 300; // milliseconds between an answer and the next question
 const PATIENCE = 6; // failures in a row before it gives up; after each one it waits twice as long
-const MOST_RUNS = 8; // the server keeps as many
+const MOST_RUNS = 100; // the server keeps as many
 const STYLE = `
 :host{display:block}
 section{box-sizing:border-box;display:flex;flex-direction:column;gap:4px;height:300px;min-height:200px;overflow:hidden;resize:vertical}
-header{display:flex;flex:none;flex-wrap:wrap;align-items:center;gap:4px;font:12px/20px system-ui,sans-serif;
+header{display:flex;flex:none;flex-wrap:wrap;align-items:center;gap:4px;max-height:76px;overflow:auto;font:12px/20px system-ui,sans-serif;
  color:var(--body-text-color-subdued,gray)}
 header span{margin-right:8px}
 header button{border:1px solid transparent;border-radius:6px;padding:0 8px;background:none;color:inherit;font:inherit;cursor:pointer}
@@ -59,10 +59,25 @@ class Panel {
       // A user who looks at an earlier run keeps seeing it.
       if (this.#shown === newest || !this.#runs.has(this.#shown)) this.#show(name);
     }
-    const { run } = this.#runs.get(name);
-    if (kind === "step") addStep(run, data);
-    if (kind === "end") finishRun(run, data.traces);
+    const entry = this.#runs.get(name);
+    if (kind === "step") addStep(entry.run, data);
+    if (kind === "end") finishRun(entry.run, data.traces);
+    if (kind === "images") entry.infotexts = data.infotexts;
     this.#draw();
+  }
+
+  /**
+   * Shows the run of the image of this infotext; of several (a grid, a second pass) the one that is on show, or the newest. Says
+   * whether there is one.
+   */
+  showImage(infotext) {
+    const found = [...this.#runs].filter(([, { infotexts }]) => infotexts?.includes(infotext));
+    if (!found.length) return false;
+    const [name, { run, infotexts }] = found.find(([name]) => name === this.#shown) ?? found.at(-1);
+    const index = infotexts.indexOf(infotext);
+    run.chosen = index < run.items.length ? index : null;
+    this.#show(name);
+    return true;
   }
 
   /** No more events will come. Ends runs that were interrupted, too. */
@@ -95,9 +110,10 @@ class Panel {
   }
 }
 
-/** A tab that generates images, and its latest task. */
+/** A tab that generates images, and its latest task. The panel follows its gallery's selection. */
 class Tab {
   #name;
+  #selected = null; // infotext of the image that the panel has followed to
   #panel = new Panel();
   #gallery = null;
   #bar = null; // the host's progress bar, while the page waits for a task
@@ -113,6 +129,10 @@ class Tab {
     if (!gallery) return;
     const bar = gallery.parentNode.querySelector(":scope > .progressDiv");
     const begun = !this.#gallery || (bar && bar !== this.#bar);
+    if (gallery !== this.#gallery) {
+      const selections = new MutationObserver(() => this.#select());
+      selections.observe(gallery, { attributes: true, attributeFilter: ["class"], childList: true, subtree: true });
+    }
     this.#gallery = gallery;
     this.#bar = bar;
     if (begun) this.#follow(localStorage.getItem(`${this.#name}_task_id`)).catch(complain);
@@ -122,6 +142,7 @@ class Tab {
   async #follow(task) {
     const watch = (this.#watch = {});
     this.#panel.clear();
+    this.#selected = null;
     let cursor = 0;
     let failures = 0;
     while (task && failures < PATIENCE) {
@@ -130,7 +151,11 @@ class Tab {
       failures = answer ? 0 : failures + 1;
       if (answer) {
         cursor = answer.cursor;
-        for (const event of answer.events) this.#panel.take(event, this.#gallery);
+        for (const event of answer.events) {
+          if (event.kind === "profiles") refreshProfiles();
+          else this.#panel.take(event, this.#gallery);
+        }
+        this.#select();
         // The server learns of a task later than the page does: while there is a bar, the page keeps asking.
         if (!answer.running && !answer.events.length && !this.#bar?.isConnected) break;
       }
@@ -139,6 +164,24 @@ class Tab {
     }
     this.#panel.end();
   }
+
+  /** Shows the run of the image that is selected in the gallery, unless it did so already. */
+  #select() {
+    const index = [...this.#gallery.querySelectorAll(".thumbnail-small")].findIndex((e) => e.classList.contains("selected"));
+    const infotext = infotextsOf(this.#name)[Math.max(index, 0)]; // a gallery of one image has no row of small ones
+    if (infotext !== this.#selected && this.#panel.showImage(infotext)) this.#selected = infotext;
+  }
+}
+
+/** The infotexts of a tab's gallery, as the host keeps them in the page. */
+function infotextsOf(tab) {
+  const told = gradioApp().querySelector(`#generation_info_${tab} textarea`)?.value;
+  return (told && JSON.parse(told).infotexts) || [];
+}
+
+/** Brings the lists of profiles up to date, in both tabs. */
+function refreshProfiles() {
+  for (const button of gradioApp().querySelectorAll("[id^=memorization_guard_][id$=_profile_refresh]")) button.click();
 }
 
 /** The server's answer, or null if there is none. The address is relative, since the page may stand below a path. */
@@ -164,3 +207,6 @@ const tabs = ["txt2img", "img2img"].map((name) => new Tab(name));
 const look = () => tabs.forEach((tab) => tab.look());
 onUiUpdate(look);
 look();
+// A new page has the lists as they were when the server began. Gradio hears of no click before it is done with the page; its user
+// makes none before.
+document.addEventListener("pointerdown", refreshProfiles, { once: true });

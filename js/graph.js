@@ -46,6 +46,8 @@ export function startRun(outline) {
     note: plan.note ? String(plan.note) : null,
     referenceCount: positive(plan.reference_count),
     pValueFloor: positive(plan.p_value_floor),
+    first: isStep(plan.first) ? plan.first : 1, // number of the first image
+    chosen: null, // index of the image that the reader looks at; the others are drawn faint
     items: [], // one an image of the batch
     finished: false,
   };
@@ -124,7 +126,7 @@ function summarizeImage(run, image) {
   const corrected = item.mitigated.filter(Boolean).length;
   if (corrected) parts.push(`${corrected} ${corrected === 1 ? "step" : "steps"} corrected`);
   if (item.nonfinite !== null) parts.push(`not a number from step ${item.nonfinite}`);
-  return `Image ${image + 1}: ${parts.join(", ")}`;
+  return `Image ${run.first + image}: ${parts.join(", ")}`;
 }
 
 /** The run with one image alone; the others are there, and empty, so that it keeps its number, its colour and its dash. */
@@ -137,6 +139,7 @@ export function valuesAt(run, step, quantity) {
   const band = run.bands[quantity];
   return {
     step,
+    first: run.first,
     sigma: run.items.map((item) => number(item.sigma[step])).find(Number.isFinite) ?? NaN,
     mean: number(band?.mean[step]),
     half: run.gamma * number(band?.std[step]),
@@ -288,7 +291,8 @@ export function layout(run, { width, height, quantity, compact = false }) {
     if (words) text(`label-${role}`, [from, 12], words);
   }
   if (marks.every((mark) => !mark.words || mark.to + 8 < right - widthOf(title))) text("tick", [right, 12], title, "end");
-  curves.forEach((values, index) => curve("run", values, styleOf(index)));
+  const faint = (index) => ((run.chosen ?? index) === index ? {} : { opacity: 0.3 });
+  curves.forEach((values, index) => curve("run", values, { ...styleOf(index), ...faint(index) }));
   const size = Math.min(many ? 1.8 : 2.6, Math.max(1.2, (0.3 * (right - left)) / Math.max(count, 1)));
   curves.forEach((values, index) => {
     const corrected = steps.filter((i) => run.items[index].mitigated[i] === true && Number.isFinite(values[i]));
@@ -301,7 +305,7 @@ export function layout(run, { width, height, quantity, compact = false }) {
   if (live) for (const end of ends) dot("end", [end.x, end.y], 3, { style: styleOf(end.index).style });
   for (const end of many ? spread(ends, top + 4, base - 4) : []) {
     const at = { x: round(end.x + 6), y: round(end.y + 4), style: styleOf(end.index).style };
-    shapes.push(["text", { class: "mg-text mg-item", ...at }, String(end.index + 1)]);
+    shapes.push(["text", { class: "mg-text mg-item", ...at }, String(run.first + end.index)]);
   }
 
   return { shapes, steps: count, taken, x, y, left, right, top, bottom: base };
@@ -330,7 +334,7 @@ function marksOf(run, x, right) {
     for (const [role, step] of [["trigger", item.trigger], ["broken", item.nonfinite]]) {
       if (step === null) continue;
       const { who } = found.get(`${role} ${step}`) ?? { who: [] };
-      found.set(`${role} ${step}`, { role, step, who: [...who, index + 1] });
+      found.set(`${role} ${step}`, { role, step, who: [...who, run.first + index] });
     }
   });
   const placed = [];
@@ -758,7 +762,7 @@ export class StabilityGraph {
       const entry = verdicts.children[image];
       const [badge, rare] = [...entry.children].slice(-2);
       badge.className = `mg-badge mg-badge-${BADGES[verdict]}`;
-      badge.textContent = many ? `${image + 1} ${verdict}` : verdict;
+      badge.textContent = many ? `${run.first + image} ${verdict}` : verdict;
       rare.textContent = "";
       if (pValue !== null && narrow) {
         const words = rarity(pValue, run.pValueFloor);
@@ -822,7 +826,7 @@ export class StabilityGraph {
     const groups = Math.ceil((at.items.length + Number.isFinite(at.mean)) / room);
     const rows = at.items.flatMap((item, i) => {
       if (this.#image !== null && this.#image !== i) return [];
-      const name = cell("mg-readout-name", at.items.length > 1 ? String(i + 1) : "this run");
+      const name = cell("mg-readout-name", at.items.length > 1 ? String(at.first + i) : "this run");
       name.prepend(makeSwatch(runSwatch(i)));
       const notes = [];
       if (Number.isFinite(item.score)) notes.push(`${scoreText(item.score)} sd`);
@@ -847,7 +851,7 @@ function wordsOf(at, image) {
     const parts = [Number.isFinite(item.value) ? short(item.value) : "no value"];
     if (Number.isFinite(item.score)) parts.push(`${scoreText(item.score)} standard deviations off`);
     if (item.corrected) parts.push("corrected");
-    return [`image ${i + 1}: ${parts.join(", ")}`];
+    return [`image ${at.first + i}: ${parts.join(", ")}`];
   });
   if (Number.isFinite(at.mean)) items.push(`reference: ${short(at.mean)} plus or minus ${short(at.half)}`);
   return [`step ${at.step}`, ...items].join("; ");

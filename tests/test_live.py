@@ -150,15 +150,22 @@ def test_it_does_not_grow_without_end():
     runs.send("t12", step(0))
     runs.send("t20", begin())
     assert [task for task in range(21) if runs.since(f"t{task}", 0)[0]] == [12, *range(14, 21)]
-    for run in range(20):
+    for run in range(120):
         runs.send("t", begin(str(run)))
         runs.send("t", end(str(run)))
-    assert [run for kind, run, _ in texts(runs.since("t", 0)[0]) if kind == "end"] == [str(run) for run in range(12, 20)]
+    assert [run for kind, run, _ in texts(runs.since("t", 0)[0]) if kind == "end"] == [str(run) for run in range(20, 120)]
+    assert not runs.since("t20", 0)[0]  # all tasks together have no more
     for number in range(3000):
         runs.send("t", step(number))
-    assert len(runs.since("t", 40)[0]) == 2001
+    assert len(runs.since("t", 240)[0]) == 2001
     runs.send("t", end())
     assert texts(runs.since("t", 0)[0])[-1] == ("end", "a", None)
+
+
+def test_images_are_numbered_over_the_calls_of_a_task():
+    runs = live.LiveRuns()
+    assert [runs.number("t", 4), runs.number("u", 1), runs.number("t", 2), runs.number("t", 1)] == [1, 1, 5, 7]
+    assert [runs.number(None, 4), runs.number(None, 4)] == [1, 1]  # an API's client has no page to number for
 
 
 def test_nothing_is_lost_between_two_threads():
@@ -483,13 +490,84 @@ def test_a_task_of_several_runs_has_a_button_for_each(page, served):
     assert buttons(page) == (["title of a", HOSTILE, "title of c"], [True, False, False])
     assert page.evaluate("document.activeElement.shadowRoot.activeElement.textContent") == "title of a"
     see_steps(page, 20)
-    for run in range(10):
+    for run in range(102):
         served.send("t", begin(str(run)))
     names, pressed = buttons(page)
-    assert names == [f"title of {run}" for run in range(2, 10)]
-    assert pressed == [False] * 7 + [True]
+    assert names == [f"title of {run}" for run in range(2, 102)]
+    assert pressed == [False] * 99 + [True]
+    assert page.locator("main").bounding_box()["height"] > 150  # they leave room for the graph
     finish(page, served, "t")
     assert is_quiet(page, served)
+
+
+def test_it_follows_the_selection_of_the_gallery(page, served):
+    def select(index):
+        page.evaluate(
+            """index => document.querySelectorAll(".thumbnail-small").forEach(
+                (e, i) => e.classList.toggle("selected", i === index))""",
+            index,
+        )
+        page.wait_for_timeout(200)
+        return buttons(page)[1].index(True)
+
+    start(page, served, "t")
+    pair = end("b")
+    pair["traces"] *= 2
+    for event in (begin(first=1), end(), begin("b", first=2), pair):
+        served.send("t", event)
+    assert buttons(page)[1] == [False, True]
+    page.evaluate(
+        """() => {
+          const gallery = document.getElementById("txt2img_gallery_container");
+          gallery.innerHTML = '<div class="thumbnail-small selected"></div>' + '<div class="thumbnail-small"></div>'.repeat(4);
+          const told = {infotexts: ["grid", "<b>1</b>", "two", "three", "of another extension"]};
+          const info = document.createElement("div");
+          info.id = "generation_info_txt2img";
+          info.append(document.createElement("textarea"));
+          info.firstChild.value = JSON.stringify(told);
+          document.body.append(info);
+        }"""
+    )
+    # The page hears of the images after it has them.
+    served.send("t", {"kind": "images", "run": "a", "infotexts": ["<b>1</b>", "grid"]})
+    served.send("t", {"kind": "images", "run": "b", "infotexts": ["two", "three", "grid"]})
+    assert buttons(page)[1] == [False, True]  # a grid is of all runs
+    assert page.locator(".mg-item").all_text_contents() == ["2", "3"]
+    assert [select(index) for index in (1, 2, 0, 4)] == [0, 1, 1, 1]
+    faint = "all => all.map(e => e.getAttribute('opacity'))"
+    assert select(3) == 1
+    assert page.eval_on_selector_all(".mg-scene .mg-run", faint) == ["0.3", None]
+    page.get_by_text("title of a").click()  # holds until another image is selected
+    page.evaluate("document.getElementById('txt2img_gallery_container').append(document.createElement('p'))")
+    assert buttons(page)[1] == [True, False]
+    assert select(2) == 1
+    finish(page, served, "t")
+    assert is_quiet(page, served)
+
+
+def test_the_lists_of_profiles_are_brought_up_to_date_at_the_beginning_and_after_a_calibration(page, served):
+    page.evaluate(
+        """() => {
+          window.pressed = [];
+          for (const id of
+            ["txt2img_script_profile", "txt2img_accordion_profile", "img2img_script_profile", "img2img_other"]) {
+            const button = document.createElement("button");
+            button.id = `memorization_guard_${id}_refresh`;
+            button.onclick = () => pressed.push(id);
+            document.body.append(button);
+          }
+        }"""
+    )
+    lists = ["txt2img_script_profile", "txt2img_accordion_profile", "img2img_script_profile"]
+    page.click("#after")
+    page.click("#after")
+    assert page.evaluate("pressed") == lists
+    start(page, served, "t")
+    served.send("t", {"kind": "profiles", "run": "calibration"})
+    finish(page, served, "t")
+    assert is_quiet(page, served)
+    assert page.evaluate("pressed") == lists * 2
+    assert page.locator("section").count() == 0
 
 
 def test_a_run_that_was_broken_off_is_not_under_way_for_ever(page, served):

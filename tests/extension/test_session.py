@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -194,7 +195,7 @@ def test_every_image_of_every_batch_has_its_own_verdict(session):
         def send(self, task, event):
             sent.append((task, event))
 
-    one = session.Session(session.Options(), None, live=Live(), task="task(a)")
+    one = session.Session(session.Options(), None, live=Live(), task="task(a)", first=5)
     one.write_infotext(p)
     # The host writes an infotext before anything is sampled, too.
     assert infotext(p, index=0, all_prompts=p.all_prompts) == {"Memorization Guard": "trace"}
@@ -205,15 +206,26 @@ def test_every_image_of_every_batch_has_its_own_verdict(session):
     assert infotext(p, index=3, all_prompts=p.all_prompts)["Memorization Guard verdict"] == "unscored"
     assert "Memorization Guard verdict" not in infotext(p, index=0, all_prompts=p.prompts, use_main_prompt=True)
     assert [len(runs) for runs in one.report(p)] == [1, 1, 1, 1]
-    kinds = [(task, event["kind"], event.get("title")) for task, event in sent if event["kind"] != "step"]
+    kinds = [(task, event["kind"], event.get("title"), event.get("first")) for task, event in sent if event["kind"] != "step"]
     assert kinds == [
-        ("task(a)", "begin", "images 1-2"),
-        ("task(a)", "end", None),
-        ("task(a)", "begin", "images 3-4"),
-        ("task(a)", "end", None),
+        ("task(a)", "begin", "images 5-6", 5),
+        ("task(a)", "end", None, None),
+        ("task(a)", "begin", "images 7-8", 7),
+        ("task(a)", "end", None, None),
     ]
     assert sum(event["kind"] == "step" for _, event in sent) == 6
     assert len({event["run"] for _, event in sent}) == 2
+    del sent[:]
+    gallery = SimpleNamespace(infotexts=["grid", "5", "6", "7", "8", "8"], index_of_first_image=1)  # one more is the graph's
+    one.tell_images(p, gallery)
+    assert [event["infotexts"] for _, event in sent] == [["5", "6", "grid"], ["7", "8", "grid"]]
+    gallery = SimpleNamespace(infotexts=["5", "6", "7", "8"], index_of_first_image=0)
+    one.tell_images(p, gallery)
+    assert [event["infotexts"] for _, event in sent[2:]] == [["5", "6"], ["7", "8"]]
+    # The next call of the task has runs of other names.
+    another = session.Session(session.Options(), None, live=Live(), task="task(a)")
+    sample(another, p)
+    assert len({event["run"] for _, event in sent}) == 3
 
 
 def test_an_image_says_that_it_was_protected_only_where_it_was(session):

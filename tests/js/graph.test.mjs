@@ -260,6 +260,17 @@ test("a batch is told apart by colour, dash and number", () => {
   assert.ok(words(plot).includes("1, 2, 3, 4, 5"));
 });
 
+test("a batch whose first image has another number is numbered from there, and a chosen image stands before the others", () => {
+  const run = finishRun(startRun(outline({ first: 5 })), [trace(), trace()]);
+  assert.deepEqual(shapes(layout(run, size), "item").map(([, , text]) => text).sort(), ["5", "6"]);
+  assert.ok(words(layout(run, size)).includes("5, 6"));
+  assert.ok(summarize(run).startsWith("Image 5: "));
+  const faint = () => shapes(layout(run, size), "run").map(([, a]) => a.opacity);
+  assert.deepEqual(faint(), [undefined, undefined]);
+  run.chosen = 1;
+  assert.deepEqual(faint(), [0.3, undefined]);
+});
+
 test("the values at a step are those of the drawing", () => {
   const at = valuesAt(runOf([trace()]), 4, "update");
   assert.equal(at.mean, 2);

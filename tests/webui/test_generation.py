@@ -1,6 +1,7 @@
 """Generations in the real hosts: what the guard sees and does, and that it leaves nothing behind."""
 
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -409,14 +410,27 @@ def test_bad_input_to_the_accordion_loses_no_image(host, guard, why):
     assert f"not watched: {why}" in host.said()
 
 
-def test_the_script_refuses_bad_input_before_it_samples(host):
+def test_the_script_refuses_in_the_words_of_the_accordion_before_it_samples(host):
     for mode, profile, why in (
         ("trace", "no such profile", "there is no stability profile 'no such profile'"),
-        ("mitigate", "None", "mitigate needs a stability profile"),
-        ("stop", "None", "stop needs a stability profile"),
+        ("mitigate", "None", "nothing is judged, and mode mitigate does nothing"),
+        ("stop", "None", "nothing is judged, and mode stop does nothing"),
         ("guess", "None", "the mode is 'guess'"),
     ):
-        assert why in refusal(host, lambda mode=mode, profile=profile: host.script(mode, profile))
+        (warning,) = warnings(host.make(mode, profile))
+        assert why in warning
+        with pytest.raises(RuntimeError, match="500") as refused:
+            host.script(mode, profile)
+        assert warning.removeprefix("not watched: ") in str(refused.value)
+
+
+def test_where_the_script_and_the_accordion_are_both_on_it_is_said_which_one_holds(host, profile):
+    alone = host.script("mitigate", profile, thresholds=EVERYTHING)
+    on = {"alwayson_scripts": {TITLE: {"args": [True, "trace", "None"]}}}
+    both = host.script("mitigate", profile, thresholds=EVERYTHING, **on)
+    assert both.pixels == alone.pixels
+    (told,) = set(warnings(both)) - set(warnings(alone))
+    assert told == "the script of the dropdown and the accordion are both on: the script's settings hold"
 
 
 def test_traces_and_graphs_beside_the_image(host, profile):
@@ -520,6 +534,14 @@ def test_calibration_makes_a_profile_of_the_settings(host, profile):
         arguments = "\n".join(REFERENCES), name, replace
         assert why in refusal(host, lambda arguments=arguments: host.script("calibrate", "None", *arguments))
     assert not (host.data / "models/escape.safetensors").exists()
+
+
+def test_the_next_request_can_name_the_profile_that_one_has_made(host):
+    saved = host.script("calibrate", "None", "\n".join(REFERENCES), "", True, batch_size=8, prompt="").info["infotexts"][0]
+    name = re.search("saved the stability profile '(.*?)'", saved)[1]
+    answer = host.make("trace", name)
+    assert answer.trace.p_value is not None
+    assert f"{TITLE} profile: {name}" in answer.info["infotexts"][0]
 
 
 @pytest.mark.parametrize("sampler", ["Euler", "DDIM"])
@@ -784,6 +806,32 @@ def test_the_plot_has_axes_for_mode_and_thresholds(host, profile):
     assert sum(f"{TITLE}: mitigate" in text for text in texts) == 2
     assert sum(f"{TITLE}: trace" in text for text in texts) == 2
     assert sum(f"{TITLE} false_positive_rate: 0.1" in text for text in texts) == 2
+
+
+def test_a_plot_says_on_its_grid_which_cells_were_not_judged(host, profile):
+    plot = next(each for each in host.ask("/sdapi/v1/script-info") if each["name"] == "x/y/z plot" and not each["is_img2img"])
+    labels = [arg["label"] for arg in plot["args"]]
+    arguments = [arg.get("value") for arg in plot["args"]]
+    names = plot["args"][labels.index("X type")]["choices"]
+    for label, value in (
+        ("X type", names.index(f"[{TITLE}] Profile")),
+        ("X values", f"None, {profile}, no such profile"),
+        ("Y type", names.index("Nothing")),
+        ("Z type", names.index("Nothing")),
+        ("Draw legend", False),
+        ("Include Sub Images", True),
+        ("Use text inputs instead of dropdowns", True),
+    ):
+        arguments[labels.index(label)] = value
+    grid, *cells = host.make(*TRACE, script_name="x/y/z plot", script_args=arguments).images
+    width, height = cells[0].size
+    parts = [grid.crop((number * width, 0, (number + 1) * width, height)) for number in range(3)]
+    assert [part.tobytes() == cell.tobytes() for part, cell in zip(parts, cells, strict=True)] == [False, True, False]
+    assert {cell.tobytes() for cell in cells} == set(host.make().pixels)
+
+
+def warnings(answer):
+    return answer.info["extra_generation_params"][f"{TITLE} traces"]["warnings"]
 
 
 def refusal(host, generate):

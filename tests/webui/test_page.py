@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from memorization_guard import lab
 from memorization_guard.automatic import AUTO
 
 CHROMIUM = "/usr/bin/chromium"
@@ -19,6 +20,7 @@ SWITCHES = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", 
 LIVE = "/memorization-guard/live"
 PANEL = "#{}_gallery_container + div section"
 STEPS = 100  # so that there is something to see in between
+REFERENCES = lab.prompts("reference")[:12]
 LONG = {"webui": {"steps": 150, "width": 384, "height": 384}, "forge": {"steps": 150}}
 
 
@@ -74,6 +76,39 @@ class Page:
         if guard:
             self.page.check(f"#memorization_guard_{tab}_accordion_enabled-visible-checkbox")
         return self
+
+    def control(self, name, tab="txt2img", kind="accordion"):
+        """An input of ours; the WebUI gives some ids twice."""
+        return self.page.locator(f"#memorization_guard_{tab}_{kind}_{name}").first
+
+    def open(self, tab="txt2img"):
+        """Opens the accordion, to set something in it."""
+        self.control("enabled", tab).locator(".label-wrap").click()
+        self.control("mode", tab).wait_for()
+        return self
+
+    def profiles(self, tab="txt2img", choose=None):
+        """The list of profiles."""
+        self.control("profile", tab).locator("input").click()
+        options = self.page.locator(f"#memorization_guard_{tab}_accordion_profile :is(li, [role=option])")
+        options.first.wait_for()
+        names = [text.removeprefix("✓").strip() for text in options.all_inner_texts()]
+        if choose is None:
+            self.page.keyboard.press("Escape")
+        else:
+            options.nth(names.index(choose)).click()
+        return names
+
+    def script(self, name):
+        self.page.click("#script_list input")
+        self.page.click(f"#script_list [role=option]:has-text('{name}'), #script_list li:has-text('{name}')")
+        return self
+
+    def buttons(self):
+        """The panel's buttons, and which of them is pressed."""
+        buttons = self.page.locator(f"{PANEL.format('txt2img')} header button")
+        pressed = [button.get_attribute("aria-pressed") == "true" for button in buttons.all()]
+        return buttons.all_inner_texts(), pressed.index(True)
 
     def generate(self, tab="txt2img"):
         self.page.click(f"#{tab}_generate")
@@ -132,12 +167,7 @@ def test_the_graph_grows_and_stays(page):
 
 
 def test_the_script_of_the_dropdown_draws_as_well(page):
-    page.choose(guard=False)
-    page.page.click("#script_list input")
-    page.page.click(
-        "#script_list [role=option]:has-text('Memorization Guard'), #script_list li:has-text('Memorization Guard')"
-    )
-    page.generate()
+    page.choose(guard=False).script("Memorization Guard").generate()
     page.see(3)
     page.see_end()
     assert page.points() == STEPS
@@ -157,9 +187,87 @@ def test_an_image_without_a_guard_has_no_graph(page):
 def test_batches_have_a_button_each(page):
     page.choose(steps=10, batch_count=2).generate()
     page.see_end()
-    buttons = page.page.locator(f"{PANEL.format('txt2img')} header button")
-    assert buttons.all_inner_texts() == ["image 1", "image 2"]
-    assert [button.get_attribute("aria-pressed") for button in buttons.all()] == ["false", "true"]
+    assert page.buttons() == (["image 1", "image 2"], 1)
+
+
+def test_it_follows_the_selection_of_the_gallery_whose_first_picture_is_a_grid(page):
+    page.choose(steps=10, batch_count=3).generate()
+    page.see_end()
+    shown = [page.buttons()[1]]
+    for number in (1, 3, 0, 2):
+        page.page.locator("#txt2img_gallery .thumbnail-small").nth(number).click()
+        page.page.wait_for_timeout(1000)
+        shown.append(page.buttons()[1])
+    assert shown == [2, 0, 2, 2, 1]
+
+
+def test_every_cell_of_a_plot_stays(page):
+    page.choose(steps=5, guard=False).script("X/Y/Z plot")
+    page.page.click("#script_txt2img_xyz_plot_x_type input")
+    of_mode = "#script_txt2img_xyz_plot_x_type :is(li, [role=option]):has-text('[Memorization Guard] Mode')"
+    page.page.click(of_mode)
+    page.page.click("#xyz_grid_fill_x_tool_button")  # off, trace, mitigate, stop
+    page.page.check("#script_txt2img_xyz_plot_include_lone_images input")
+    page.page.wait_for_timeout(1000)
+    page.generate()
+    page.see_end()
+    assert page.buttons()[0] == ["image 1 cell 2", "image 1 cell 3", "image 1 cell 4"]
+    page.page.locator("#txt2img_gallery .thumbnail-small").nth(3).click()
+    page.page.wait_for_timeout(1000)
+    assert page.buttons()[1] == 1
+
+
+@pytest.mark.parametrize("where", ["img2img", "inpaint"])
+def test_an_image_that_is_sent_takes_the_guard_along(page, host, where):
+    host.calibrate("sent & used", REFERENCES)
+    page.choose(steps=5).open()
+    page.control("mode").locator("input[value=mitigate]").check()
+    assert "sent & used" in page.profiles(choose="sent & used")
+    page.generate()
+    page.see_end()
+    text = page.page.locator("#html_info_txt2img").first.inner_text()
+    assert "Memorization Guard: mitigate" in text
+    page.page.click(f"#txt2img_send_to_{where}")
+    page.page.wait_for_timeout(2000)
+    assert page.page.is_checked("#memorization_guard_img2img_accordion_enabled-visible-checkbox")
+    assert page.control("mode", "img2img").locator("input:checked").get_attribute("value") == "mitigate"
+    assert page.control("profile", "img2img").locator("input").input_value() == "sent & used"
+    # So does an infotext, in place of what is set.
+    page.page.click("#tabs button:text-matches('^txt2img', 'i')")
+    page.page.uncheck("#memorization_guard_txt2img_accordion_enabled-visible-checkbox")
+    page.page.fill("#txt2img_prompt textarea", text.replace("mitigate", "stop"))
+    page.page.click("#paste")
+    page.page.wait_for_timeout(2000)
+    assert page.page.is_checked("#memorization_guard_txt2img_accordion_enabled-visible-checkbox")
+    assert page.control("mode").locator("input:checked").get_attribute("value") == "stop"
+    assert page.control("profile").locator("input").input_value() == "sent & used"
+
+
+def test_what_is_said_of_a_profile_holds_whatever_else_is_set(page, host):
+    host.calibrate("described", REFERENCES)
+    page.choose(width=256).open().profiles(choose="described")
+    about = page.control("about_profile")
+    about.get_by_text("from 12 reference prompts").wait_for()
+    said = about.inner_text()
+    assert "whatever the sampler, the schedule, the steps, the CFG and the size" in said
+    assert "transferred" not in said
+    page.choose(width=128, steps=7, cfg_scale=3)
+    page.page.wait_for_timeout(1000)
+    assert about.inner_text() == said
+
+
+def test_a_profile_is_in_the_lists_of_both_tabs_once_it_is_made(page):
+    page.choose(steps=5, guard=False).script("Memorization Guard")
+    page.control("mode", kind="script").locator("input[value=calibrate]").check()
+    page.control("mode", kind="script").locator("~ *").get_by_text("Calibrate", exact=True).first.click()
+    page.control("reference_prompts", kind="script").locator("textarea").fill("\n".join(REFERENCES))
+    page.control("profile_name", kind="script").locator(":is(input, textarea)").fill("made in the page")
+    assert "made in the page" not in page.open().profiles()
+    page.generate()
+    page.see_end()
+    assert "made in the page" in page.profiles()
+    page.page.click("#tabs button:text-matches('^img2img', 'i')")
+    assert "made in the page" in page.open("img2img").profiles("img2img")
 
 
 def test_a_page_that_is_loaded_again_in_the_middle_goes_on(page, host):
