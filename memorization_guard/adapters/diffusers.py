@@ -235,11 +235,20 @@ class _NeedsMore(Exception):  # noqa: N818 (the pipeline is as it should be)
     """A pipeline that makes no image of a prompt alone."""
 
 
-def sample_references(pipe: Any, prompts: Sequence[str], seed: int, serves: Serves, **pipe_kwargs: Any) -> list[Trace]:
+def sample_references(
+    pipe: Any,
+    prompts: Sequence[str],
+    seed: int,
+    serves: Serves,
+    *,
+    profile: StabilityProfile | Literal["auto"] | None = None,
+    **pipe_kwargs: Any,
+) -> list[Trace]:
     """The traces of reference prompts, sampled in one batch as long as they are needed; no image is decoded.
 
     Args:
         seed: prompt i starts from the noise of seed ``seed + i``, drawn on the CPU.
+        profile: judges them, if there is one.
         pipe_kwargs: of the pipeline's call; one text as ``negative_prompt`` serves all prompts.
 
     Raises:
@@ -251,7 +260,7 @@ def sample_references(pipe: Any, prompts: Sequence[str], seed: int, serves: Serv
     bar_config = getattr(pipe, "_progress_bar_config", None)
     pipe.set_progress_bar_config(disable=True)
     try:
-        with guard(pipe, serves=serves) as run:
+        with guard(pipe, profile, serves=serves) as run:
             pipe(list(prompts), generator=generators, output_type="latent", **(pipe_kwargs | texts))
     finally:
         if bar_config is None:

@@ -10,6 +10,7 @@ import typer
 
 from .audit import audit
 from .calibrate import calibrate
+from .check import check
 from .compare import compare
 from .demo import demo
 from .errors import one_line_errors
@@ -25,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Tells while an image is being sampled whether a model reproduces a training image.",
 )
-for command in (demo, calibrate, trace, evaluate, audit, report, compare, verify):
+for command in (demo, check, calibrate, trace, evaluate, audit, report, compare, verify):
     app.command()(one_line_errors()(with_sampling_options(command)))
 
 

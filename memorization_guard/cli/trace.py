@@ -9,7 +9,7 @@ import typer
 
 from .errors import UsageError, sampling_errors, writable
 from .options import Json, Mode, Model, Plot, Sampling
-from .output import graph_file, json_text, write_all
+from .output import graph_file, json_text, printable, write_all
 
 if TYPE_CHECKING:
     from ..core.trace import Trace
@@ -88,6 +88,8 @@ def _print(found: Trace, *, scored: bool) -> None:
     score = "none" if found.score is None else f"{found.score:.2f}"
     trigger = "none" if found.trigger_step is None else f"step {found.trigger_step} of {len(found.steps)}"
     print(f"verdict: {found.verdict}\nscore (S_mem): {score}\ntrigger: {trigger}\ncorrected steps: {found.mitigated.sum()}")
+    if found.words is not None:
+        print(f"called up by: {printable(', '.join(found.words.words))}\nwithout these words: {printable(found.words.text)}")
     if not scored:
         print("No profile was given, so the run is not scored: give --profile auto, or one made by 'calibrate'.")
     elif found.note:
