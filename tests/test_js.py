@@ -180,19 +180,13 @@ def test_the_keyboard_reaches_the_quantity_and_every_step(page):
 
 def test_an_image_of_a_batch_is_shown_alone_on_request(page):
     add(page, 0, 6)
-    page.evaluate("window.entry = document.querySelectorAll('.mg-image')[1]")
-    page.locator(".mg-image").nth(1).click()
+    page.locator(".mg-image").nth(1).evaluate("entry => { window.entry = entry; entry.click() }")
     add(page, 6, 12)
     assert lengths(page) == [12]
     assert page.locator(".mg-item").all_text_contents() == ["2"]
     assert page.evaluate("entry.isConnected && entry.getAttribute('aria-pressed') === 'true'")
-    assert page.locator(".mg-badge").all_inner_texts() == ["1 stable", "2 likely copy"]
     page.hover(".mg-cursor")
     assert page.locator(".mg-readout-name").all_inner_texts() == ["2", "reference"]
-    page.locator(".mg-image").nth(1).click()
-    page.wait_for_timeout(150)
-    assert lengths(page) == [12, 12]
-    assert page.evaluate("keys") == []
 
 
 def test_the_pointer_reads_every_image_and_drags_no_node_by_a_button(page):
