@@ -512,7 +512,7 @@ const STYLE = `
 .mg-legend{display:flex;flex:none;flex-wrap:wrap;gap:0 14px;color:var(--mg-muted);font-size:11px;line-height:14px}
 .mg-legend>span{display:flex;align-items:center;gap:5px;white-space:nowrap}
 .mg-note{flex:none;display:-webkit-box;overflow:hidden;color:var(--mg-muted);font-size:11px;line-height:14px;-webkit-box-orient:vertical;
- -webkit-line-clamp:4}
+ -webkit-line-clamp:8}
 .mg-readout[hidden],.mg-legend[hidden],.mg-note[hidden],.mg-empty[hidden]{display:none}
 .mg-live{position:absolute;width:1px;height:1px;margin:-1px;overflow:hidden;clip-path:inset(50%);white-space:pre-line}
 .mg-swatch{flex:none;display:block}

@@ -199,10 +199,12 @@ def test_nodes_say_what_they_did(page):
 
 
 def test_note_is_readable(page):
-    ids = build(page, {"steps": 20})
+    ids = build(page, {"steps": 20, "mode": "mitigate"})
+    unplug = "id => { const node = mg.node(id); node.disconnectInput(node.inputs.findIndex(({name}) => name === 'profile')); }"
+    page.evaluate(unplug, ids["guard"])
     queue(page)
     note = page.locator(".mg-note").first
-    assert note.text_content().startswith("The profile is transferred to this run (noise schedule: ")
+    assert note.text_content().startswith("There is no profile: nothing is judged, and mode mitigate does nothing.")
     assert note.evaluate("(element) => element.scrollHeight <= element.clientHeight + 1")
     assert points(page, ids["guard"]) == 20
 
