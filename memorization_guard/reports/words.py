@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ..core.trace import Trace
 
 
@@ -15,7 +17,7 @@ def summary(trace: Trace, title: str = "Image 1") -> str:
     if trace.rarity is not None:
         parts.append(unusual(trace.rarity))
     if trace.words is not None:
-        parts.append("called up by " + ", ".join(f'"{word}"' for word in trace.words.words))
+        parts.append(f"called up by {quoted(trace.words.words)}")
     if corrected := int(trace.mitigated.sum()):
         parts.append(f"{count(corrected, 'step')} corrected")
     if trace.nonfinite_step is not None:
@@ -49,7 +51,14 @@ def mitigated(trace: Trace, copied: bool | None) -> str:
         return "still a copy"
     if not trace.mitigated.any():
         return "the same image: nothing to correct"
+    if trace.words is not None:
+        return f"another image, without {quoted(trace.words.words)}"
     return f"another image: {count(int(trace.mitigated.sum()), 'step')} corrected"
+
+
+def quoted(words: Sequence[str]) -> str:
+    """Words of a prompt, each in quotation marks."""
+    return ", ".join(f'"{word}"' for word in words)
 
 
 def count(number: int, noun: str) -> str:
