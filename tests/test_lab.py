@@ -294,3 +294,36 @@ def test_a_contact_sheet_has_a_row_a_prompt(sampled):
     sheet = evaluate.contact_sheet("exact", sampled["exact", "trace"], sampled["exact", "mitigate"])
     assert isinstance(sheet, Image.Image)
     assert sheet.size == (3 * 132, 6 * 132)
+
+
+def test_check_tells_the_words_that_call_an_image_up_and_none_of_an_ordinary_prompt(call, tmp_path):
+    memorized, ordinary = lab.prompts("exact", "tuning")[3], lab.prompts("ordinary", "tuning")[0]
+    file = tmp_path / "answers.json"
+    result = call("check", "lab", memorized, ordinary, "--profile", lab.PROFILE, "--json", file, "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    first, second = json.loads(file.read_text(encoding="utf-8"))
+    assert (first["memorized"], second["memorized"]) == (True, False)
+    name = set(memorized.split()[-2:])
+    assert name & set(first["words"]["words"])
+    assert not name & set(first["words"]["text"].split())
+    assert first["words"]["p_value"] >= 0.4
+    assert first["p_value"] == first["p_value_floor"] == 1 / 8000
+    assert second["words"] is None
+    assert "likely memorized: rarer than 1 in 8,000 ordinary images" in result.output
+    assert f"Without them, an ordinary prompt: {first['words']['text']}" in result.output
+    assert f"{ordinary}\n  ordinary: as far as" in result.output
+
+
+def test_a_memorized_image_is_painted_without_the_words_that_call_it_up():
+    pipe, prompt = lab.pipeline(), lab.prompts("exact", "tuning")[3]
+    with guard(pipe, lab.profile(), "mitigate") as run:
+        image = pipe(prompt, num_inference_steps=12, generator=torch.Generator().manual_seed(3)).images[0]
+    (trace,) = run.traces
+    assert trace.verdict == "corrected"
+    assert set(trace.words.words) & set(prompt.split()[-2:])
+    assert trace.mitigated.all()
+    assert lab.copy_score(image, prompt) < 0.5
+    with guard(pipe) as run:
+        alone = pipe(trace.words.text, num_inference_steps=12, generator=torch.Generator().manual_seed(3)).images[0]
+    difference = np.abs(np.asarray(image, dtype=float) - np.asarray(alone, dtype=float))
+    assert difference.mean() < 2  # as if the prompt had been given without them
