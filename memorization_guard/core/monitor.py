@@ -174,60 +174,47 @@ class StabilityMonitor:
         if self.error is not None:
             return cond
         try:
-            return self._predicted(x, sigma, cond, uncond, ask, prompts)
+            run = self._run
+            self._check_batch(len(x))
+            if not run.taken:
+                self._kept = np.zeros(len(x), dtype=bool)
+            detail = not run.taken or self._serves is not None
+            measurement = self._meter.measure(x, sigma, cond, uncond, run.scale, detail=detail)
+            self._evaluated = x, measurement.latent
+            self._waiting.append(measurement)
+            run.taken += 1
+            if run.taken == 1 and ask is not None and (run.reference is not None or self._serves is not None):
+                self._judge_all()  # waits for the device, once a run
+                if self._serves is not None or run.judge.wants_to_ask:
+                    self._ask(x, ask)
+                if prompts is not None and (run.judge.trigger >= 0).any():
+                    cond = self._look_at_words(x, cond, ask, prompts)
+            if not self._at_once or run.reference is None:
+                if self._on_step is not None and x.is_cuda:
+                    self._arrivals.append(Arrival(measurement.block()))
+                return cond
+            self._judge_all()
+            if self.mode != "mitigate":
+                return cond
+            steers = run.judge.to_correct() & ~self._kept
+            if (corrected := steers | self._kept).any():
+                run.judge.corrects(corrected)
+            return self._steered(cond, uncond, steers) if steers.any() else cond
         except Exception as error:
             self.fail(error)
             return cond
 
-    def _predicted(
-        self,
-        x: Tensor,
-        sigma: Tensor | float,
-        cond: Tensor,
-        uncond: Tensor | None,
-        ask: Ask | None,
-        prompts: Prompts | None,
-    ) -> Tensor:
-        run = self._run
-        self._check_batch(len(x))
-        if not run.taken:
-            self._kept = np.zeros(len(x), dtype=bool)
-        detail = not run.taken or self._serves is not None
-        measurement = self._meter.measure(x, sigma, cond, uncond, run.scale, detail=detail)
-        self._evaluated = x, measurement.latent
-        self._waiting.append(measurement)
-        run.taken += 1
-        if run.taken == 1 and ask is not None and (run.reference is not None or self._serves is not None):
-            self._judge_all()  # waits for the device, once a run
-            if self._serves is not None or run.judge.wants_to_ask:
-                self._ask(x, ask)
-            if prompts is not None and (run.judge.trigger >= 0).any():
-                cond = self._look_at_words(x, cond, prompts)
-        if not self._at_once or run.reference is None:
-            if self._on_step is not None and x.is_cuda:
-                self._arrivals.append(Arrival(measurement.block()))
-            return cond
-        self._judge_all()
-        if self.mode != "mitigate":
-            return cond
-        steers = run.judge.to_correct() & ~self._kept
-        if (corrected := steers | self._kept).any():
-            run.judge.corrects(corrected)
-        return self._steered(cond, uncond, steers) if steers.any() else cond
-
     def _steered(self, cond: Tensor, uncond: Tensor | None, chosen: np.ndarray) -> Tensor:
         """``cond`` with the chosen samples led away from it."""
-        run = self._run
-        target = self.thresholds.steering_guidance
-        if uncond is None and self._without is not None and run.judge.evaluations[-1].level.sigma > OPEN_SIGMA:
+        run, scale = self._run, self.settings.guidance_scale
+        if uncond is None and run.judge.evaluations[-1].level.sigma > OPEN_SIGMA:
             # The host leaves it out early; in noise it is nearly the same for every latent.
-            return steering.steered(cond, self._without, chosen, guidance_scale=1.0, target=target)
+            uncond, scale = self._without, 1.0
         if uncond is None:
             return steering.rescaled(cond, chosen, run.usual_norm())
-        scale = self.settings.guidance_scale
         # At a scale of almost 0 the prompt has no part in the image.
         usable = USUAL_GUIDANCE if scale is None else scale if abs(scale) > 0.1 else 1.0
-        return steering.steered(cond, uncond, chosen, guidance_scale=usable, target=target)
+        return steering.steered(cond, uncond, chosen, guidance_scale=usable, target=self.thresholds.steering_guidance)
 
     def _ask(self, like: Tensor, ask: Ask) -> None:
         """Judges the run by what its prompts say in noise.
@@ -251,7 +238,7 @@ class StabilityMonitor:
             log.warning("Memorization Guard cannot judge this run; the image is not affected: %s", error, exc_info=error)
             self._run.unasked = f"{type(error).__name__}: {error}"
 
-    def _look_at_words(self, x: Tensor, cond: Tensor, prompts: Prompts) -> Tensor:
+    def _look_at_words(self, x: Tensor, cond: Tensor, ask: Ask, prompts: Prompts) -> Tensor:
         """Tells the words that call up what has triggered, and if that is wanted has the run go on without them; gives the
         conditional predictions to go on with."""
         run, judge = self._run, self._run.judge
@@ -263,6 +250,7 @@ class StabilityMonitor:
             with asking.undisturbed(x.device):
                 run.words = asking.words_of(triggered, prompts, noise, run.scale, judge.detail, judge.answers)
                 if not run.words or self.mode != "mitigate" or self.thresholds.correction != "keep":
+                    ask(None)  # as above
                     return cond
                 without = prompts.go_on({sample: words.text for sample, words in run.words.items()})
             self._kept[list(run.words)] = True
