@@ -115,7 +115,7 @@ class Scored:
 
 
 def until(step: int) -> Callable[..., dict[str, Any]]:
-    """A pipeline's callback that ends its run after so many steps."""
+    """A pipeline's callback that ends its run after so many steps, with samplers that make a step of one evaluation."""
 
     def interrupt(pipe: Any, done: int, _timestep: Any, latents: dict[str, Any]) -> dict[str, Any]:
         pipe._interrupt = done + 1 >= step
