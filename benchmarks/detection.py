@@ -1,7 +1,7 @@
 """How well memorized images are detected: the verdict and others' scores, on the same prompts, seeds and sampling runs.
 
     python benchmarks/detection.py --json docs/peers-detection.json
-    python benchmarks/detection.py --model FOLDER --world FOLDER --sampler FlowMatchEuler:30 --early --json FILE
+    python benchmarks/detection.py --model FOLDER --world FOLDER --sampler FlowMatchEuler:30 --json FILE
 
 Every score is of one image, and higher is to mean memorized, as published. Nothing is fitted here: the verdict's references
 are the lab's reference prompts, the others' constants are those published. Scores that do not apply to a model are left out,
@@ -114,25 +114,20 @@ class Scored:
     calls: list[Calls]
 
 
-def until(step: int) -> Callable[..., dict[str, Any]]:
-    """A pipeline's callback that ends its run after so many steps, with samplers that make a step of one evaluation."""
-
-    def interrupt(pipe: Any, done: int, _timestep: Any, latents: dict[str, Any]) -> dict[str, Any]:
-        pipe._interrupt = done + 1 >= step
-        return latents
-
-    return interrupt
-
-
 def verdicts(pipe: Any, profile: StabilityProfile, images: Sequence[Shot], how: dict[str, Any]) -> Scored:
     """How rare an ordinary prompt with as much is, ``-log(p-value)``, from the first step of every run.
 
     One image at a time: whether the network is asked is decided for a batch.
     """
+
+    def interrupt(pipe: Any, _step: int, _timestep: Any, latents: dict[str, Any]) -> dict[str, Any]:
+        pipe._interrupt = True
+        return latents
+
     values, calls = [], []
     for shot in tqdm(images, desc=VERDICT, unit="image"):
         with peers.counted(pipe) as counted, guard(pipe, profile) as run:
-            peers.latents_of(pipe, [shot], **how, callback_on_step_end=until(1))
+            peers.latents_of(pipe, [shot], **how, callback_on_step_end=interrupt)
         if run.error is not None:
             raise run.error
         (trace,) = run.traces
@@ -143,13 +138,12 @@ def verdicts(pipe: Any, profile: StabilityProfile, images: Sequence[Shot], how: 
 
 
 def peer_scores(pipe: Any, images: Sequence[Shot], how: dict[str, Any], batch: int, names: Sequence[str]) -> dict[str, Scored]:
-    """The named scores; runs are sampled as far as these need it."""
+    """The named scores, all of the same runs."""
     found = {name: Scored(np.empty(0), []) for name in names}
-    needed = max(PEERS[name].steps or how["num_inference_steps"] for name in names)
     for start in tqdm(range(0, len(images), batch), desc="peers", unit="batch"):
         part = images[start : start + batch]
         with peers.watched(pipe, part) as run:
-            peers.latents_of(pipe, part, **how, callback_on_step_end=until(needed))
+            peers.latents_of(pipe, part, **how)
         for name, scored in found.items():
             with peers.counted(pipe) as calls:
                 values = PEERS[name].score(run)
@@ -158,12 +152,10 @@ def peer_scores(pipe: Any, images: Sequence[Shot], how: dict[str, Any], batch: i
     return found
 
 
-def inapplicable(pipe: Any, *, early: bool) -> dict[str, str]:
-    """The scores that are left out, and why."""
-    found = {name: "it waits for the end of the run" for name, peer in PEERS.items() if early and peer.steps is None}
-    if peers.prediction_type(pipe.scheduler) == "flow_prediction":
-        found |= {name: peer.not_flow for name, peer in PEERS.items() if peer.not_flow}
-    return found
+def inapplicable(pipe: Any) -> dict[str, str]:
+    """The scores that do not apply to a model, and why."""
+    flow = peers.prediction_type(pipe.scheduler) == "flow_prediction"
+    return {name: peer.not_flow for name, peer in PEERS.items() if flow and peer.not_flow}
 
 
 def figures(scores: dict[str, Scored], images: Sequence[Shot]) -> dict[str, Any]:
@@ -191,7 +183,6 @@ def figures(scores: dict[str, Scored], images: Sequence[Shot]) -> dict[str, Any]
 def main() -> None:
     parser = lab_arguments(__doc__, batch=20)
     parser.add_argument("--split", default="evaluation", choices=["tuning", "evaluation"])
-    parser.add_argument("--early", action="store_true", help="leave out the scores that wait for the end of a run")
     parser.add_argument(
         "--images", nargs=len(IMAGES), type=int, default=[*IMAGES.values()], metavar="N", help=", ".join(IMAGES)
     )
@@ -200,7 +191,7 @@ def main() -> None:
     how = {"num_inference_steps": steps, "guidance_scale": arguments.guidance}
     counts = dict(zip(IMAGES, arguments.images, strict=True))
     images = [shot for group, count in counts.items() for shot in peers.shots(lab, arguments.split, [group], count)]
-    left_out = inapplicable(pipe, early=arguments.early)
+    left_out = inapplicable(pipe)
     references = lab.prompts("reference")
     profile = calibrate(pipe, references, batch_size=arguments.batch, **how)
     scores = {VERDICT: verdicts(pipe, profile, images, how)}

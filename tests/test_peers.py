@@ -21,7 +21,6 @@ from memorization_guard.lab.evaluate import FIRST_SEED
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 peers, detection, mitigation, verdict = map(importlib.import_module, ("peers", "detection", "mitigation", "verdict"))
-SAMPLERS = importlib.import_module("samplers").SAMPLERS
 
 SHOTS = [peers.Shot("exact", "a red cat on a mat", 3), peers.Shot("ordinary", "a blue dog in the sun", 4)]
 STEPS = 4
@@ -315,20 +314,8 @@ def test_every_score_is_taken_of_every_image(tiny_pipe):
     assert set(calls.values()) == {(0, 0, 0)}
 
 
-def test_a_run_goes_as_far_as_its_scores_need(tiny_pipe):
-    tiny_pipe.scheduler = SAMPLERS["Euler"](tiny_pipe.scheduler.config)
-    early = [name for name, peer in detection.PEERS.items() if peer.steps is not None]
-    with peers.counted(tiny_pipe) as calls:
-        found = scores_of(tiny_pipe, 2, ["DSM, second to third step"])
-    assert calls.forward == 3
-    every = scores_of(tiny_pipe, 2, early)
-    np.testing.assert_array_equal(found["DSM, second to third step"].values, every["DSM, second to third step"].values)
-    assert set(detection.inapplicable(tiny_pipe, early=True)) == set(detection.PEERS) - set(early)
-    assert detection.inapplicable(tiny_pipe, early=False) == {}
-
-
 def test_scores_of_a_rectified_flow_are_those_of_its_velocity(tiny_flow):
-    left_out = detection.inapplicable(tiny_flow, early=False)
+    left_out = detection.inapplicable(tiny_flow)
     assert sorted(name.split(",")[0] for name in left_out) == ["Asthana", "Asthana", "Ren", "Ren"]
     names = [name for name in detection.PEERS if name not in left_out]
     scores = scores_of(tiny_flow, 2, names)
