@@ -5,8 +5,8 @@ an image ``[B]``. ``eps_u`` and ``eps_c`` are the noise predicted without and wi
 ``t`` is a training timestep. Latents are as the network is given them: on the VP scale, or those of a rectified flow.
 
 A rectified flow begins in pure noise, where the noise to be predicted is the latent itself, whatever the prompt: the scores
-with and without it are the same, and every published quantity is 0. There the velocity ``v = eps - x0`` stands in the place of
-``eps`` (ours); no paper says what to do.
+with and without it are the same, and so is whatever is made of their difference. Of such a model the velocity ``v = eps - x0``
+stands in the place of ``eps`` at every step (ours); no paper says what to do.
 
 Where a paper leaves something to its code, the docstring says what was taken, and where this differs.
 """
