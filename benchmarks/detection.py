@@ -23,6 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from memorization_guard import StabilityProfile
+from memorization_guard.adapters.hooks import replaced
 from memorization_guard.diffusers import calibrate, guard
 from memorization_guard.statistics import detection_with_intervals
 
@@ -117,8 +118,10 @@ class Scored:
 def verdicts(pipe: Any, profile: StabilityProfile, images: Sequence[Shot], how: dict[str, Any]) -> Scored:
     """How rare an ordinary prompt with as much is, ``-log(p-value)``, from the first step of every run.
 
-    One image at a time: whether the network is asked is decided for a batch.
+    One image at a time: whether the network is asked is decided for a batch. A guard that sees a prompt encoded looks for the
+    words that call a copy up as well; that is no part of the verdict, so it does not see it here.
     """
+    encode = pipe.encode_prompt
 
     def interrupt(pipe: Any, _step: int, _timestep: Any, latents: dict[str, Any]) -> dict[str, Any]:
         pipe._interrupt = True
@@ -126,7 +129,7 @@ def verdicts(pipe: Any, profile: StabilityProfile, images: Sequence[Shot], how: 
 
     values, calls = [], []
     for shot in tqdm(images, desc=VERDICT, unit="image"):
-        with peers.counted(pipe) as counted, guard(pipe, profile) as run:
+        with peers.counted(pipe) as counted, guard(pipe, profile) as run, replaced(pipe, "encode_prompt", encode):
             peers.latents_of(pipe, [shot], **how, callback_on_step_end=interrupt)
         if run.error is not None:
             raise run.error
