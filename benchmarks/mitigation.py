@@ -9,22 +9,26 @@ time on the CPU, alternating with plain sampling.
 
 from __future__ import annotations
 
+import argparse
 import functools
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import peers
 import torch
 from peers import Shot
 from tqdm import tqdm
 
-from memorization_guard import Thresholds
-from memorization_guard.diffusers import guard
+from memorization_guard import StabilityProfile, Thresholds
+from memorization_guard.diffusers import calibrate, guard
 from memorization_guard.files import write_whole
-from memorization_guard.lab import COPY_THRESHOLD, Lab, attributes
+from memorization_guard.lab import COPY_THRESHOLD, MODEL, Lab, attributes
 from memorization_guard.lab.evaluate import similarity
+from memorization_guard.lab.world import DATA
 from memorization_guard.statistics import mean_with_interval, rate_with_interval
 
 #: Wen et al. stop at this guidance norm. Their code takes it of the four images of a prompt together, half of it each; both
@@ -125,18 +129,41 @@ def print_figures(result: dict[str, Any]) -> None:
     peers.print_counts(result["groups"])
 
 
+def set_up(lab: Lab, scheduler: str, steps: int) -> tuple[Any, StabilityProfile]:
+    """The lab's pipeline with another scheduler if asked for, and a profile that fits it, calibrated if the lab has none."""
+    pipe = lab.pipeline()
+    if scheduler == "PNDM" and steps == 50:
+        return pipe, lab.profile()
+    pipe.scheduler = getattr(diffusers, f"{scheduler}Scheduler").from_config(pipe.scheduler.config)
+    texts = lab.prompts("reference")[:50]
+    return pipe, calibrate(pipe, texts, batch_size=10, num_inference_steps=steps, guidance_scale=peers.GUIDANCE)
+
+
 def main() -> None:
-    parser = peers.arguments_of(__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=MODEL, help="a lab model's folder")
+    parser.add_argument("--world", type=Path, default=DATA, help="the world it was trained on")
+    parser.add_argument("--split", default="tuning", choices=["tuning", "evaluation"])
+    parser.add_argument("--per-group", type=int, help="so many images a group, instead of all")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--scheduler", default="PNDM", choices=["PNDM", "DDIM", "DPMSolverMultistep"])
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--json", type=Path, help="write the figures here")
     groups = ["exact", "template", "rare", "ordinary"]
     parser.add_argument("--groups", nargs="+", default=groups, choices=groups)
     parser.add_argument("--turns", type=int, default=8, help="exact, and ordinary, images that times are taken on")
     arguments = parser.parse_args()
 
     lab = Lab(arguments.model, arguments.world)
-    pipe, stability = peers.set_up(lab, arguments.scheduler, arguments.steps)
+    pipe, stability = set_up(lab, arguments.scheduler, arguments.steps)
     ways = methods(pipe, stability, arguments.steps)
     result: dict[str, Any] = {
-        **peers.conditions(arguments, pipe),
+        "model": arguments.model.name,
+        "prediction_type": peers.prediction_type(pipe.scheduler),
+        "split": arguments.split,
+        "scheduler": arguments.scheduler,
+        "steps": arguments.steps,
+        "threads": torch.get_num_threads(),
         "groups": {},
         "costs": {},
     }

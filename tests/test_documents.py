@@ -1,6 +1,7 @@
 """What the documents claim is what a file says."""
 
 import json
+import math
 import re
 
 import jsonschema
@@ -90,6 +91,47 @@ def told_rows(docs):
         for group, row in found["groups"].items():
             if "words" in row:
                 yield f"| {title} | {group} | {' | '.join(map(str, row['words'].values()))} |"
+
+
+def peers_measured(docs):
+    """The file of each model that the peers were measured on, by its name."""
+    names = {"bundled": "peers-detection.json", "model 2": "peers-detection-model-2.json"}
+    return {title: json.loads((docs / name).read_text(encoding="utf-8")) for title, name in names.items()}
+
+
+def network_calls(row):
+    """Calls of the network beyond those of sampling, by kind."""
+    named = {"forward": "", "jvp": " JVP", "backward": " backward"}
+    return ", ".join(f"{count:.2g}{named[kind]}" for kind, count in row["extra_calls"].items() if count) or "0"
+
+
+def peer_rows(docs):
+    """The verdict beside the peers: steps it waits for, extra calls, AUC and TPR at 1 % FPR."""
+    for title, found in peers_measured(docs).items():
+        groups = {group: row["scores"] for group, row in found["groups"].items()}
+        for name, steps in found["steps"].items():
+            ordinary, exact = (network_calls(groups[group][name]) for group in ("ordinary", "exact"))
+            cells = [str(steps), ordinary if ordinary == exact else f"{ordinary}; exact {exact}"]
+            for group in ("exact", "template"):
+                row = groups[group][name]
+                cells += [with_interval(row, "auc", 3), with_interval(row, "tpr_at_1_fpr")]
+            yield f"| {title} | {name} | {' | '.join(cells)} |"
+
+
+def peer_control_rows(docs):
+    """The share of the groups that are to be taken for ordinary above the score that 1 % of ordinary images pass."""
+    for title, found in peers_measured(docs).items():
+        for name in found["steps"]:
+            cells = [with_interval(found["groups"][group]["scores"][name], "tpr_at_1_fpr") for group in ("settled", "rare")]
+            yield f"| {title} | {name} | {' | '.join(cells)} |"
+
+
+def peer_condition_rows(docs):
+    """What the peers were measured with, and which do not apply."""
+    for title, found in peers_measured(docs).items():
+        sampler, _, steps = found["sampler"].partition(":")
+        images = ", ".join(f"{row['images']} {group}" for group, row in found["groups"].items())
+        yield f"- {title}: {sampler}, {steps} steps, guidance {found['guidance']:g}; {images} images."
 
 
 def count_with_interval(row):
@@ -187,8 +229,12 @@ def test_the_tables_of_the_lab_are_those_of_its_file(rows, docs):
 
 
 @pytest.mark.parametrize(
-    "rows", [verdict_rows, detection_rows, reference_rows, negative_rows, automatic_rows, words_rows, told_rows]
-)
+    "rows",
+    [
+        verdict_rows, detection_rows, reference_rows, negative_rows, automatic_rows, words_rows, told_rows,
+        peer_rows, peer_control_rows, peer_condition_rows,
+    ],
+)  # fmt: skip
 def test_the_tables_of_the_verdict_are_those_of_their_files(rows, docs):
     text = (docs / "evaluation.md").read_text(encoding="utf-8")
     expected = list(rows(docs))
@@ -204,6 +250,44 @@ def test_the_tables_of_the_audit_are_those_of_its_file(rows, docs):
     kept = [call["kept"] for call in found["calls"]]
     said = f"SIGKILL at {', '.join(map(str, kept[:-2]))} and {kept[-2]} images; after the fourth call there were"
     assert f"{said} {found['rows']:,} rows of {found['images']:,} different" in text
+
+
+def test_what_is_said_of_the_peers_is_in_their_files(docs):
+    text = " ".join((docs / "evaluation.md").read_text(encoding="utf-8").split())
+    found = {
+        title: {group: row["scores"] for group, row in of["groups"].items()} for title, of in peers_measured(docs).items()
+    }
+    verdict, norm = "ours, verdict", "Wen, whole run"
+
+    def pair(title, group, name, digits=2):
+        one, other = (found[title][group][score][name] for score in (norm, verdict))
+        return f"{one:.{digits}f} where the verdict has {other:.{digits}f}"
+
+    bundled, flow = (f"{pair(title, 'template', 'auc', 3)}" for title in found)
+    assert f"AUC {bundled} on the bundled model" in text
+    assert f"and {flow} on model 2" in text
+    bundled, flow = (pair(title, "template", "tpr_at_1_fpr") for title in found)
+    assert f"TPR at 1 % FPR {bundled}, and {flow}." in text
+    rates = [found[title]["settled"][norm]["tpr_at_1_fpr"] for title in found]
+    assert f"it takes {rates[0]:.2f} and {rates[1]:.2f} of settled prompts for memories" in text
+    rate = found["bundled"]["exact"][norm]["tpr_at_1_fpr"]
+    assert f"on the bundled model it finds {rate:.2f} of exact images" in text
+    for title, scores in found.items():
+        steps = peers_measured(docs)[title]["steps"]
+        early = {name: scores["template"][name] for name in steps if steps[name] <= 3}
+        for figure in ("auc", "tpr_at_1_fpr"):
+            assert max(early, key=lambda name: early[name][figure]) == verdict
+        everything = [name for name in steps if scores["exact"][name]["tpr_at_1_fpr"] == 1]
+        assert {verdict, "Wen, first step"} <= set(everything)
+        calm = {name for name in steps if scores["settled"][name]["tpr_at_1_fpr"] * 30 < 1.5}
+        assert {verdict, "Jeon, sharpness"} <= calm
+        assert scores["template"]["Jeon, sharpness"]["tpr_at_1_fpr"] == 0
+        above = [scores["exact"][name]["auc"] for name in ("Hessian difference", "Jeon, sharpness")]
+        assert (above[0] > above[1]) == (title == "bundled")
+    entropy = found["bundled"]["ordinary"]["Ren, entropy, first step"]["median"]
+    assert f"an entropy of {entropy:.2f} of at most {math.log(32):.2f}" in text
+    backwards = found["bundled"]["exact"]["Ren, entropy, first step"]["auc"]
+    assert f"AUC {backwards:.2f} on exact images" in text
 
 
 def readme_rows(docs):

@@ -4,6 +4,7 @@ import argparse
 import copy
 import importlib
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -12,8 +13,9 @@ import pytest
 import torch
 
 from memorization_guard import Trace, lab
+from memorization_guard.core.judge import SUSPICIOUS
 from memorization_guard.core.trace import Steps
-from memorization_guard.diffusers import guard
+from memorization_guard.diffusers import calibrate, guard
 from memorization_guard.evaluation.signals import SIGNALS
 from memorization_guard.lab.evaluate import FIRST_SEED
 
@@ -30,6 +32,37 @@ def start(tiny_pipe):
     with torch.no_grad():
         uncond, cond = peers.embeddings(tiny_pipe, SHOTS)
     return tiny_pipe, peers.starting_latents(tiny_pipe, SHOTS), 981, uncond, cond
+
+
+@pytest.fixture
+def tiny_flow(tokenizer):
+    """A StableDiffusion3Pipeline whose latents are [4, 8, 8]."""
+    diffusers = pytest.importorskip("diffusers")
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    torch.manual_seed(0)
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=32, projection_dim=16, bos_token_id=len(tokenizer) - 2, eos_token_id=len(tokenizer) - 1,
+        pad_token_id=len(tokenizer) - 1,
+    )  # fmt: skip
+    transformer = diffusers.SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=32, caption_projection_dim=16, pooled_projection_dim=32, pos_embed_max_size=8,
+    )  # fmt: skip
+    pipe = diffusers.StableDiffusion3Pipeline(
+        transformer=transformer.eval(),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+        vae=None,
+        text_encoder=CLIPTextModelWithProjection(text).eval(),
+        tokenizer=tokenizer,
+        text_encoder_2=CLIPTextModelWithProjection(text).eval(),
+        tokenizer_2=tokenizer,
+        text_encoder_3=None,
+        tokenizer_3=None,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def sampled_latents(pipe, part=SHOTS):
@@ -57,9 +90,71 @@ def test_sharpness_is_the_change_of_the_score_difference_along_itself(start, kin
 
     step, along = 1e-4, score_difference(x)
     change = (score_difference(x + step * along) - score_difference(x - step * along)) / (2 * step)
-    found = peers.sharpness(pipe, x, t, uncond, cond, delta(pipe, x, t, uncond, cond))
+    found = peers.sharpness(
+        lambda latent: peers.noise_predictions(pipe, latent, t, uncond, cond), x, delta(pipe, x, t, uncond, cond), float(noise)
+    )
     torch.testing.assert_close(found, change.flatten(1).norm(dim=1).to(found.dtype), rtol=1e-4, atol=0)
     assert (found > 0).all()
+
+
+def test_the_hessian_difference_of_linear_predictions_is_that_of_their_squared_matrices():
+    x, with_prompt, without = torch.randn(3, 12, 12, generator=torch.Generator().manual_seed(0))
+    latents = x[:2].reshape(2, 3, 2, 2)
+
+    def predict(latent):
+        flat = latent.flatten(1)
+        return (flat @ without.T).view_as(latent), (flat @ with_prompt.T).view_as(latent)
+
+    # The Jacobian of A x is A; what the pass backwards gives is its transpose times the prediction.
+    expected = (x[:2] @ (with_prompt.T @ with_prompt - without.T @ without)).norm(dim=1)
+    torch.testing.assert_close(peers.hessian_difference(predict, latents, 1.0), expected)
+    torch.testing.assert_close(peers.hessian_difference(predict, latents, 0.5), 4 * expected)
+    same = peers.hessian_difference(lambda latent: (predict(latent)[0],) * 2, latents, 1.0)
+    torch.testing.assert_close(same, torch.zeros(2))
+
+
+def test_the_score_change_is_the_distance_of_two_predictions():
+    before, after = torch.zeros(2, 1, 2, 1), torch.tensor([3.0, 4.0, 0.0, 0.0]).view(2, 1, 2, 1)
+    torch.testing.assert_close(peers.score_change(before, after), torch.tensor([5.0, 0.0]))
+
+
+def test_entropy_of_attention_is_that_of_its_mean():
+    torch.testing.assert_close(peers.attention_entropy(torch.full((2, 8), 1 / 8)), torch.full((2,), math.log(8)))
+    torch.testing.assert_close(peers.attention_entropy(torch.tensor([0.0, 1.0, 0.0])), torch.tensor(0.0))
+    torch.testing.assert_close(peers.attention_entropy(torch.tensor([0.5, 0.5, 0.0])), torch.tensor(math.log(2)))
+
+
+def test_late_entropy_is_that_of_the_last_fifth_and_what_the_summary_gained():
+    first, late = torch.full((4,), 0.25), torch.tensor([0.5, 0.25, 0.25, 0.0])
+    # Ten steps, of which the last two count; a prompt of three tokens with begin and end, so that the last two are summary.
+    attention = torch.stack([first] * 8 + [late] * 2)[:, None]
+    log2 = math.log(2)
+    expected = (0.5 * log2 + 2 * 0.25 * 2 * log2) + 0.25 * 2 * log2 - 2 * 0.25 * 2 * log2
+    torch.testing.assert_close(peers.late_entropy(attention, torch.tensor([3])), torch.tensor([expected]))
+    # Without a step that differs there is nothing gained.
+    same = peers.late_entropy(first.expand(3, 2, 4), torch.tensor([2, 4]))
+    torch.testing.assert_close(same, torch.full((2,), 2 * log2))
+
+
+@torch.no_grad()
+def test_attention_is_that_of_the_pass_with_the_prompt(tiny_pipe):
+    (layer,) = (module for name, module in tiny_pipe.unet.named_modules() if name.endswith("down_blocks.1.attentions.0"))
+    layer = layer.transformer_blocks[0].attn2
+    given = []
+    hook = layer.register_forward_pre_hook(lambda _, args, kwargs: given.append((args[0], kwargs)), with_kwargs=True)
+    with peers.watched(tiny_pipe, SHOTS) as run:
+        peers.latents_of(tiny_pipe, SHOTS, num_inference_steps=STEPS, guidance_scale=peers.GUIDANCE)
+    hook.remove()
+    places, text = given[0][0][2:], given[0][1]["encoder_hidden_states"][2:]
+    query, key = (part.unflatten(2, (layer.heads, -1)) for part in (layer.to_q(places), layer.to_k(text)))
+    scores = torch.einsum("bphd,bthd->bhpt", query, key) / query.shape[-1] ** 0.5
+    first = run.steps[0].attention
+    torch.testing.assert_close(peers.half_size_layer(first), scores.softmax(-1).mean((1, 2)))
+    assert len(first) == 4
+    for attention in first.values():
+        torch.testing.assert_close(attention.sum(-1), torch.ones(2))
+    assert run.lengths.tolist() == [len(tiny_pipe.tokenizer(shot.prompt).input_ids) for shot in SHOTS]
+    assert not layer._forward_pre_hooks
 
 
 def test_noise_of_a_velocity_prediction_gives_back_the_noise(tiny_pipe):
@@ -141,14 +236,18 @@ def test_dynamic_guidance_waits_for_a_local_minimum_and_takes_a_repeated_timeste
 
 
 def test_watching_sees_the_norms_that_the_trace_has(tiny_pipe):
-    with guard(tiny_pipe) as run, peers.watched(tiny_pipe) as seen:
+    with guard(tiny_pipe) as run, peers.watched(tiny_pipe, SHOTS) as seen:
         peers.sample(tiny_pipe, SHOTS, STEPS)
-    norms = torch.stack(list(seen.norms.values()))
+    norms = torch.stack([evaluation.norm for evaluation in seen.steps])
     assert norms.shape == (STEPS, 2)
     # PNDM evaluates its second timestep twice, and the second evaluation counts.
     np.testing.assert_allclose(norms.T, [np.delete(trace.guidance_norm, 1) for trace in run.traces], rtol=1e-3)
     np.testing.assert_allclose(seen.mean_norm(2), norms[:2].mean(0))
-    torch.testing.assert_close(seen.x, peers.starting_latents(tiny_pipe, SHOTS))
+    first = seen.steps[0]
+    torch.testing.assert_close(first.x, peers.starting_latents(tiny_pipe, SHOTS))
+    # Asked once more, the network says the same.
+    with torch.no_grad():
+        torch.testing.assert_close(seen.predicting(first.t)(first.x), (first.eps_u, first.eps_c))
 
 
 def test_latents_are_those_that_the_seeds_give_in_a_pipeline(tiny_pipe):
@@ -176,7 +275,7 @@ def test_costs_count_what_was_called(start):
 
     def with_sharpness(part):
         peers.sample(pipe, part, STEPS)
-        peers.sharpness(pipe, x, t, uncond, cond, x)
+        peers.sharpness(lambda latent: peers.noise_predictions(pipe, latent, t, uncond, cond), x, x, 1.0)
 
     def with_prompt(part):
         embedding = peers.optimised_prompt(*start, target=0.0, iterations=2)
@@ -196,17 +295,67 @@ def test_costs_count_what_was_called(start):
     assert calls.forward == STEPS + 1  # PNDM looks twice at its second timestep
 
 
-def test_the_benchmarks_take_every_score_and_every_method(tiny_pipe):
-    scores = detection.all_scores(tiny_pipe, None, SHOTS, STEPS, batch=1)
-    assert all(len(values) == 2 and np.isfinite(values).all() for values in scores.values())
-    together = detection.all_scores(tiny_pipe, None, SHOTS, STEPS, batch=2)
-    for name, values in scores.items():
-        np.testing.assert_allclose(values, together[name], rtol=1e-3, err_msg=name)
-    assert (scores["Wen, 10 steps"] == scores["Wen, whole run"]).all()  # of four
-    assert (scores["Wen, first step"] != scores["Wen, whole run"]).all()
-    rows = detection.figures({"first": np.array([1.0, 0.0]), "second": np.array([0.0, 1.0])}, SHOTS)["exact"]["scores"]
-    assert (rows["first"]["auc"], rows["second"]["auc"]) == (1.0, 0.0)
+def scores_of(pipe, batch, names=tuple(detection.PEERS)):
+    how = {"num_inference_steps": STEPS, "guidance_scale": peers.GUIDANCE}
+    return detection.peer_scores(pipe, SHOTS, how, batch, names)
 
+
+def test_every_score_is_taken_of_every_image(tiny_pipe):
+    scores, together = scores_of(tiny_pipe, 1), scores_of(tiny_pipe, 2)
+    for name, scored in scores.items():
+        assert np.isfinite(scored.values).all()
+        np.testing.assert_allclose(scored.values, together[name].values, rtol=1e-3, err_msg=name)
+        assert scored.calls == together[name].calls
+    assert (scores["Wen, first step"].values != scores["Wen, whole run"].values).all()
+    calls = {name: (scored.calls[0].forward, scored.calls[0].jvp, scored.calls[0].backward) for name, scored in scores.items()}
+    assert calls.pop("Jeon, sharpness") == (0, 1, 0)
+    assert calls.pop("Hessian difference") == (1, 0, 1)
+    assert [calls.pop(name) for name in list(calls) if "Asthana" in name] == [(1, 0, 0)] * 3
+    assert set(calls.values()) == {(0, 0, 0)}
+
+
+def test_scores_of_a_rectified_flow_are_those_of_its_velocity(tiny_flow):
+    left_out = detection.inapplicable(tiny_flow)
+    assert sorted(name.split(",")[0] for name in left_out) == ["Asthana", "Asthana", "Ren", "Ren"]
+    names = [name for name in detection.PEERS if name not in left_out]
+    scores = scores_of(tiny_flow, 2, names)
+    assert all(np.isfinite(scored.values).all() and (scored.values != 0).all() for scored in scores.values())
+    with peers.watched(tiny_flow, SHOTS) as run:
+        peers.latents_of(tiny_flow, SHOTS, num_inference_steps=STEPS, guidance_scale=peers.GUIDANCE)
+    first = run.steps[0]
+    assert (first.t, first.attention, peers.level_at(tiny_flow.scheduler, first.t).noise) == (1000, {}, 1)
+    # x = (1 - t) x0 + t eps and v = eps - x0, so that eps = x + (1 - t) v.
+    t = float(tiny_flow.scheduler.timesteps[-3])
+    with torch.no_grad():
+        without, with_prompt = (first.x + (1 - t / 1000) * velocity for velocity in run.predicting(t)(first.x))
+    np.testing.assert_allclose(scores["Asthana, alignment alone"].values, peers.alignment(without, with_prompt), rtol=1e-5)
+
+
+def test_the_verdict_is_of_the_first_step_and_asks_where_it_is_suspicious(tiny_pipe):
+    how = {"num_inference_steps": STEPS, "guidance_scale": peers.GUIDANCE}
+    profile = calibrate(tiny_pipe, [f"a cat {number}" for number in range(9)], progress=False, **how)
+    texts = [*(f"a cat {number}" for number in range(6)), "a dog in the sun"]
+    images = [peers.Shot("ordinary", text, 100 + number) for number, text in enumerate(texts)]
+    found = detection.verdicts(tiny_pipe, profile, images, how)
+    for value, calls in zip(found.values, found.calls, strict=True):
+        assert calls.forward in (0, 3)  # a noise, its negative, and the run's own latent once more
+        assert calls.forward or value < -math.log(SUSPICIOUS)
+    assert {calls.forward for calls in found.calls} == {0, 3}
+
+
+def test_figures_are_of_each_group_against_the_ordinary_images():
+    scores = {
+        "first": detection.Scored(np.array([1.0, 0.0]), [peers.Calls(), peers.Calls()]),
+        "second": detection.Scored(np.array([0.0, 1.0]), [peers.Calls(forward=3), peers.Calls()]),
+    }
+    found = detection.figures(scores, SHOTS)
+    rows = found["exact"]["scores"]
+    assert (rows["first"]["auc"], rows["second"]["auc"]) == (1.0, 0.0)
+    assert rows["second"]["extra_calls"] == {"forward": 3, "jvp": 0, "backward": 0}
+    assert set(found["ordinary"]["scores"]["first"]) == {"median", "extra_calls"}
+
+
+def test_every_method_of_mitigation_samples(tiny_pipe):
     images = {name: method(SHOTS) for name, method in mitigation.methods(tiny_pipe, None, STEPS).items()}
     assert {made.shape for made in images.values()} == {images["plain"].shape}
     for name in ("Jain, static transition", "Jain, dynamic transition"):
