@@ -83,7 +83,7 @@ class Page:
 
     def open(self, tab="txt2img"):
         """Opens the accordion, to set something in it."""
-        self.control("enabled", tab).locator(".label-wrap").click()
+        self.control("enabled", tab).locator(".label-wrap").first.click()
         self.control("mode", tab).wait_for()
         return self
 
@@ -259,7 +259,7 @@ def test_what_is_said_of_a_profile_holds_whatever_else_is_set(page, host):
 def test_a_profile_is_in_the_lists_of_both_tabs_once_it_is_made(page):
     page.choose(steps=5, guard=False).script("Memorization Guard")
     page.control("mode", kind="script").locator("input[value=calibrate]").check()
-    page.control("mode", kind="script").locator("~ *").get_by_text("Calibrate", exact=True).first.click()
+    page.page.locator(".label-wrap:visible:has-text('Calibrate')").click()
     page.control("reference_prompts", kind="script").locator("textarea").fill("\n".join(REFERENCES))
     page.control("profile_name", kind="script").locator(":is(input, textarea)").fill("made in the page")
     assert "made in the page" not in page.open().profiles()
