@@ -9,6 +9,7 @@ from comfy_api.v0_0_2 import io
 
 from ..memorization_guard import Mode, Thresholds
 from ..memorization_guard.core.settings import MODES
+from .prompts import Encoder
 from .references import Automatic
 from .sampling import guard
 
@@ -103,6 +104,7 @@ class MemorizationGuard(io.ComfyNode):
                 thresholds=Thresholds(**thresholds),
                 node=cls.hidden.unique_id,
                 automatic=Automatic(clip),
+                encoder=None if clip is None else Encoder(clip),
                 ends_prompt=mode == END_PROMPT,
             )
         )
