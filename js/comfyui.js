@@ -31,6 +31,13 @@ function fold(node) {
   }
 }
 
+/** Workflows that were saved before a choice was there hold the graph's value, which is empty, in its place. */
+function mend(node) {
+  for (const widget of node.widgets) {
+    if (widget.type === "combo" && widget.value === "" && widget.options?.values?.length) widget.value = widget.options.values[0];
+  }
+}
+
 /** Adds a field for the text that a node puts out when it ran. The text can be copied. */
 function speaker(node) {
   const element = styled("div", {
@@ -197,6 +204,7 @@ app.registerExtension({
     };
     node.onConfigure = function (...args) {
       onConfigure?.apply(this, args);
+      if (node.comfyClass === "MemorizationGuard") mend(node);
       panel.restore();
     };
     node.onRemoved = function (...args) {

@@ -8,7 +8,8 @@ from typing import Any, cast
 from comfy_api.v0_0_2 import io
 
 from ..memorization_guard import Mode, Thresholds
-from ..memorization_guard.core.settings import MODES
+from ..memorization_guard.core.settings import CORRECTIONS, MODES
+from .prompts import Encoder
 from .references import Automatic
 from .sampling import guard
 
@@ -27,12 +28,23 @@ CONSTANTS = [
     if "bounds" in field.metadata and field.metadata["method"] in ("reference", "both")
 ]
 
+#: Likewise, of a few choices.
+CORRECTION = next(field for field in dataclasses.fields(Thresholds) if field.name == "correction")
+
 
 def _threshold(field: dataclasses.Field[Any]) -> Any:
     """A widget for a field of :class:`Thresholds`, folded away as advanced; callers of the API may leave it out."""
     low, high, step = field.metadata["bounds"]
     about, name = field.metadata["about"], field.name
     widget = io.Float.Input(name, default=field.default, min=low, max=high, step=step, tooltip=about, optional=True)
+    widget.extra_dict = {"advanced": True}
+    return widget
+
+
+def _correction() -> Any:
+    """How an image is corrected; behind all other widgets, whose values a saved workflow holds by their order."""
+    about, name = CORRECTION.metadata["about"], CORRECTION.name
+    widget = io.Combo.Input(name, options=[*CORRECTIONS], default=CORRECTIONS[0], tooltip=about, optional=True)
     widget.extra_dict = {"advanced": True}
     return widget
 
@@ -46,7 +58,8 @@ class MemorizationGuard(io.ComfyNode):
             category=CATEGORY,
             description=(
                 "Judges what this model predicts while it samples, and shows live whether that goes farther than ordinary "
-                "prompts do, as it does when the model reproduces a training image. On 'mitigate' it steers away."
+                "prompts do, as it does when the model reproduces a training image. On 'mitigate' it leads elsewhere: with "
+                "the CLIP connected, by leaving out the words of the prompt that call the image up."
             ),
             inputs=[
                 io.Model.Input("model", tooltip="The model to watch. Nodes that patch it may stand before or after this one."),
@@ -76,10 +89,13 @@ class MemorizationGuard(io.ComfyNode):
                     optional=True,
                     tooltip=(
                         "The model's CLIP. With it, and without a profile, the profile of the model and its LoRAs makes "
-                        "itself before the first image, from 100 built-in prompts in the time of some ten images. It is kept."
+                        "itself before the first image, from 100 built-in prompts in the time of some ten images. It is kept. "
+                        "With it, the words that call a copy up are told, and 'mitigate' keeps the rest of the prompt: "
+                        "connect the CLIP that the prompt is encoded with."
                     ),
                 ),
                 *map(_threshold, CONSTANTS),
+                _correction(),
             ],
             outputs=[
                 io.Model.Output(display_name="MODEL", tooltip="The watched model: connect it to the sampler."),
@@ -103,6 +119,7 @@ class MemorizationGuard(io.ComfyNode):
                 thresholds=Thresholds(**thresholds),
                 node=cls.hidden.unique_id,
                 automatic=Automatic(clip),
+                encoder=None if clip is None else Encoder(clip),
                 ends_prompt=mode == END_PROMPT,
             )
         )

@@ -19,7 +19,8 @@ from ..memorization_guard.core.profile import EXTENSION, name_problem
 from ..memorization_guard.prompts import enough, read_prompts, reference_prompts, typed_prompts
 from .guard import CATEGORY, StabilityProfileType
 from .models import model_hash
-from .references import FOLDER, encoded, profile_folder, sample_references
+from .prompts import encoded
+from .references import FOLDER, profile_folder, sample_references
 from .sampling import is_guarded
 
 BUILT_IN, TEXT = "built-in list", "text below"

@@ -19,6 +19,7 @@ from ..memorization_guard.automatic import AUTO, STEPS, AutomaticProfiles, guida
 from ..memorization_guard.core.monitor import Serves
 from ..memorization_guard.core.profile import EXTENSION
 from .models import model_hash
+from .prompts import encoded
 from .sampling import guard, unguarded
 
 FOLDER = "stability_profiles"
@@ -31,11 +32,6 @@ folder_paths.folder_names_and_paths[FOLDER][1].add(EXTENSION)
 def profile_folder() -> Path:
     """Where profiles are written to."""
     return Path(folder_paths.get_folder_paths(FOLDER)[0])
-
-
-def encoded(clip: Any, texts: Sequence[str]) -> list[Any]:
-    """The conditioning of each text."""
-    return [clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in texts]
 
 
 def sample_references(

@@ -13,6 +13,9 @@ from server import PromptServer
 from ..memorization_guard import Mode, StabilityMonitor, Trace
 from ..memorization_guard.fingerprint import content_hash
 
+#: At most so many texts of a prompt are looked at, each of at most so many characters.
+TEXTS, LONGEST = 64, 10_000
+
 #: Gives a node of a prompt by its id, or ``None`` where the prompt has none of that id.
 GetNode = Callable[[str], Mapping[str, Any] | None]
 
@@ -108,6 +111,18 @@ def lineage(get_node: GetNode, node: str) -> tuple[set[str], str]:
         found[current] = (content["class_type"], content["inputs"])
         waiting += [str(link[0]) for link in content["inputs"].values() if isinstance(link, list) and len(link) == 2]
     return set(found), content_hash(found)
+
+
+def texts_behind() -> list[str]:
+    """The texts in what the node that is running depends on, as the prompt was queued; the longest first."""
+    prompt_id, node, _ = _executing()
+    prompt = _running_prompt(prompt_id)
+    if prompt is None:
+        return []
+    before = lineage(prompt.get, node)[0] or prompt.keys()  # what other nodes expand into has no place in it
+    values = {value for one in before for value in prompt[one]["inputs"].values() if isinstance(value, str)}
+    texts = [value for value in values if value.strip() and len(value) <= LONGEST]
+    return sorted(texts, key=lambda text: (-len(text), text))[:TEXTS]
 
 
 def _running_prompt(prompt_id: str) -> Mapping[str, Any] | None:

@@ -36,6 +36,7 @@ from ..memorization_guard import (
 from ..memorization_guard.adapters.kdiffusion import SamplerRun, watched
 from ..memorization_guard.core.monitor import STOPPED, Serves
 from .models import noise_levels, run_settings
+from .prompts import Encoder, OtherPrompts, RunConditioning
 from .runs import TraceLog
 
 log = logging.getLogger(__name__)
@@ -68,6 +69,7 @@ def guard(
     node: str | None = None,
     serves: Serves | None = None,
     automatic: Automatic | None = None,
+    encoder: Encoder | None = None,
     ends_prompt: bool = False,
 ) -> tuple[ModelPatcher, TraceLog]:
     """A clone of ``model`` whose runs are watched, and where they are logged; ``model`` itself stays as it is.
@@ -76,6 +78,7 @@ def guard(
         node: id of the node that live events are for; without one, none are sent.
         serves: as for :class:`StabilityMonitor`.
         automatic: gives runs a profile, where ``profile`` does not.
+        encoder: finds the prompts of runs, to tell the words that call a copy up and to go on without them.
         ends_prompt: whether a run that mode ``stop`` ends takes the whole prompt with it, as *Cancel* does.
     """
     traces = TraceLog(mode)
@@ -95,10 +98,20 @@ def guard(
         return executor(noise, *args, **kwargs)
 
     def around_sampler(
-        executor: Any, guider: Any, sigmas: Tensor, extra_args: Any, callback: Any, noise: Tensor, *args: Any, **kwargs: Any
+        executor: Any,
+        guider: Any,
+        sigmas: Tensor,
+        extra_args: Any,
+        callback: Any,
+        noise: Tensor,
+        latent_image: Tensor | None = None,
+        denoise_mask: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
     ) -> Tensor:
         sampler = executor.class_obj
-        sample = functools.partial(executor, guider, sigmas, extra_args, callback, noise, *args, **kwargs)
+        prepared = noise, latent_image, denoise_mask
+        sample = functools.partial(executor, guider, sigmas, extra_args, callback, *prepared, *args, **kwargs)
         if not hasattr(sampler, "sampler_function"):
             log.warning("Memorization Guard cannot watch %s: it is no KSAMPLER.", type(sampler).__name__)
             return sample()
@@ -109,7 +122,8 @@ def guard(
             held, missing = (profile, None) if automatic is None or profile is not None else automatic.profile(guider)
             watch = _Watch(traces, held, thresholds, node, settings, levels, serves, missing)
             sampler_run = SamplerRun(watch.monitor, schedule, levels)
-            predictions = Predictions(sampler_run, guider)
+            own = None if encoder is None else RunConditioning(encoder, guider, *prepared, extra_args.get("seed"))
+            predictions = Predictions(sampler_run, guider, own)
             predictions.attach(extra_args["model_options"])
         except Exception:
             log.warning("Memorization Guard does not watch this run; the image is not affected.", exc_info=True)
@@ -198,14 +212,16 @@ class Predictions:
     Args:
         run: takes them in.
         guider: asks for them; its conditionings tell which prediction is which.
+        conditioning: the one with the prompt, where it is to be told what of it calls a copy up.
     """
 
     #: Whether some guard is asking the network: what it answers is no evaluation of a run, for none of several guards.
     asking = False
 
-    def __init__(self, run: SamplerRun, guider: Any) -> None:
+    def __init__(self, run: SamplerRun, guider: Any, conditioning: RunConditioning | None) -> None:
         self._run = run
         self._guider = guider
+        self._conditioning = conditioning
         self._expected = False  # whether an evaluation has begun whose predictions were not seen yet
         self._evaluation_wrappers: list[Any] = []
 
@@ -235,8 +251,8 @@ class Predictions:
         if not Predictions.asking:
             self._expected = False
 
-        def evaluate(x: Tensor, sigma: Tensor) -> Sequence[Tensor]:
-            return inner({**args, "input": x, "sigma": sigma, "timestep": sigma})
+        def evaluate(conds: Sequence[Any], x: Tensor, sigma: Tensor) -> Sequence[Tensor]:
+            return inner({**args, "conds": conds, "input": x, "sigma": sigma, "timestep": sigma})
 
         return self._judged(args["conds"], evaluate, args["input"], args["sigma"])
 
@@ -245,20 +261,24 @@ class Predictions:
     ) -> Sequence[Tensor]:
         """A ``CALC_COND_BATCH`` wrapper."""
 
-        def evaluate(x: Tensor, sigma: Tensor) -> Sequence[Tensor]:
+        def evaluate(conds: Sequence[Any], x: Tensor, sigma: Tensor) -> Sequence[Tensor]:
             predictions: Sequence[Tensor] = executor(model, conds, x, sigma, *args, **kwargs)
             return predictions
 
         if self._expected and not Predictions.asking and self._place("positive", conds) is not None:
             self._expected = False
             return self._judged(conds, evaluate, x, sigma)
-        return evaluate(x, sigma)
+        return evaluate(conds, x, sigma)
 
     def _judged(
-        self, conds: Sequence[Any], evaluate: Callable[[Tensor, Tensor], Sequence[Tensor]], x: Tensor, sigma: Tensor
+        self,
+        conds: Sequence[Any],
+        evaluate: Callable[[Sequence[Any], Tensor, Tensor], Sequence[Tensor]],
+        x: Tensor,
+        sigma: Tensor,
     ) -> Sequence[Tensor]:
         """The predictions for ``conds``, the one with the prompt replaced where it was corrected."""
-        predictions = evaluate(x, sigma)
+        predictions = evaluate(conds, x, sigma)
         if Predictions.asking:
             return predictions
         try:
@@ -268,18 +288,27 @@ class Predictions:
             without = next((p for name in _WITHOUT_PROMPT if (p := self._place(name, conds)) is not None), None)
             uncond = predictions[without] if without is not None and _active(conds[without], sigma) else None
 
-            def ask(noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+            def asked(noise: Tensor | None, conds: Sequence[Any]) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
                 latent, level = (x, sigma) if noise is None else self._in_noise(noise, sigma)
                 if not _active(conds[place], level):
                     raise ValueError("the prompt has no part in the image at the highest noise level")
                 Predictions.asking = True
                 try:
-                    found = evaluate(latent, level)
+                    return latent, level, evaluate(conds, latent, level)
                 finally:
                     Predictions.asking = False
+
+            def ask(noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+                latent, level, found = asked(noise, conds)
                 return latent, level, found[place], None if without is None else found[without]
 
-            cond = self._run.predicted(x, sigma, predictions[place], uncond, ask=ask)
+            def answer(noise: Tensor | None, other: Mapping[str, Any] | None) -> tuple[Tensor, Tensor, Tensor]:
+                alone = [[other] if i == place else None for i in range(len(conds))]
+                latent, level, found = asked(noise, conds if other is None else alone)
+                return latent, level, found[place]
+
+            prompts = None if self._conditioning is None else OtherPrompts(self._conditioning, len(x), answer)
+            cond = self._run.predicted(x, sigma, predictions[place], uncond, ask=ask, prompts=prompts)
             if cond is predictions[place]:
                 return predictions
             return [cond if i == place else prediction for i, prediction in enumerate(predictions)]

@@ -127,7 +127,11 @@ class OtherPrompts:
         """As in :class:`~memorization_guard.core.asking.Prompts`."""
         self._chosen = {sample: self._encoded.again([text]) for sample, text in texts.items()}
         x, at = called_with(self._call.arguments, self._call.keywords)
-        output = replace(self._call, keywords=self.chosen(self._call.keywords)).again(x, at)
+        try:
+            output = replace(self._call, keywords=self.chosen(self._call.keywords)).again(x, at)
+        except BaseException:
+            self._chosen = {}  # the run goes on with its own
+            raise
         one = self._evaluation
         found = self._network.read(one.number, x, output, one.coefficients)
         return found.denoised(found.cond)

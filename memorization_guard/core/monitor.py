@@ -244,21 +244,22 @@ class StabilityMonitor:
         run, judge = self._run, self._run.judge
         if judge.answers is None:
             return cond
-        try:
-            noise = asking.noise(run.reference_shape or x.shape[1:], x)
-            triggered = np.flatnonzero(judge.trigger >= 0).tolist()
-            with asking.undisturbed(x.device):
+        noise = asking.noise(run.reference_shape or x.shape[1:], x)
+        triggered = np.flatnonzero(judge.trigger >= 0).tolist()
+        without = None
+        with asking.undisturbed(x.device):
+            try:
                 run.words = asking.words_of(triggered, prompts, noise, run.scale, judge.detail, judge.answers)
-                if not run.words or self.mode != "mitigate" or self.thresholds.correction != "keep":
-                    ask(None)  # as above
-                    return cond
-                without = prompts.go_on({sample: words.text for sample, words in run.words.items()})
-            self._kept[list(run.words)] = True
-            kept = torch.from_numpy(self._kept).to(cond.device).view(-1, *(1,) * (cond.ndim - 1))
-            return torch.where(kept, without.to(cond.dtype), cond)
-        except Exception as error:
-            log.warning("Memorization Guard cannot tell the words of this prompt: %s", error, exc_info=error)
-            return cond
+                if run.words and self.mode == "mitigate" and self.thresholds.correction == "keep":
+                    without = prompts.go_on({sample: words.text for sample, words in run.words.items()})
+            except Exception as error:
+                log.warning("Memorization Guard cannot tell the words of this prompt: %s", error, exc_info=error)
+            if without is None:
+                ask(None)  # as after any question: what the network saw last is the run's own latent
+                return cond
+        self._kept[list(run.words)] = True
+        kept = torch.from_numpy(self._kept).to(cond.device).view(-1, *(1,) * (cond.ndim - 1))
+        return torch.where(kept, without.to(cond.dtype), cond)
 
     @torch.no_grad()
     def latent(self, x: Tensor, level: NoiseLevel, *, evaluated: bool) -> None:

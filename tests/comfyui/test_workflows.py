@@ -75,7 +75,7 @@ def test_the_api_file_is_the_same_workflow(name, load):
     assert load(name) == {key: {k: node[k] for k in ("class_type", "inputs")} for key, node in content.items()}
 
 
-def test_quick_start_finds_a_copy_and_steers_away_on_request(server, load):
+def test_quick_start_finds_a_copy_and_leaves_out_the_words_that_call_it_up_on_request(server, load):
     prompt = load("quick_start")
     text = next(node["inputs"]["text"] for node in prompt.values() if node["inputs"].get("text"))
     guard, save = only(prompt, "MemorizationGuard"), only(prompt, "SaveImage")
@@ -95,6 +95,7 @@ def test_quick_start_finds_a_copy_and_steers_away_on_request(server, load):
     run.wait()
     (trace,) = traces(run, only(prompt, "MemorizationGuardReport"))
     assert any(trace["steps"]["mitigated"])
+    assert set(trace["words"]["words"]) & set(text.split()[-2:])
     (image,) = run.images(save)
     assert lab.copy_score(image, text) < 0.75
 
@@ -119,14 +120,15 @@ def test_side_by_side_differs_in_the_mode_alone_and_shows_a_copy_and_none(server
 
     run = server.queue(prompt)
     run.wait()
-    (plain,), (steered,) = (run.images(name) for name in nodes(prompt, "SaveImage"))
+    (plain,), (kept,) = (run.images(name) for name in nodes(prompt, "SaveImage"))
     assert lab.copy_score(plain, text) > 0.75
-    assert lab.copy_score(steered, text) < 0.75
-    assert lab.nearest_copy(steered)[0] < 0.75
-    assert np.asarray(steered).std() > 10
+    assert lab.copy_score(kept, text) < 0.75
+    assert lab.nearest_copy(kept)[0] < 0.75
+    assert np.asarray(kept).std() > 10
     (watched,), (corrected,) = (traces(run, name) for name in nodes(prompt, "MemorizationGuardReport"))
     assert not any(watched["steps"]["mitigated"])
     assert any(corrected["steps"]["mitigated"])
+    assert watched["words"] == corrected["words"] is not None
 
 
 def test_calibrate_and_save_makes_the_labs_profile_anew(server, load):

@@ -275,3 +275,18 @@ def test_follows_the_theme(page, theme):
         "([id, theme]) => mg.box(id).querySelector('.mg-view').dataset.mgTheme === theme", arg=[ids["guard"], theme]
     )
     page.evaluate("() => app.extensionManager.setting.set('Comfy.ColorPalette', 'dark')")
+
+
+def test_a_workflow_of_before_a_choice_was_there_is_valid(page):
+    """The graph's own value, the last of the widgets', would be taken for the choice's."""
+    place = Path(__file__).parents[3] / "example_workflows" / "quick_start.json"
+    state = json.loads(place.read_text(encoding="utf-8"))
+    (guard,) = (node for node in state["nodes"] if node["type"] == "MemorizationGuard")
+    assert guard["widgets_values"] == ["trace", 0.005, -1, 3, "keep", ""]
+    guard["widgets_values"] = ["trace", 0.005, -1, 3, ""]
+    guard["inputs"] = [each for each in guard["inputs"] if each["name"] != "correction"]
+    page.evaluate("state => app.loadGraphData(state, true, true, null)", state)
+    values = "id => app.graph.getNodeById(id).widgets.slice(0, 5).map((each) => each.value)"
+    assert page.evaluate(values, guard["id"]) == ["trace", 0.005, -1, 3, "keep"]
+    queue(page)
+    assert points(page, str(guard["id"])) == 30

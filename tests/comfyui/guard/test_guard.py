@@ -134,7 +134,7 @@ def test_a_rate_that_is_none_is_refused_before_anything_runs(bench: Any, server:
 
 def test_what_belongs_to_the_published_method_cannot_be_set(server: Any) -> None:
     inputs = server.object_info("MemorizationGuard")["input_order"]
-    assert inputs["optional"] == ["profile", "clip", "false_positive_rate", "steering_guidance", "gamma"]
+    assert inputs["optional"] == ["profile", "clip", "false_positive_rate", "steering_guidance", "gamma", "correction"]
 
 
 # Mode stop
