@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.asking import Ask
+from ..core.asking import Ask, Prompts
 from ..core.monitor import STOPPED, StabilityMonitor
 from ..core.noise_level import NoiseLevel
 
@@ -60,12 +60,19 @@ class SamplerRun:
         self._planned = True  # whether the sampler keeps to the levels
 
     def predicted(
-        self, x: Tensor, sigma: Tensor | float, cond: Tensor, uncond: Tensor | None = None, *, ask: Ask | None = None
+        self,
+        x: Tensor,
+        sigma: Tensor | float,
+        cond: Tensor,
+        uncond: Tensor | None = None,
+        *,
+        ask: Ask | None = None,
+        prompts: Prompts | None = None,
     ) -> Tensor:
         """The conditional prediction to go on with; as :meth:`StabilityMonitor.predicted`."""
         self._calls += 1
         self._evaluated = x
-        self._denoised = self.monitor.predicted(x, sigma, cond, uncond, ask=ask)
+        self._denoised = self.monitor.predicted(x, sigma, cond, uncond, ask=ask, prompts=prompts)
         return self._denoised
 
     def around(self, sampler_function: Callable[..., Tensor], model: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

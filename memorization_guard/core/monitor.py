@@ -202,7 +202,7 @@ class StabilityMonitor:
             if self._serves is not None or run.judge.wants_to_ask:
                 self._ask(x, ask)
             if prompts is not None and (run.judge.trigger >= 0).any():
-                cond = self._look_at_words(x, cond, prompts)
+                cond = self._look_at_words(x, cond, ask, prompts)
         if not self._at_once or run.reference is None:
             if self._on_step is not None and x.is_cuda:
                 self._arrivals.append(Arrival(measurement.block()))
@@ -251,7 +251,7 @@ class StabilityMonitor:
             log.warning("Memorization Guard cannot judge this run; the image is not affected: %s", error, exc_info=error)
             self._run.unasked = f"{type(error).__name__}: {error}"
 
-    def _look_at_words(self, x: Tensor, cond: Tensor, prompts: Prompts) -> Tensor:
+    def _look_at_words(self, x: Tensor, cond: Tensor, ask: Ask, prompts: Prompts) -> Tensor:
         """Tells the words that call up what has triggered, and if that is wanted has the run go on without them; gives the
         conditional predictions to go on with."""
         run, judge = self._run, self._run.judge
@@ -263,6 +263,7 @@ class StabilityMonitor:
             with asking.undisturbed(x.device):
                 run.words = asking.words_of(triggered, prompts, noise, run.scale, judge.detail, judge.answers)
                 if not run.words or self.mode != "mitigate" or self.thresholds.correction != "keep":
+                    ask(None)  # the run's own is to be what was evaluated last, as in _ask
                     return cond
                 without = prompts.go_on({sample: words.text for sample, words in run.words.items()})
             self._kept[list(run.words)] = True
