@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -721,11 +722,40 @@ def test_words_under_options_of_the_host(webui, lab_profile, options):
         assert close(answer, webui.make(**settings | {"prompt": answer.trace.words.text}))
 
 
-def test_the_refiner_goes_on_without_the_words(webui, lab_profile):
-    name = webui.ask("/sdapi/v1/sd-models")[0]["title"]
-    refined = {"refiner_checkpoint": name, "refiner_switch_at": 0.5, "steps": 20}
-    answer = webui.make("mitigate", lab_profile, prompt=EXACT, **refined)
-    assert not is_copy(answer, EXACT), answer.trace.note
+def test_the_refiner_goes_on_without_the_words(webui):
+    (checkpoint,) = (webui.data / "checkpoints").glob("memorization-guard-lab.safetensors")
+    for suffix in (".safetensors", ".yaml"):
+        shutil.copy(checkpoint.with_suffix(suffix), checkpoint.with_name(f"second{suffix}"))
+    webui.ask("/sdapi/v1/refresh-checkpoints", {})
+    refined = {"refiner_checkpoint": "second", "refiner_switch_at": 0.5}
+    webui.calibrate("refined", lab.prompts("reference")[:60], steps=4, **refined)
+    settings = {"prompt": EXACT, "steps": 20, **refined}
+    assert is_copy(webui.make(**settings), EXACT)
+    answer = webui.make("mitigate", "refined", **settings)
+    assert "Refiner: second" in answer.info["infotexts"][0]
+    assert close(answer, webui.make(**settings | {"prompt": answer.trace.words.text}))
+
+
+@pytest.mark.parametrize("host", ["forge"], indirect=True)
+@pytest.mark.parametrize("sampler", ["Euler", "DDIM"])
+def test_forge_goes_on_without_words_and_the_other_image_keeps_every_bit(host, profile, sampler):
+    # Of a model of random weights, which words these are says nothing; that an image is that of the other prompt does.
+    guard = "mitigate", profile, *host.constants(Thresholds(false_positive_rate=0.3))
+    settings = {"sampler_name": sampler, "seed": 3}
+    found = {prompt: host.make(*guard, prompt=prompt, **settings) for prompt in [EXACT, ORDINARY, *REFERENCES[:6], "a fox"]}
+    kept = {prompt: answer for prompt, answer in found.items() if answer.trace.words is not None}
+    untouched = [prompt for prompt, answer in found.items() if answer.trace.trigger_step is None]
+    assert kept, [answer.trace.p_value for answer in found.values()]
+    for prompt, answer in kept.items():
+        assert answer.trace.verdict == "corrected"
+        assert close(answer, host.make(prompt=answer.trace.words.text, **settings))
+        assert not close(answer, host.make(prompt=prompt, **settings))
+        assert f"{TITLE} words: " in answer.info["infotexts"][0]
+    settings |= batch_of(untouched[0], next(iter(kept)))
+    (ordinary,), (corrected,) = (answer := host.make(*guard, **settings)).traces
+    assert (ordinary.verdict, corrected.verdict) == ("stable", "corrected")
+    assert corrected.words is not None
+    assert answer.pixels[0] == host.make(**settings).pixels[0]
 
 
 def close(answer, other):
