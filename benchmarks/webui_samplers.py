@@ -80,7 +80,7 @@ class Server:
 
 def constants(thresholds: Thresholds) -> list[Any]:
     """In the order of the scripts' arguments."""
-    return [thresholds.false_positive_rate, thresholds.steering_guidance, thresholds.gamma]
+    return [thresholds.false_positive_rate, thresholds.steering_guidance, thresholds.gamma, thresholds.correction]
 
 
 def batches(group: str, count: int) -> Iterator[tuple[list[str], int]]:

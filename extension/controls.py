@@ -98,6 +98,14 @@ class Controls:
         return [mode, profile, *values]
 
     def _constant(self, field: dataclasses.Field[Any]) -> Any:
+        if choices := field.metadata.get("choices"):
+            return gr.Radio(
+                list(choices),
+                value=field.default,
+                label=field.name,
+                elem_id=self._elem_id(field.name),
+                info=field.metadata["about"],
+            )
         low, high, step = field.metadata["bounds"]
         return gr.Slider(
             low,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -45,6 +47,41 @@ def highest_sigma(model: Any) -> float:
     """The highest noise level of a model that a patcher of the UNet has: of a flow model 1, where its latent is all noise."""
     predictor = getattr(model, "predictor", None)
     return float((model.model_sampling if predictor is None else predictor).sigma_max)  # reForge has it as ComfyUI
+
+
+@contextlib.contextmanager
+def text_encoders(sd_model: Any, shape: Sequence[int]) -> Iterator[None]:
+    """While it is entered, the text encoders may be used in the middle of sampling.
+
+    What they note for the infotext of the next images is forgotten, and a network that made room for them is back.
+
+    Args:
+        shape: of the latents that are sampled.
+    """
+    if not HAS_UNET_PATCHER:
+        from modules.sd_hijack import model_hijack
+
+        noted = list(model_hijack.comments), dict(model_hijack.extra_generation_params)
+        try:
+            yield
+        finally:
+            model_hijack.comments, model_hijack.extra_generation_params = noted
+        return
+    from backend import memory_management
+    from backend.text_processing import classic_engine
+
+    unet = sd_model.forge_objects.unet
+    needed = unet.model_options.get("memory_peak_estimation_modifier", unet.memory_required)
+    loaded, notes = (
+        [each.model for each in memory_management.current_loaded_models],
+        classic_engine.last_extra_generation_params,
+    )
+    classic_engine.last_extra_generation_params = {}
+    try:
+        yield
+    finally:
+        classic_engine.last_extra_generation_params = notes
+        memory_management.load_models_gpu(loaded, memory_required=needed([2 * shape[0], *shape[1:]]))
 
 
 def weights(sd_model: Any) -> dict[str, torch.Tensor]:

@@ -8,6 +8,7 @@ predictions. All of it is in place for one run of a sampler and leaves nothing b
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -18,9 +19,10 @@ from modules import script_callbacks, shared
 from torch import Tensor
 
 from ..memorization_guard import NoiseLevel, StabilityMonitor
-from ..memorization_guard.core.asking import Ask
+from ..memorization_guard.core.asking import Ask, Prompts
 from ..memorization_guard.core.noise_level import resized
 from . import hosts
+from .prompts import OtherPrompts, Rows, Texts, picked
 from .timesteps import changed
 
 
@@ -30,7 +32,9 @@ class Predicted(Protocol):
     Gives the prediction with the prompt to go on with.
     """
 
-    def __call__(self, x: Tensor, sigma: Tensor, cond: Tensor, uncond: Tensor | None, /, *, ask: Ask) -> Tensor: ...
+    def __call__(
+        self, x: Tensor, sigma: Tensor, cond: Tensor, uncond: Tensor | None, /, *, ask: Ask, prompts: Prompts | None
+    ) -> Tensor: ...
 
 
 def judged(denoiser: Any, monitor: StabilityMonitor, predicted: Predicted) -> contextlib.AbstractContextManager[None]:
@@ -82,17 +86,21 @@ def _tiling_kept() -> Iterator[None]:
 @contextlib.contextmanager
 def _judged_in_callback(denoiser: Any, monitor: StabilityMonitor, predicted: Predicted) -> Iterator[None]:
     given: Any = None
+    texts = Texts(denoiser)
 
     def before(params: Any) -> None:
         nonlocal given
         # The whole of it: extensions that are called later may exchange the latent in it.
         given = params if params.denoiser is denoiser else None
+        if given is not None:
+            with _told(monitor):
+                params.text_cond = texts.given(params.text_cond, params.x.shape)
 
     def after(params: Any) -> None:
         nonlocal given
         if given is not None:
             with _told(monitor):
-                _judge_rows(denoiser, monitor, predicted, given, params.x)
+                _judge_rows(denoiser, monitor, predicted, given, params.x, texts)
         given = None
 
     # Registered last, so called last: what other extensions make of the predictions is what is judged.
@@ -100,7 +108,9 @@ def _judged_in_callback(denoiser: Any, monitor: StabilityMonitor, predicted: Pre
         yield
 
 
-def _judge_rows(denoiser: Any, monitor: StabilityMonitor, predicted: Predicted, given: Any, rows: Tensor) -> None:
+def _judge_rows(
+    denoiser: Any, monitor: StabilityMonitor, predicted: Predicted, given: Any, rows: Tensor, texts: Texts
+) -> None:
     """Judges, and replaces in place, the rows of a batch: first those of each image's prompts, then those without a prompt.
 
     Behind them, a model that edits images has those without the image.
@@ -114,14 +124,29 @@ def _judge_rows(denoiser: Any, monitor: StabilityMonitor, predicted: Predicted, 
     may_miss = shared.opts.skip_early_cond or arguments["s_min_uncond"]
     missing = bool(may_miss) and torch.equal(without, torch.stack([each[0] for each in prompted]))
 
+    owners = [image for image, each in enumerate(weights) for _ in each]
+
+    def in_noise(noise: Tensor) -> tuple[Tensor, float]:
+        return _in_noise(denoiser.inner_model, monitor, noise)
+
     def ask(noise: Tensor | None) -> tuple[Tensor, float, Tensor, Tensor]:
-        owners = [image for image, each in enumerate(weights) for _ in each]
-        latent, level = (x, float(sigma[0])) if noise is None else _in_noise(denoiser.inner_model, monitor, noise)
+        latent, level = (x, float(sigma[0])) if noise is None else in_noise(noise)
         with _tiling_kept():
             found = _rows(denoiser, given, owners, latent, level)
         return latent, level, _joined(found, weights), _parts(found, weights)[1]
 
-    corrected = predicted(x, sigma, cond, None if missing else without, ask=ask)
+    def asked(latent: Tensor, level: float, sample: int, text: Rows) -> Tensor:
+        image = given.image_cond[owners.index(sample)]
+        images = _sized(image.expand(len(latent), *image.shape), latent)
+        with _tiling_kept():
+            return _evaluated(denoiser, given, _padded(denoiser, text, given.text_uncond)[0], latent, level, images)
+
+    def again(text: Rows) -> Tensor:
+        given.text_cond = text
+        return ask(None)[2]
+
+    prompts = OtherPrompts(texts, in_noise, asked, again)
+    corrected = predicted(x, sigma, cond, None if missing else without, ask=ask, prompts=prompts)
     if corrected is cond:
         return
     replace = changed(cond, corrected)
@@ -153,31 +178,41 @@ def _rows(denoiser: Any, given: Any, owners: Sequence[int], latent: Tensor, leve
     Args:
         owners: the image of each prompt.
     """
-    with_prompt, without = given.text_cond, given.text_uncond
-    if with_prompt.shape[1] != without.shape[1]:
-        if shared.opts.pad_cond_uncond_v0:
-            with_prompt, without = denoiser.pad_cond_uncond_v0(with_prompt, without)
-        elif shared.opts.pad_cond_uncond:
-            with_prompt, without = denoiser.pad_cond_uncond(with_prompt, without)
-
-    rows, images = [], given.image_cond
-    if images.ndim == 4 and images.shape[-1] > 1:  # an inpainting model's; others are given a single pixel
-        images = resized(images, latent.shape[2:])
-    for text, of in ((with_prompt, owners), (without, range(len(latent)))):
+    rows, images = [], _sized(given.image_cond, latent)
+    texts = _padded(denoiser, given.text_cond, given.text_uncond)
+    for text, of in zip(texts, (owners, range(len(latent))), strict=True):
         for start in range(0, len(of), len(latent)):
             x = latent[list(of[start : start + len(latent)])]
-            condition = _condition(text, start, start + len(x), images[: len(x)])
-            rows.append(denoiser.inner_model(x, given.sigma.new_full((len(x),), level), cond=condition))
+            part = picked(text, slice(start, start + len(x)))
+            rows.append(_evaluated(denoiser, given, part, x, level, images[: len(x)]))
             images = images[len(x) :]
     return torch.cat(rows)
 
 
-def _condition(text: Any, start: int, end: int, image: Tensor) -> dict[str, Any]:
-    """What the WebUI's models are given beside the latent: these rows of the prompts' tensors, and the image to go by."""
+def _padded(denoiser: Any, with_prompt: Rows, without: Rows) -> tuple[Rows, Rows]:
+    """The prompts' rows at one length, where the host is set to that."""
+    if with_prompt.shape[1] != without.shape[1]:
+        if shared.opts.pad_cond_uncond_v0:
+            return denoiser.pad_cond_uncond_v0(with_prompt, without)
+        if shared.opts.pad_cond_uncond:
+            return denoiser.pad_cond_uncond(with_prompt, without)
+    return with_prompt, without
+
+
+def _sized(images: Tensor, latent: Tensor) -> Tensor:
+    """The images to go by, in the size of a latent: an inpainting model's; others are given a single pixel."""
+    return resized(images, latent.shape[2:]) if images.ndim == 4 and images.shape[-1] > 1 else images
+
+
+def _evaluated(denoiser: Any, given: Any, text: Rows, x: Tensor, level: float, images: Tensor) -> Tensor:
+    """What the WebUI's models say of latents; beside them they are given the prompts' rows, and the images to go by."""
     if isinstance(text, dict):
-        return {**{name: rows[start:end] for name, rows in text.items()}, "c_concat": [image]}
-    by_embedding = shared.sd_model.model.conditioning_key == "crossattn-adm"
-    return {"c_crossattn": [text[start:end]], **({"c_adm": image} if by_embedding else {"c_concat": [image]})}
+        condition = {**text, "c_concat": [images]}
+    else:
+        by_embedding = shared.sd_model.model.conditioning_key == "crossattn-adm"
+        condition = {"c_crossattn": [text], **({"c_adm": images} if by_embedding else {"c_concat": [images]})}
+    found: Tensor = denoiser.inner_model(x, given.sigma.new_full((len(x),), level), cond=condition)
+    return found
 
 
 def _parts(rows: Tensor, weights: list[list[float]]) -> tuple[Sequence[Tensor], Tensor]:
@@ -204,10 +239,14 @@ def _joined(rows: Tensor, weights: list[list[float]]) -> Tensor:
 
 @contextlib.contextmanager
 def _judged_in_patcher(denoiser: Any, monitor: StabilityMonitor, predicted: Predicted) -> Iterator[None]:
+    texts = Texts(denoiser)
     # Functions, since a patcher that is cloned copies its options deeply, but not those: all clones have the same one.
-    forge, reforge = _last_before_guidance(monitor, predicted), _first_after_network(monitor, predicted)
+    forge, reforge = _last_before_guidance(monitor, predicted, texts), _first_after_network(monitor, predicted)
 
     def before(params: Any) -> None:
+        if params.denoiser is denoiser:
+            with _told(monitor):
+                params.text_cond = texts.given(params.text_cond, params.x.shape)
         objects = params.denoiser.inner_model.inner_model.forge_objects
         present = objects.unet.model_options.get("sampler_pre_cfg_function", [])
         if params.denoiser is not denoiser or forge in present or reforge in present:
@@ -222,7 +261,7 @@ def _judged_in_patcher(denoiser: Any, monitor: StabilityMonitor, predicted: Pred
         yield
 
 
-def _last_before_guidance(monitor: StabilityMonitor, predicted: Predicted) -> Callable[..., Any]:
+def _last_before_guidance(monitor: StabilityMonitor, predicted: Predicted, texts: Texts) -> Callable[..., Any]:
     """Forge's pre-CFG functions are called before the network; the last one knows which function guidance is left to."""
 
     def before_network(model: Any, cond: Any, uncond: Any, x: Any, timestep: Any, options: dict[str, Any]) -> tuple[Any, ...]:
@@ -232,13 +271,17 @@ def _last_before_guidance(monitor: StabilityMonitor, predicted: Predicted) -> Ca
         def guide(args: dict[str, Any]) -> Any:
             prompted, without = args["cond_denoised"], args["uncond_denoised"]
 
-            def evaluate(x: Tensor, timestep: Tensor) -> Sequence[Tensor]:
+            def network(cond: Any, uncond: Any, x: Tensor, timestep: Tensor) -> Sequence[Tensor]:
                 from backend.sampling.sampling_function import calc_cond_uncond_batch
 
                 return calc_cond_uncond_batch(model, cond, uncond, x, timestep, options)
 
             with _told(monitor):
-                _judge(monitor, predicted, args, prompted, None if uncond is None else without, weight, evaluate)
+                evaluate = functools.partial(network, cond, uncond)
+                in_noise = functools.partial(_at_highest, model, monitor)
+                prompts = _forge_prompts(texts, network, cond, uncond, x, timestep, in_noise) if weight == 1 else None
+                alone = None if uncond is None else without
+                _judge(monitor, predicted, args, prompted, alone, weight, evaluate, prompts)
             if chosen is not None:
                 return chosen({**args, "cond": args["input"] - prompted})
             difference = (prompted - without) * args["cond_scale"]
@@ -247,6 +290,55 @@ def _last_before_guidance(monitor: StabilityMonitor, predicted: Predicted) -> Ca
         return model, cond, uncond, x, timestep, {**options, "sampler_cfg_function": guide}
 
     return before_network
+
+
+def _forge_prompts(
+    texts: Texts,
+    network: Callable[[Any, Any, Tensor, Tensor], Sequence[Tensor]],
+    cond: Any,
+    uncond: Any,
+    x: Tensor,
+    timestep: Tensor,
+    in_noise: Callable[[Tensor], tuple[Tensor, float]],
+) -> OtherPrompts | None:
+    """Other prompts in the place of those that Forge's network is given; ``None`` where AND joins several.
+
+    Args:
+        network: gives the predictions with and without the prompt, from conditions, latent and noise level.
+    """
+    if len(cond) != 1:
+        return None
+    (present,) = cond
+
+    def with_rows(rows: Rows, images: list[int]) -> list[dict[str, Any]]:
+        """The condition for these images, with other rows."""
+        from backend.sampling.condition import compile_conditions
+
+        (other,) = compile_conditions(rows)
+        kept = {
+            name: type(part)(part.cond[images]) if isinstance(part.cond, Tensor) and len(part.cond) == len(x) else part
+            for name, part in present["model_conds"].items()
+            if name not in other["model_conds"]
+        }
+        return [{**present, **other, "model_conds": {**kept, **other["model_conds"]}}]
+
+    def asked(latent: Tensor, level: float, sample: int, rows: Rows) -> Tensor:
+        conditions, levels = with_rows(rows, [sample] * len(latent)), timestep.new_full((len(latent),), level)
+        with _tiling_kept():
+            return network(conditions, None, latent, levels)[0]
+
+    def again(rows: Rows) -> Tensor:
+        conditions = with_rows(picked(rows, texts.places), list(range(len(x))))
+        with _tiling_kept():
+            return network(conditions, uncond, x, timestep)[0]
+
+    return OtherPrompts(texts, in_noise, asked, again)
+
+
+def _at_highest(model: Any, monitor: StabilityMonitor, noise: Tensor) -> tuple[Tensor, float]:
+    """The latent that is this noise at the highest noise level of a patcher's model, and that level."""
+    level = hosts.highest_sigma(model)
+    return noise * NoiseLevel.from_model(level, monitor.settings.prediction_type).scale, level
 
 
 class _Guided:
@@ -291,11 +383,13 @@ def _judge(
     without: Tensor | None,
     weight: float,
     evaluate: Callable[[Tensor, Tensor], Sequence[Tensor]],
+    prompts: Prompts | None = None,
 ) -> None:
     """Judges the prediction with the prompt, an average, at the weight that guidance gives it, and replaces it in place.
 
     Args:
         evaluate: gives the predictions with and without the prompt for a latent and its noise level.
+        prompts: has the network evaluate others.
     """
     sigma = args["sigma"]
 
@@ -306,15 +400,14 @@ def _judge(
         if noise is None:
             latent, level = args["input"], float(sigma[0])
         else:
-            level = hosts.highest_sigma(args["model"])
-            latent = noise * NoiseLevel.from_model(level, monitor.settings.prediction_type).scale
+            latent, level = _at_highest(args["model"], monitor, noise)
         with _tiling_kept():
             found, other = evaluate(latent, torch.full_like(sigma, level))
         alone = None if without is None else other
         return latent, level, at_weight(found, alone), alone
 
     joined = at_weight(prompted, without)
-    corrected = predicted(args["input"], sigma, joined, without, ask=ask)
+    corrected = predicted(args["input"], sigma, joined, without, ask=ask, prompts=prompts)
     if corrected is joined:
         return
     if without is not None and joined is not prompted:

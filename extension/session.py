@@ -33,12 +33,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: The constants that a user can set here, in the order of the scripts' arguments.
-CONSTANTS = [
-    field
-    for field in dataclasses.fields(Thresholds)
-    if field.metadata["method"] in ("reference", "both") and "bounds" in field.metadata
-]
+#: The constants that a user can set here, in the order of the scripts' arguments: numbers, and behind them choices.
+CONSTANTS = sorted(
+    (field for field in dataclasses.fields(Thresholds) if field.metadata["method"] != "published" and field.name != "method"),
+    key=lambda field: "choices" in field.metadata,
+)
 _PUBLISHED = "the published method edits latents between solver steps, which only diffusers allows: it cannot be used here"
 
 #: Of the scripts; also begins the name of every field that we write into an image's infotext.
@@ -82,7 +81,9 @@ class Options:
         if "published" in values:
             raise ValueError(_PUBLISHED)
         constants: dict[str, Any] = {
-            each.name: float(value) for each, value in zip(CONSTANTS, values, strict=False) if value is not None
+            each.name: value if "choices" in each.metadata else float(value)
+            for each, value in zip(CONSTANTS, values, strict=False)
+            if value is not None
         }
         return cls(cast(Mode, mode), None if profile in (None, "", "None") else profile, Thresholds(**constants))
 
@@ -116,7 +117,7 @@ def pasted_result(fields: Mapping[str, str]) -> str:
             words = [f"{part}{verdict}"]
             words += [
                 f"{name} {fields[key]}"
-                for name in ("rarity", "score", "trigger step")
+                for name in ("rarity", "words", "score", "trigger step")
                 if (key := f"{TITLE} {part}{name}") in fields
             ]
             passes.append(", ".join(words))
@@ -249,7 +250,7 @@ class Session:
         fields = self.options.infotext()
         fields[TITLE] = _ModeField(self.options.mode, self._mode)
         for hires in (False, True):
-            for name in ("verdict", "rarity", "score", "trigger step"):
+            for name in ("verdict", "rarity", "words", "score", "trigger step"):
                 key = f"{TITLE} {'hires ' if hires else ''}{name}"
                 fields[key] = lambda _name=name, _hires=hires, **scope: self._field(_name, _hires, scope)
         p.extra_generation_params.update(fields)
@@ -284,6 +285,8 @@ class Session:
         if name == "rarity":
             # The host puts quotes around a value with a comma, and takes them off again when it is pasted.
             return trace.rarity
+        if name == "words":
+            return None if trace.words is None else ", ".join(trace.words.words)
         if name == "score":
             return None if trace.score is None else f"{trace.score:.2f}"
         return None if trace.trigger_step is None else str(trace.trigger_step)

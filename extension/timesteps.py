@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..memorization_guard import NoiseLevel, StabilityMonitor
 from ..memorization_guard.adapters.kdiffusion import SamplerRun
-from ..memorization_guard.core.asking import Ask
+from ..memorization_guard.core.asking import Ask, Prompts
 from ..memorization_guard.core.noise_level import widened
 
 
@@ -51,6 +51,28 @@ def _denoised(x: Tensor, level: NoiseLevel, eps: Tensor) -> Tensor:
     return (x - level.beta * widened(eps)) / level.alpha
 
 
+class _DenoisedPrompts:
+    """Prompts of a network that predicts noise, with the clean latents that the predictions stand for.
+
+    Args:
+        prompts: the network's. level: that of a timestep. x, at: the latent of the run's present evaluation, and its level.
+    """
+
+    def __init__(self, prompts: Prompts, level: Callable[[float], NoiseLevel], x: Tensor, at: NoiseLevel) -> None:
+        self._prompts, self._level, self._x, self._at = prompts, level, x, at
+
+    @property
+    def texts(self) -> Sequence[str]:
+        return self._prompts.texts
+
+    def ask(self, noise: Tensor, sample: int, texts: Sequence[str]) -> tuple[Tensor, Tensor | float, Tensor]:
+        x, t, cond = self._prompts.ask(noise, sample, texts)
+        return x, t, _denoised(x, self._level(float(t)), cond)
+
+    def go_on(self, texts: Mapping[int, str]) -> Tensor:
+        return _denoised(self._x, self._at, self._prompts.go_on(texts))
+
+
 class TimestepRun(SamplerRun):
     """A run of a sampler that calls back after its update.
 
@@ -81,7 +103,14 @@ class TimestepRun(SamplerRun):
             hook.remove()
 
     def predicted_noise(
-        self, x: Tensor, t: Tensor, cond: Tensor, uncond: Tensor | None = None, *, ask: Ask | None = None
+        self,
+        x: Tensor,
+        t: Tensor,
+        cond: Tensor,
+        uncond: Tensor | None = None,
+        *,
+        ask: Ask | None = None,
+        prompts: Prompts | None = None,
     ) -> Tensor:
         """As :meth:`predicted` for predictions of the noise; bit-identical in samples that are not corrected."""
         assert self._last is not None
@@ -95,7 +124,8 @@ class TimestepRun(SamplerRun):
 
         denoised = _denoised(x, self._last, cond)
         without = None if uncond is None else _denoised(x, self._last, uncond)
-        given = self.predicted(x, t, denoised, without, ask=None if ask is None else asked)
+        others = None if prompts is None else _DenoisedPrompts(prompts, self._level, x, self._last)
+        given = self.predicted(x, t, denoised, without, ask=None if ask is None else asked, prompts=others)
         if given is denoised:
             return cond
         return torch.where(changed(denoised, given), ((x - signal * given) / noise).to(cond.dtype), cond)

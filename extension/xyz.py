@@ -27,10 +27,15 @@ def add_axes() -> None:
         plot.AxisOption(f"[{TITLE}] Mode", str, _set("mode"), choices=lambda: list(MODES)),
         plot.AxisOption(f"[{TITLE}] Profile", str, _set("profile"), choices=profiles.names),
         *(
-            plot.AxisOption(f"[{TITLE}] {field.name}", int if isinstance(field.default, int) else float, _set(field.name))
+            plot.AxisOption(f"[{TITLE}] {field.name}", type(field.default), _set(field.name), **_choices(field))
             for field in CONSTANTS
         ),
     ]
+
+
+def _choices(field: dataclasses.Field[Any]) -> dict[str, Any]:
+    choices = field.metadata.get("choices")
+    return {} if choices is None else {"choices": lambda: list(choices)}
 
 
 def _set(name: str) -> Any:

@@ -31,7 +31,8 @@ def modules(monkeypatch):
     shared.sd_model = types.SimpleNamespace(model=types.SimpleNamespace(conditioning_key="crossattn"))
     package = types.ModuleType("modules")
     package.script_callbacks, package.shared = callbacks, shared
-    for module in (package, callbacks, shared):
+    package.devices, package.prompt_parser = types.ModuleType("modules.devices"), types.ModuleType("modules.prompt_parser")
+    for module in (package, callbacks, shared, package.devices, package.prompt_parser):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     return package
 
@@ -48,8 +49,8 @@ class Monitor:
         self.corrected, self.seen, self.errors = corrected, [], []
         self.settings = types.SimpleNamespace(prediction_type=prediction_type)
 
-    def predicted(self, x, sigma, cond, uncond, *, ask):
-        self.ask = ask
+    def predicted(self, x, sigma, cond, uncond, *, ask, prompts):
+        self.ask, self.prompts = ask, prompts
         self.seen.append((x, sigma, cond.clone(), None if uncond is None else uncond.clone()))
         return cond if self.corrected is None else self.corrected(cond)
 
@@ -75,7 +76,7 @@ class Denoiser:
         repeats = [len(each) for each in self.weights]
         x_in = torch.cat([x.repeat_interleave(torch.tensor(repeats), 0), x])
         sigma_in = torch.cat([sigma.repeat_interleave(torch.tensor(repeats)), sigma])
-        params = types.SimpleNamespace(x=x_in, sigma=sigma_in, denoiser=self)
+        params = types.SimpleNamespace(x=x_in, sigma=sigma_in, text_cond=torch.zeros(sum(repeats), 2, 3), denoiser=self)
         for callback in callbacks["cfg_denoiser"]:
             callback(params)
         out = self.rows.clone()
@@ -295,7 +296,7 @@ def test_a_model_that_is_given_an_embedding_of_an_image_is_asked_with_it(modules
     modules.shared.sd_model.model.conditioning_key = "crossattn-adm"
     denoiser, monitor = Denoiser(modules, ONE_EACH, latents(4)), Monitor()
     denoiser.inner_model, given = Network(torch.tensor([14.6])), Given(ONE_EACH, torch.Tensor)
-    predictions._judge_rows(denoiser, monitor, monitor.predicted, given, denoiser.rows)
+    predictions._judge_rows(denoiser, monitor, monitor.predicted, given, denoiser.rows, predictions.Texts(denoiser))
     latent, level, cond, uncond = monitor.ask(latents(2, 4))
     assert denoiser.inner_model.calls == [["c_adm", "c_crossattn"]] * 2
     for number, said in enumerate((*cond, *uncond)):
@@ -305,7 +306,7 @@ def test_a_model_that_is_given_an_embedding_of_an_image_is_asked_with_it(modules
 def test_a_flow_model_is_asked_about_noise_alone(modules, predictions):
     denoiser, monitor = Denoiser(modules, ONE_EACH, latents(4)), Monitor(prediction_type="flow_prediction")
     denoiser.inner_model = Network(torch.tensor([0.1, 1.0]))
-    predictions._judge_rows(denoiser, monitor, monitor.predicted, Given(ONE_EACH), denoiser.rows)
+    predictions._judge_rows(denoiser, monitor, monitor.predicted, Given(ONE_EACH), denoiser.rows, predictions.Texts(denoiser))
     noise = latents(2, 4)
     latent, level, *_ = monitor.ask(noise)
     assert torch.equal(latent, noise)
@@ -319,7 +320,7 @@ def test_prompts_are_padded_as_the_host_pads_them(modules, predictions, option):
     denoiser.inner_model, given = Network(torch.tensor([14.6])), Given(ONE_EACH, longer=6)
     padded = Given(ONE_EACH)
     setattr(denoiser, option, lambda cond, uncond: (padded.text_cond, padded.text_uncond))
-    predictions._judge_rows(denoiser, monitor, monitor.predicted, given, denoiser.rows)
+    predictions._judge_rows(denoiser, monitor, monitor.predicted, given, denoiser.rows, predictions.Texts(denoiser))
     padded.image_cond = given.image_cond
     latent, level, cond, uncond = monitor.ask(latents(2, 4))
     for number, said in enumerate((*cond, *uncond)):
@@ -365,7 +366,7 @@ class ForgeDenoiser:
 
     def __call__(self, x, sigma, cond_scale=CFG):
         for callback in self.modules.script_callbacks.lists["cfg_denoiser"]:
-            callback(types.SimpleNamespace(x=x, sigma=sigma, denoiser=self))
+            callback(types.SimpleNamespace(x=x, sigma=sigma, text_cond=torch.zeros(len(x), 2, 3), denoiser=self))
         options = self.objects.unet.model_options
         cond, uncond = [{"strength": weight} for weight in self.weights], [{}]
         edit_strength = sum(each["strength"] for each in cond)
@@ -529,7 +530,7 @@ OPTIONS = {"transformer_options": "kept"}
 def test_forge_the_network_is_asked_with_the_prompts_and_options_of_the_run(forge, predictions, model, weight, guided):
     monitor, network = Monitor(), model("forge")
     conds = [{"strength": weight}], [{}] if guided else None
-    before_network = predictions._last_before_guidance(monitor, monitor.predicted)
+    before_network = predictions._last_before_guidance(monitor, monitor.predicted, predictions.Texts(None))
     *_, options = before_network(network, *conds, X, SIGMA, OPTIONS)
     args = {"input": X, "sigma": SIGMA, "cond_scale": CFG, "model": network, "model_options": options}
     options["sampler_cfg_function"]({**args, "cond_denoised": latents(2, 1), "uncond_denoised": latents(2, 2)})

@@ -97,6 +97,7 @@ def test_each_folder_that_the_host_reads_holds_one_thin_file():
         ("mitigate", "folder/model euler 20, cfg 7.5", 0.01, 0.5, 2.0),
         ("mitigate", "a: b", None, 0.5),
         ("stop", "model", 0.0001, -1, 3),
+        ("mitigate", "model", 0.005, -1, 3, "steer"),
     ],
 )
 def test_an_infotext_brings_the_choice_back(session, chosen):
@@ -132,6 +133,8 @@ def test_the_result_of_a_pasted_image_is_told(session):
     assert session.pasted_result(fields) == "likely copy, score 5.21, trigger step 3; hires unscored"
     fields["Memorization Guard rarity"] = "1 in 20,000"
     assert session.pasted_result(fields) == "likely copy, rarity 1 in 20,000, score 5.21, trigger step 3; hires unscored"
+    fields["Memorization Guard words"] = "red, cat"
+    assert session.pasted_result(fields).startswith("likely copy, rarity 1 in 20,000, words red, cat, score 5.21")
     assert session.pasted_result({"Steps": "20"}) == ""
 
 
@@ -149,7 +152,8 @@ def test_bad_choices_say_what_is_wrong(session, arguments, why):
 
 
 def test_the_published_method_is_refused_and_its_constants_are_not_offered(session):
-    assert [field.name for field in session.CONSTANTS] == ["false_positive_rate", "steering_guidance", "gamma"]
+    offered = ["false_positive_rate", "steering_guidance", "gamma", "correction"]
+    assert [field.name for field in session.CONSTANTS] == offered
     with pytest.raises(ValueError, match="which only diffusers allows"):
         session.Options(thresholds=Thresholds(method="published"))
 

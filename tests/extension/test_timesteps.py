@@ -183,7 +183,7 @@ def test_evaluations_belong_to_the_step_that_starts_where_they_are_made(timestep
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_a_sample_that_is_corrected_changes_and_the_other_keeps_every_bit(timesteps, level, name, monkeypatch):
     monitor = new_monitor(level)
-    without_first = lambda x, sigma, cond, uncond, ask: torch.cat([uncond[:1], cond[1:]])  # noqa: E731
+    without_first = lambda x, sigma, cond, uncond, ask, prompts: torch.cat([uncond[:1], cond[1:]])  # noqa: E731
     monkeypatch.setattr(monitor, "predicted", without_first)
     plain, corrected = sample(name), sample(name, timesteps, level, monitor)
     assert torch.equal(plain[1], corrected[1])
@@ -194,10 +194,11 @@ def test_a_sample_that_is_corrected_changes_and_the_other_keeps_every_bit(timest
 
 
 def test_what_is_asked_is_put_in_clean_latents(timesteps, level, monkeypatch):
-    monitor, seen = new_monitor(level), []
+    monitor, seen, asked = new_monitor(level), [], []
 
-    def predicted(x, sigma, cond, uncond, ask):
+    def predicted(x, sigma, cond, uncond, ask, prompts):
         seen.append(ask)
+        asked.append(prompts)
         return cond
 
     monkeypatch.setattr(monitor, "predicted", predicted)
@@ -219,7 +220,23 @@ def test_what_is_asked_is_put_in_clean_latents(timesteps, level, monkeypatch):
         assert torch.allclose(cond, (-x - b * eps) / a, rtol=1e-4, atol=1e-4)
         assert torch.allclose(uncond, (-x - b * 0.5 * eps) / a, rtol=1e-4, atol=1e-4) if guided else uncond is None
     run.predicted_noise(x, TIMESTEPS[-1:].expand(2), eps, eps)
-    assert seen[-1] is None
+    assert (seen[-1], asked[-1]) == (None, None)
+
+    class Prompts:
+        texts = ("a fox", "a red fox")
+
+        def ask(self, noise, sample, texts):
+            return noise[None], 999.0, eps[:1]
+
+        def go_on(self, texts):
+            return 0.5 * eps
+
+    run.predicted_noise(x, TIMESTEPS[-1:].expand(2), eps, eps, ask=ask, prompts=Prompts())
+    latent, timestep, cond = asked[-1].ask(x[0], 0, ["a fox"])
+    assert (asked[-1].texts, timestep) == (Prompts.texts, 999.0)
+    assert torch.allclose(cond, (latent - b * eps[:1]) / a, rtol=1e-4, atol=1e-4)
+    a, b = at(int(TIMESTEPS[-1]))
+    assert torch.allclose(asked[-1].go_on({0: "a fox"}), (x - b * 0.5 * eps) / a, rtol=1e-4, atol=1e-4)
 
 
 def test_an_interrupt_is_told(timesteps, level):

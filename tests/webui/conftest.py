@@ -116,7 +116,7 @@ class Host:
     @staticmethod
     def constants(thresholds: Thresholds) -> list[Any]:
         """Those that the scripts offer, in the order of their arguments."""
-        return [thresholds.false_positive_rate, thresholds.steering_guidance, thresholds.gamma]
+        return [thresholds.false_positive_rate, thresholds.steering_guidance, thresholds.gamma, thresholds.correction]
 
     def calibrate(self, name: str, prompts: list[str], **settings: Any) -> None:
         settings = {"batch_size": 8, "seed": 1000, "prompt": "", **settings}
@@ -219,6 +219,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str]
         def host(kind: str) -> Host:
             if kind not in found:
                 others = {"decoys": HERE / "decoys", "z-decoys": HERE / "decoys", "guidance": HERE / "other_guidance"}
+                others["batch"] = REPOSITORY / "benchmarks/webui_batch"
                 found[kind] = servers.enter_context(start(kind, tmp_path_factory.mktemp(kind), extensions=others))
             return found[kind]
 

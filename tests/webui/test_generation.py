@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -27,6 +28,8 @@ REFERENCES = [*lab.prompts("reference")[:11], "fox"]
 EXACT = lab.prompts("exact", "tuning")[0]
 ORDINARY = lab.prompts("ordinary", "tuning")[0]
 TRACE = ("trace",)
+#: Mean difference of two images' channels, of 255, up to which they differ by rounding only.
+CLOSE = 1.0
 
 
 @pytest.fixture
@@ -625,6 +628,139 @@ def test_a_second_pass_leaves_no_copy_where_its_profile_fits(webui, lab_profile)
     answer = webui.make("mitigate", lab_profile, **settings)
     assert [trace.verdict for trace in answer.traces[0]] == ["corrected"] * 2
     assert not is_copy(answer, EXACT)
+
+
+# ------------------------------------------------------------------------------------------------------ the words
+
+
+STEER = Thresholds(correction="steer")
+
+
+def test_an_image_of_a_memorized_prompt_goes_on_without_the_words_that_call_the_copy_up(webui, lab_profile):
+    settings = {"prompt": EXACT, "steps": 20}
+    answer = webui.make("mitigate", lab_profile, **settings)
+    assert (answer.trace.verdict, is_copy(answer, EXACT)) == ("corrected", False)
+    words = answer.trace.words
+    assert set(words.words) & set(EXACT.split()[-2:]), words
+    assert answer.pixels != webui.make("mitigate", lab_profile, *webui.constants(STEER), **settings).pixels
+    # It is what the host makes of the other prompt by itself.
+    assert close(answer, webui.make(**settings | {"prompt": words.text}))
+    text = answer.info["infotexts"][0]
+    written = ", ".join(words.words)
+    assert f"{TITLE} words: " + (f'"{written}"' if len(words.words) > 1 else written) in text
+    assert text.startswith(f"{EXACT}\n")
+    # The host keeps what it made of the prompt, for the next image.
+    assert is_copy(webui.make(**settings), EXACT)
+
+
+def test_the_words_are_told_where_nothing_is_corrected(webui, lab_profile):
+    answer = same_as_unguarded(webui, "trace", lab_profile, prompt=EXACT, steps=20)
+    assert answer.trace.words.words == webui.make("mitigate", lab_profile, prompt=EXACT, steps=20).trace.words.words
+
+
+def test_an_ordinary_prompt_has_no_words_and_keeps_every_bit(webui, lab_profile):
+    answer = same_as_unguarded(webui, "mitigate", lab_profile, prompt=ORDINARY, steps=20)
+    assert answer.trace.words is None
+    assert f"{TITLE} words" not in answer.info["infotexts"][0]
+
+
+def batch_of(*prompts):
+    """Settings of a batch that has a prompt for each image."""
+    return {"script_name": "Batch of prompts", "script_args": ["\n".join(prompts)]}
+
+
+@pytest.mark.parametrize("sampler", ["Euler a", "DDIM", "UniPC"])
+def test_of_a_batch_the_ordinary_image_keeps_every_bit(webui, lab_profile, sampler):
+    settings = {"steps": 20, "sampler_name": sampler, **batch_of(ORDINARY, EXACT)}
+    plain = webui.make(**settings)
+    answer = webui.make("mitigate", lab_profile, **settings)
+    (ordinary,), (exact,) = answer.traces
+    assert (ordinary.words, ordinary.verdict, exact.verdict) == (None, "stable", "corrected")
+    assert answer.pixels[0] == plain.pixels[0]
+    without = webui.make(**settings | batch_of(ORDINARY, exact.words.text))
+    assert np.abs(np.asarray(answer.images[1], float) - np.asarray(without.images[1], float)).mean() < CLOSE
+
+
+@pytest.mark.parametrize(
+    "prompt", [f"{EXACT} AND {ORDINARY} :0.05", f"{EXACT} :0.9", f"[{EXACT}:{ORDINARY}:0.9]"], ids=["and", "weight", "editing"]
+)
+def test_a_prompt_that_is_joined_weighed_or_changes_is_steered(webui, lab_profile, prompt):
+    kept, steered = (
+        webui.make("mitigate", lab_profile, *webui.constants(thresholds), prompt=prompt, steps=20)
+        for thresholds in (Thresholds(), STEER)
+    )
+    assert (kept.trace.verdict, kept.trace.words) == ("corrected", None)
+    assert kept.pixels == steered.pixels
+
+
+def test_a_second_pass_goes_on_without_the_words_of_its_own_prompt(webui, lab_profile):
+    answer = webui.make("mitigate", lab_profile, prompt=ORDINARY, hr_prompt=EXACT, steps=20, **HIRES)
+    ((first, second),) = answer.traces
+    assert first.words is None
+    assert set(second.words.words) & set(EXACT.split()[-2:])
+    assert f"{TITLE} hires words: " in answer.info["infotexts"][0]
+    without = webui.make(prompt=ORDINARY, hr_prompt=second.words.text, steps=20, **HIRES)
+    assert close(answer, without)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"skip_early_cond": 0.3},
+        {"pad_cond_uncond": True},
+        {"pad_cond_uncond_v0": True},
+        {"batch_cond_uncond": False},
+        {"emphasis": "No norm"},
+        {"use_old_scheduling": True},
+    ],
+    ids=lambda options: " ".join(options),
+)
+def test_words_under_options_of_the_host(webui, lab_profile, options):
+    with webui.options(**options):
+        settings = {"prompt": EXACT, "steps": 20, "negative_prompt": "dull, " * 30}
+        answer = webui.make("mitigate", lab_profile, **settings)
+        assert close(answer, webui.make(**settings | {"prompt": answer.trace.words.text}))
+
+
+def test_the_refiner_goes_on_without_the_words(webui):
+    (checkpoint,) = (webui.data / "checkpoints").glob("memorization-guard-lab.safetensors")
+    for suffix in (".safetensors", ".yaml"):
+        shutil.copy(checkpoint.with_suffix(suffix), checkpoint.with_name(f"second{suffix}"))
+    webui.ask("/sdapi/v1/refresh-checkpoints", {})
+    refined = {"refiner_checkpoint": "second", "refiner_switch_at": 0.5}
+    webui.calibrate("refined", lab.prompts("reference")[:60], steps=4, **refined)
+    settings = {"prompt": EXACT, "steps": 20, **refined}
+    assert is_copy(webui.make(**settings), EXACT)
+    answer = webui.make("mitigate", "refined", **settings)
+    assert "Refiner: second" in answer.info["infotexts"][0]
+    assert close(answer, webui.make(**settings | {"prompt": answer.trace.words.text}))
+
+
+@pytest.mark.parametrize("host", ["forge"], indirect=True)
+@pytest.mark.parametrize("sampler", ["Euler", "DDIM"])
+def test_forge_goes_on_without_words_and_the_other_image_keeps_every_bit(host, profile, sampler):
+    # Of a model of random weights, which words these are says nothing; that an image is that of the other prompt does.
+    guard = "mitigate", profile, *host.constants(Thresholds(false_positive_rate=0.3))
+    settings = {"sampler_name": sampler, "seed": 3}
+    found = {prompt: host.make(*guard, prompt=prompt, **settings) for prompt in [EXACT, ORDINARY, *REFERENCES[:6], "a fox"]}
+    kept = {prompt: answer for prompt, answer in found.items() if answer.trace.words is not None}
+    untouched = [prompt for prompt, answer in found.items() if answer.trace.trigger_step is None]
+    assert kept, [answer.trace.p_value for answer in found.values()]
+    for prompt, answer in kept.items():
+        assert answer.trace.verdict == "corrected"
+        assert close(answer, host.make(prompt=answer.trace.words.text, **settings))
+        assert not close(answer, host.make(prompt=prompt, **settings))
+        assert f"{TITLE} words: " in answer.info["infotexts"][0]
+    settings |= batch_of(untouched[0], next(iter(kept)))
+    (ordinary,), (corrected,) = (answer := host.make(*guard, **settings)).traces
+    assert (ordinary.verdict, corrected.verdict) == ("stable", "corrected")
+    assert corrected.words is not None
+    assert answer.pixels[0] == host.make(**settings).pixels[0]
+
+
+def close(answer, other):
+    """Whether two images are one, up to rounding."""
+    return np.abs(np.asarray(answer.images[0], float) - np.asarray(other.images[0], float)).mean() < CLOSE
 
 
 # ------------------------------------------------------------------------------------------- runs that begin in the middle
