@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -113,9 +113,10 @@ def _data_url(image: Image.Image) -> str:
 
 
 def contact_sheet(comparisons: Sequence[Comparison], *, copy_threshold: float) -> Image.Image:
-    """The same as one picture, 1200 pixels wide: a row a prompt, a line under each image, the graph without mitigation."""
-    side, gap, line = 256, 16, 26
-    row = 2 * line + side + gap
+    """The same as one picture, 1200 pixels wide: a row a prompt, a line or two under each image, the graph without
+    mitigation."""
+    side, gap, line, two_lines = 256, 16, 26, 36
+    row = line + side + two_lines + gap
     graph_width = 1200 - 5 * gap - 3 * side
     sheet = Image.new("RGB", (1200, row * len(comparisons) + gap), "#ffffff")
     draw = ImageDraw.Draw(sheet)
@@ -133,6 +134,19 @@ def contact_sheet(comparisons: Sequence[Comparison], *, copy_threshold: float) -
                 draw.rectangle((left, top, left + side - 1, top + side - 1), outline=graph.LIGHT["grid"])
             else:
                 sheet.paste(picture.convert("RGB").resize((side, side), Image.Resampling.LANCZOS), (left, top))
-            draw.text((left, top + side + 5), text, graph.LIGHT["alarm"] if alarm else muted, font=small)
+            told = _wrapped(text, side, lambda part: draw.textlength(part, font=small))
+            draw.text((left, top + side + 5), told, graph.LIGHT["alarm"] if alarm else muted, font=small)
         sheet.paste(graph.image(comparison.plain_trace, graph_width, side), (columns[3], top))
     return sheet
+
+
+def _wrapped(text: str, width: float, length: Callable[[str], float]) -> str:
+    """``text`` in lines of at most a width, where its words allow it."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and length(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return "\n".join(lines)
