@@ -58,8 +58,8 @@ class MemorizationGuard(io.ComfyNode):
             category=CATEGORY,
             description=(
                 "Judges what this model predicts while it samples, and shows live whether that goes farther than ordinary "
-                "prompts do, as it does when the model reproduces a training image. On 'mitigate' it leads elsewhere: with the "
-                "CLIP connected, by leaving out the words of the prompt that call the image up."
+                "prompts do, as it does when the model reproduces a training image. On 'mitigate' it leads elsewhere: with "
+                "the CLIP connected, by leaving out the words of the prompt that call the image up."
             ),
             inputs=[
                 io.Model.Input("model", tooltip="The model to watch. Nodes that patch it may stand before or after this one."),

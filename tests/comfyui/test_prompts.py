@@ -1,4 +1,4 @@
-"""Other prompts in the place of a run's own, inside ComfyUI: whatever mixes predictions, in batches, for all kinds of model."""
+"""Other prompts in the place of a run's own, inside ComfyUI: whatever mixes predictions, in batches, in all kinds of model."""
 
 from __future__ import annotations
 
