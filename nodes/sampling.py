@@ -295,6 +295,10 @@ class Predictions:
                 Predictions.asking = True
                 try:
                     return latent, level, evaluate(conds, latent, level)
+                except comfy.model_management.InterruptProcessingException:
+                    # A question that fails ends no run: the sampler is to be told too.
+                    comfy.model_management.interrupt_current_processing()
+                    raise
                 finally:
                     Predictions.asking = False
 

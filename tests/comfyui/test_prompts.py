@@ -1,4 +1,4 @@
-"""Other prompts in the place of a run's own in ComfyUI: whatever mixes predictions, in batches, for all kinds of model."""
+"""Other prompts in the place of a run's own, inside ComfyUI: whatever mixes predictions, in batches, in all kinds of model."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ ways = {name: ways[name] for name in ("CFG", "PAG", "SAG", "SLG", "PerpNeg", "Du
 ways["context windows"] = Method(windows)
 ways["EasyCache"] = Method(lambda model: cache.EasyCacheNode.execute(model, 0.02, 0.15, 0.95, False).args[0])
 for name, method in ways.items():
-    for first in ((False,) if method.guider else (False, True)):
+    for first in ((False, True) if name in ("SAG", "EasyCache") else (False,)):
         how = {"method": method, "guard_first": first, "sampler": "euler_ancestral"}
         plain, _ = sample(exact[:1], **how)
         traced, seen = sample(exact[:1], "trace", exact, **how)

@@ -95,6 +95,7 @@ class Spoken:
     def __init__(self, world, texts, x, sigma=14.0, fails=False):
         self.world, self.texts, self.x, self.sigma, self.fails = world, texts, x, sigma, fails
         self.asked, self.chosen = [], None
+        self.latest = None  # what the network saw last: the run's own latent, or noise
 
     def _predictions(self, x, texts):
         factors = [2.0 if "wosol" in text else 1.0 for text in texts]
@@ -104,11 +105,12 @@ class Spoken:
         if self.fails:
             raise RuntimeError("out of memory")
         self.asked.append((sample, list(texts)))
+        self.latest = "noise"
         x = noise.expand(len(texts), *noise.shape) * self.sigma
         return x, self.sigma, self._predictions(x, texts)
 
     def go_on(self, texts):
-        self.chosen = dict(texts)
+        self.chosen, self.latest = dict(texts), "own"
         return self._predictions(self.x, [texts.get(number, text) for number, text in enumerate(self.texts)])
 
 
@@ -123,10 +125,12 @@ def spoken_run(world, mode, texts=("a cat by wosol", "a cat by wosol", "a cat"),
     prompts = Spoken(world, texts, x, **more)
 
     def ask(noise):
+        prompts.latest = "own" if noise is None else "noise"
         noise = x / 14.0 if noise is None else noise
         return noise * 14.0, 14.0, *world.predictions(noise * 14.0, 14.0, (503,) * len(texts), factors)
 
     first = monitor.predicted(x, 14.0, cond, uncond, ask=ask, prompts=prompts)
+    assert prompts.latest in (None, "own")
     second = monitor.predicted(x, 13.0, cond, uncond, ask=ask, prompts=prompts)
     return monitor, prompts, cond, first, second
 
