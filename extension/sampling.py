@@ -15,7 +15,7 @@ from torch import Tensor
 from ..memorization_guard import NoiseLevel, RunSettings
 from ..memorization_guard.adapters.kdiffusion import SamplerRun, sampler_name, watched
 from ..memorization_guard.fingerprint import content_hash, fingerprint
-from . import hosts, predictions
+from . import calls, hosts, predictions
 from .session import Session
 from .timesteps import TimestepRun, timestep_levels
 
@@ -85,7 +85,7 @@ def _new_run(
     hooks.callback(session.end_run, p)
     if timestep is None:
         run: SamplerRun = SamplerRun(monitor, levels, level)
-        predicted: predictions.Predicted = run.predicted
+        predicted: calls.Predicted = run.predicted
     else:
         run = following = TimestepRun(monitor, levels, timestep, x)
         hooks.enter_context(following.evaluations_of(denoiser))

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import importlib
 import math
 import random
 import sys
@@ -35,6 +36,11 @@ def modules(monkeypatch):
     for module in (package, callbacks, shared, package.devices, package.prompt_parser):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     return package
+
+
+def beside(module, name):
+    """Another module of the extension that was loaded with this one."""
+    return importlib.import_module(f".{name}", module.__package__)
 
 
 @pytest.fixture
@@ -333,7 +339,7 @@ def test_what_hypertile_draws_is_drawn_again(modules, predictions, monkeypatch, 
     tiling.RNG_INSTANCE = random.Random(5)
     monkeypatch.setitem(sys.modules, "hypertile", tiling)
     expected = random.Random(5).random()
-    with contextlib.suppress(ZeroDivisionError), predictions._tiling_kept():
+    with contextlib.suppress(ZeroDivisionError), beside(predictions, "calls").tiling_kept():
         tiling.RNG_INSTANCE.random()
         if fails:
             raise ZeroDivisionError
@@ -530,7 +536,7 @@ OPTIONS = {"transformer_options": "kept"}
 def test_forge_the_network_is_asked_with_the_prompts_and_options_of_the_run(forge, predictions, model, weight, guided):
     monitor, network = Monitor(), model("forge")
     conds = [{"strength": weight}], [{}] if guided else None
-    before_network = predictions._last_before_guidance(monitor, monitor.predicted, predictions.Texts(None))
+    before_network = beside(predictions, "forge")._last_before_guidance(monitor, monitor.predicted, predictions.Texts(None))
     *_, options = before_network(network, *conds, X, SIGMA, OPTIONS)
     args = {"input": X, "sigma": SIGMA, "cond_scale": CFG, "model": network, "model_options": options}
     options["sampler_cfg_function"]({**args, "cond_denoised": latents(2, 1), "uncond_denoised": latents(2, 2)})
@@ -544,7 +550,7 @@ def test_reforge_the_network_is_asked_with_the_prompts_and_options_of_the_run(fo
     monitor, network = Monitor(), model("reforge")
     conds = [[{"strength": weight}], [{}] if guided else None]
     args = {"conds": conds, "conds_out": [latents(2, 1), latents(2, 2)], "input": X, "sigma": SIGMA, "cond_scale": CFG}
-    after_network = predictions._first_after_network(monitor, monitor.predicted)
+    after_network = beside(predictions, "forge")._first_after_network(monitor, monitor.predicted)
     after_network({**args, "model": network, "model_options": OPTIONS})
     assert monitor.errors == []
     asked_in(monitor, weight, guided)
