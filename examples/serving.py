@@ -385,15 +385,16 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     return app
 
 
-def _problem(status: int, error: str, message: str, headers: dict[str, str] | None = None, **more: str) -> JSONResponse:
+def _problem(status: int, error: str, message: str, headers: dict[str, str] | None = None, **more: object) -> JSONResponse:
     return JSONResponse({"error": error, "message": message, **more}, status, headers)
 
 
 def _painted(painted: Painted, accept: str) -> Response:
     headers, trace = painted.headers(), painted.trace
     if painted.outcome == "refused":
-        message = "this service does not give out an image of this verdict; another seed or prompt may give one of another"
-        return _problem(422, "refused", message, headers, verdict=trace.verdict, statement=STATEMENT)
+        message = "this service does not give out an image of this verdict; another prompt may give one of another"
+        words = None if trace.words is None else trace.words.words
+        return _problem(422, "refused", message, headers, verdict=trace.verdict, words=words, statement=STATEMENT)
     if "application/json" not in accept:
         return Response(painted.png, headers=headers, media_type="image/png")
     content = {
