@@ -229,7 +229,7 @@ def test_an_interrupt_leaves_the_trace_closed(name, mode, profile):
 
 
 def test_if_we_fail_the_image_comes_out_and_it_is_said_once(monkeypatch, caplog):
-    monkeypatch.setattr(StabilityMonitor, "_predicted", lambda *args: 1 / 0)
+    monkeypatch.setattr(StabilityMonitor, "_check_batch", lambda *args: 1 / 0)
     monitor = StabilityMonitor(settings=SETTINGS)
     with caplog.at_level(logging.WARNING, logger="memorization_guard"):
         traced = sample("euler", Prompts((500, 501)), noise(), monitor)
