@@ -200,7 +200,8 @@ def test_a_refused_image_stays_and_is_not_painted_to_its_end(serve, pipe, accept
     assert content["error"] == "refused"
     assert content["statement"] == STATEMENT
     assert content["verdict"] == answer.headers["X-Memorization-Verdict"] != "stable"
-    assert set(content) == {"error", "message", "verdict", "statement"}
+    assert set(content) == {"error", "message", "verdict", "words", "statement"}
+    assert content["words"]
     assert len(calls) < STEPS
 
 
