@@ -20,7 +20,6 @@ AfterCall = Callable[[torch.nn.Module, tuple[Any, ...], dict[str, Any], Any], No
 # torch counts its hooks up without a lock: two that are registered at once could get one number, and one of them be lost.
 _counting = threading.Lock()
 
-
 log = logging.getLogger(__name__)
 
 

@@ -107,19 +107,28 @@ class Network:
         #: Whether the network is told a guidance scale, and gives one prediction that is guided already.
         self.embeds_guidance = any(keywords.get(name) is not None for name in ("guidance", "timestep_cond"))
 
-    def read(self, number: int, x: Tensor, tensor: Tensor, coefficients: tuple[float, float] | None = None) -> Evaluation:
-        """The evaluation of one call, the run's ``number``-th; ``coefficients`` are those of another noise level than its."""
+    def read(
+        self,
+        number: int,
+        x: Tensor,
+        tensor: Tensor,
+        coefficients: tuple[float, float] | None = None,
+        batch: int | None = None,
+    ) -> Evaluation:
+        """The evaluation of one call, the run's ``number``-th; ``coefficients`` are those of another noise level than its, and
+        ``batch`` is the number of its images where that is not the run's."""
         x, tensor = own_part(x, tensor, self._own_tokens)
-        parts = self._parts(x)
+        if batch is None:
+            batch = self.batch = len(x) // self._parts(x)
+        parts = len(x) // batch
         cond, uncond = self._order(parts)
-        self.batch = len(x) // parts
         split = tensor.chunk(parts)
         without = None if uncond is None else split[uncond]
-        return Evaluation(number, x[: self.batch], split[cond], without, coefficients or self.schedule.coefficients[number])
+        return Evaluation(number, x[:batch], split[cond], without, coefficients or self.schedule.coefficients[number])
 
     def asked(self, call: Call, noise: Tensor | None) -> Evaluation:
         """What the network says in Gaussian noise ``[B, ...]``, of the run's size or another, at its highest noise level, with
-        the prompts of ``call``; with ``None`` what it says to the very call.
+        the prompts of ``call``, which is for as many images; with ``None`` what it says to the very call.
 
         Raises:
             ValueError: if that noise level is not known.
@@ -132,7 +141,7 @@ class Network:
         every = noise.repeat(len(x) // len(noise), *(1,) * (noise.ndim - 1))
         own_part(x, every, self._own_tokens)[0].copy_(every)
         number = torch.full_like(at, timestep) if isinstance(at, Tensor) else type(at)(timestep)
-        return self.read(0, x, call.again(x, number), coefficients)
+        return self.read(0, x, call.again(x, number), coefficients, len(noise))
 
     @property
     def guided(self) -> bool | None:

@@ -6,7 +6,9 @@ prompt takes its place.
 
 from __future__ import annotations
 
+import functools
 import inspect
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.noise_level import resized
-from .network import Call, Evaluation, Network, called_with, own_part
+from .network import Call, Network, called_with
+
+log = logging.getLogger(__name__)
 
 #: The argument of a network that is the prompt's.
 PROMPT = "encoder_hidden_states"
@@ -69,56 +72,52 @@ class Encoded:
 class OtherPrompts:
     """:class:`~memorization_guard.core.asking.Prompts` of a run: has its network evaluate other prompts.
 
-    Args:
-        encoded: what the text encoders made of the run's prompts. network, evaluation: of the run's first evaluation.
-        call: the call of the network that was given the prompts.
+    Nothing is encoded or compared before the texts are asked for.
 
-    Raises:
-        ValueError: if the network is given something else than what the text encoders made of the prompts.
+    Args:
+        encoded: the arguments of :class:`Encoded`. network: of the run. call: that of its first evaluation with the prompts.
     """
 
-    def __init__(self, encoded: Encoded, network: Network, evaluation: Evaluation, call: Call) -> None:
-        self._encoded, self._network, self._evaluation, self._call = encoded, network, evaluation, call
+    def __init__(self, encoded: tuple[Any, ...], network: Network, call: Call) -> None:
+        self._arguments, self._network, self._call = encoded, network, call
         self._known: dict[int, tuple[Tensor, list[tuple[int, int]]]] = {}
         self._chosen: dict[int, list[Tensor | None]] = {}
         self._replaced: dict[int, tuple[Tensor, Tensor]] = {}
-        if len(encoded.texts) != network.batch or not self._places(call.keywords.get(PROMPT)):
-            raise ValueError("the network is not given what encode_prompt made of the prompt")
 
-    @property
+    @functools.cached_property
+    def _encoded(self) -> Encoded:
+        return Encoded(*self._arguments)
+
+    @functools.cached_property
     def texts(self) -> Sequence[str]:
-        """The prompt of every image."""
-        return self._encoded.texts
+        """The prompt of every image; empty where the network is given something else than ``encode_prompt`` made of it."""
+        try:
+            if len(self._encoded.texts) == self._network.batch and self._places(self._call.keywords.get(PROMPT)):
+                return self._encoded.texts
+        except (TypeError, ValueError) as error:
+            log.debug("Memorization Guard cannot tell words: %s", error)
+        return [""] * self._network.batch
 
     def ask(self, noise: Tensor, sample: int, texts: Sequence[str]) -> tuple[Tensor, float, Tensor]:
         """As in :class:`~memorization_guard.core.asking.Prompts`; in batches no larger than the run's own."""
-        timestep, _, coefficients = self._network.schedule.in_noise()
-        x, at = called_with(self._call.arguments, self._call.keywords)
-        batch = self._network.batch
-        parts = len(x) // batch
-        with_prompt = self._places(self._call.keywords[PROMPT])[0][0]
-        latents, denoised = [], []
+        length = len(called_with(self._call.arguments, self._call.keywords)[0])
+        batch, latents, denoised = self._network.batch, [], []
         for start in range(0, len(texts), batch):
-            some = self._encoded.again(texts[start : start + batch])
-            count = len(texts[start : start + batch])
-            rows = torch.arange(parts).repeat_interleave(count) * batch + sample
+            some = texts[start : start + batch]
+            made, count = self._encoded.again(some), len(some)
+            rows = torch.arange(length // batch).repeat_interleave(count) * batch + sample
 
-            def chosen(tensor: Tensor, some: list[Tensor | None] = some, rows: Tensor = rows, count: int = count) -> Tensor:
-                if tensor.ndim == 0 or len(tensor) != len(x):
+            def for_some(tensor: Tensor, made: list[Tensor | None] = made, rows: Tensor = rows, count: int = count) -> Tensor:
+                if tensor.ndim == 0 or len(tensor) != length:
                     return tensor
                 picked = tensor[rows.to(tensor.device)]
                 for part, which in self._places(tensor):
-                    picked[part * count : (part + 1) * count] = _given(some[which], tensor)
+                    picked[part * count : (part + 1) * count] = _given(made[which], tensor)
                 return picked
 
-            given = resized(x[rows.to(x.device)], noise.shape[1:])
-            every = noise.expand(len(given), *noise.shape)
-            own_part(given, every)[0].copy_(every)
-            number = torch.full_like(chosen(at), timestep) if isinstance(at, Tensor) else type(at)(timestep)
-            output = replace(self._call, keywords=_mapped(self._call.keywords, chosen)).again(given, number)
-            mine = slice(with_prompt * count, (with_prompt + 1) * count)
-            given, output = own_part(given, output)
-            found = Evaluation(0, given[mine], output[mine], None, coefficients)
+            arguments, keywords = (_mapped(given, for_some) for given in (self._call.arguments, self._call.keywords))
+            call = replace(self._call, arguments=arguments, keywords=keywords)
+            found = self._network.asked(call, noise.expand(count, *noise.shape))
             latents.append(found.x)
             denoised.append(found.denoised(found.cond))
         return torch.cat(latents), -1.0, torch.cat(denoised)
@@ -126,14 +125,11 @@ class OtherPrompts:
     def go_on(self, texts: Mapping[int, str]) -> Tensor:
         """As in :class:`~memorization_guard.core.asking.Prompts`."""
         self._chosen = {sample: self._encoded.again([text]) for sample, text in texts.items()}
-        x, at = called_with(self._call.arguments, self._call.keywords)
         try:
-            output = replace(self._call, keywords=self.chosen(self._call.keywords)).again(x, at)
+            found = self._network.asked(replace(self._call, keywords=self.chosen(self._call.keywords)), None)
         except BaseException:
             self._chosen = {}  # the run goes on with its own
             raise
-        one = self._evaluation
-        found = self._network.read(one.number, x, output, one.coefficients)
         return found.denoised(found.cond)
 
     def chosen(self, keywords: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -157,22 +153,22 @@ class OtherPrompts:
     def _places(self, tensor: Any) -> list[tuple[int, int]]:
         """Which parts of a batch are given what the text encoders made of the prompts, and which of it: ``(part, number)``.
 
-        Pipelines hand the same tensors over at every step: each is compared once, which waits for the device.
+        Pipelines hand the same tensors over at every step: those are compared once, which waits for the device.
         """
         batch = self._network.batch
         if not isinstance(tensor, Tensor) or tensor.ndim == 0 or len(tensor) % batch:
             return []
-        if id(tensor) not in self._known:
-            self._known[id(tensor)] = (
-                tensor,
-                [
-                    (part, which)
-                    for part, rows in enumerate(tensor.split(batch))
-                    for which, output in enumerate(self._encoded.tensors)
-                    if output is not None and output.shape == rows.shape and torch.equal(_given(output, rows), rows)
-                ],
-            )
-        return self._known[id(tensor)][1]
+        if id(tensor) in self._known:
+            return self._known[id(tensor)][1]
+        found = [
+            (part, which)
+            for part, rows in enumerate(tensor.split(batch))
+            for which, output in enumerate(self._encoded.tensors)
+            if output is not None and output.shape == rows.shape and torch.equal(_given(output, rows), rows)
+        ]
+        if found:
+            self._known[id(tensor)] = tensor, found  # kept, so that its number stays its own; latents are not
+        return found
 
 
 def _given(output: Tensor | None, like: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,8 @@ from ..core.noise_level import NoiseLevel
 from ..core.settings import RunSettings
 from ..fingerprint import fingerprint
 from .network import Call, Evaluation, Network, answer, called_with, denoisers, number_of
-from .prompts import Encoded, OtherPrompts
+from .prompts import OtherPrompts
 from .schedule import check_hands_out_steps
-
-log = logging.getLogger(__name__)
 
 #: Makes the monitor of a run, from its settings and from what its noise levels are called.
 NewMonitor = Callable[[RunSettings, Callable[[float], NoiseLevel] | None], StabilityMonitor]
@@ -120,23 +117,13 @@ class Sampling:
             return found[0].x, -1.0, denoised(found[0].cond), None if without is None else denoised(without)
 
         if not self.monitor.evaluations:
-            self._prompts = self._other_prompts(network, evaluation, calls[0])
+            self._prompts = None if self._encoded is None else OtherPrompts(self._encoded, network, calls[0])
         given = self.monitor.predicted(evaluation.x, float(evaluation.number), cond, uncond, ask=ask, prompts=self._prompts)
         if given is not cond:
             evaluation.replace(cond, given)
         if self.monitor.thresholds.method == "reference" and network.schedule.begins(evaluation.number):
             self.monitor.latent(evaluation.x, network.schedule.levels[evaluation.number], evaluated=True)
         self._pending, self._evaluated = None, evaluation
-
-    def _other_prompts(self, network: Network, evaluation: Evaluation, call: Call) -> OtherPrompts | None:
-        """What can have the network evaluate other prompts; ``None`` where the run's own are not known."""
-        if self._encoded is None:
-            return None
-        try:
-            return OtherPrompts(Encoded(*self._encoded), network, evaluation, call)
-        except (TypeError, ValueError) as error:
-            log.debug("Memorization Guard cannot tell words: %s", error)
-            return None
 
     def before_step(self, guided: Tensor, sample: Tensor) -> None:
         """The scheduler is about to step from ``sample``, with the prediction that guidance has made."""

@@ -142,6 +142,21 @@ def test_of_a_batch_only_what_triggered_goes_on_otherwise(parts, tokenizer, monk
     assert not torch.equal(kept[0], plain[0])
 
 
+def test_a_run_that_does_not_trigger_encodes_nothing(parts, tokenizer):
+    pipe, keywords = stable_diffusion(parts, tokenizer)
+    pipe.set_progress_bar_config(disable=True)
+    calls = []
+    handle = pipe.text_encoder.register_forward_hook(lambda *_: calls.append(1))
+    with guard(pipe, serves="whole") as run:
+        painted(pipe, ["a red cat"], keywords)
+    own = len(calls)
+    with guard(pipe, profile_around(run.traces[0]), "mitigate") as run:
+        painted(pipe, ["a red cat"], keywords)
+    handle.remove()
+    assert run.traces[0].verdict == "stable"
+    assert len(calls) == 2 * own
+
+
 @pytest.mark.parametrize("how", ["embeddings", "two texts"])
 def test_where_the_prompt_is_not_known_the_image_is_steered(how, parts, tokenizer, monkeypatch):
     kind = stable_diffusion if how == "embeddings" else stable_diffusion_xl
