@@ -14,13 +14,12 @@ import tempfile
 import time
 from typing import Any
 
-from samplers import lab_arguments, reference_runs, sampled_lab, write_result
+from samplers import lab_arguments, reference_runs, sampled_lab, share, write_result
 from verdict import copies, sample
 
 from memorization_guard.automatic import PROMPTS, user_folder
 from memorization_guard.core.profile import StabilityProfile
 from memorization_guard.diffusers import guard
-from memorization_guard.statistics import exact_interval
 
 #: Images of each group that are judged, a number of seeds a prompt, and of how many prompts mitigated ones are sampled.
 SEEDS = {"ordinary": 1, "settled": 4, "near": 4, "exact": 4, "template": 4}
@@ -50,10 +49,6 @@ def cost(pipe: Any, texts: list[str], turns: int = 3, **options: Any) -> dict[st
             seconds.append(time.perf_counter() - started)
     medians = {name: sorted(seconds)[turns // 2] for name, seconds in taken.items()}
     return {"profile": medians.pop("profile"), "ten_images_of_steps": medians}
-
-
-def share(count: int, of: int) -> dict[str, Any]:
-    return {"count": count, "of": of, "interval": list(exact_interval(count, of))}
 
 
 def main() -> None:

@@ -186,6 +186,21 @@ def methods() -> dict[str, Method]:
     }
 
 
+def context_windows(model: Any) -> Any:
+    """A clone of the model that sees its latents, of 16 places a side, through windows of 15."""
+    from comfy.context_windows import IndexListContextHandler, get_matching_context_schedule, get_matching_fuse_method
+
+    model = model.clone()
+    model.model_options["context_handler"] = IndexListContextHandler(
+        context_schedule=get_matching_context_schedule("standard_static"),
+        fuse_method=get_matching_fuse_method("pyramid"),
+        context_length=15,
+        context_overlap=14,
+        dim=3,
+    )
+    return model
+
+
 def _dynamic_thresholding(model: Any, mimic: float = 4.0, percentile: float = 0.995) -> Any:
     """sd-dynamic-thresholding as its simple node has it: values as guidance of scale ``mimic`` would have spread them."""
     import torch

@@ -2,7 +2,7 @@
 
     COMFYUI_PATH=/path/to/ComfyUI /path/to/its/python benchmarks/comfyui_passes.py FOLDER
 
-Each row of the table in docs/comfyui.md is a way to chain KSamplers, all of them on the model of one guard. Exact, template
+Each row of the table that it prints is a way to chain KSamplers, all of them on the model of one guard. Exact, template
 and ordinary prompts of the evaluation split are sampled so with mitigation and, from the same noise, without a guard:
 ordinary ones only where something was corrected. Images that are given are those of ordinary prompts, so that a copy comes
 from the prompt alone. Figures go to a JSON file a row in FOLDER; a second call does what is missing.
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from comfyui_lab import CFG, Lab, load
-from comfyui_samplers import BATCH, batches, write_table
+from comfyui_samplers import BATCH, batches
 
 GROUPS = {"exact": 30, "template": 16, "ordinary": 200}
 STEPS = 20
@@ -193,7 +193,7 @@ def row(name: str, figures: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Measures what is missing, printing rows as they come, and puts the full table into the document."""
+    """Measures what is missing, and prints the rows of the table as they come."""
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path, help="for the figures, a file a row")
     for group, count in GROUPS.items():
@@ -201,23 +201,15 @@ def main() -> None:
     arguments = parser.parse_args()
     counts = {group: getattr(arguments, group) for group in GROUPS}
     passes = Passes(Lab(load()))
-    from comfyui_version import __version__
-
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    lines = ["| run | " + " | ".join(COLUMNS) + " |", "|" + " --- |" * (len(COLUMNS) + 1)]
+    print("| run | " + " | ".join(COLUMNS) + " |", "|" + " --- |" * (len(COLUMNS) + 1), sep="\n")
     for number, (name, way) in enumerate(WAYS.items()):
         file = arguments.folder / f"pass-{number}.json"
         figures = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         if (figures.get("counts"), figures.get("name")) != (counts, name):
             figures = {"name": name, "counts": counts} | passes.measured(way, counts)
             file.write_text(json.dumps(figures, indent=1), encoding="utf-8")
-        lines.append(row(name, figures))
-        print(lines[-1], flush=True)
-    said = (
-        f"ComfyUI {__version__}, lab model, euler, normal, {STEPS} steps, cfg {CFG}, batches of {BATCH}, one profile, "
-        "evaluation split; images that are given are of ordinary prompts."
-    )
-    write_table("passe", "\n\n".join([said, "\n".join(lines)]))
+        print(row(name, figures), flush=True)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from memorization_guard.diffusers import guard
 from memorization_guard.files import write_whole
 from memorization_guard.lab import GROUPS, MODEL, Lab
 from memorization_guard.lab.world import DATA, more_captions
+from memorization_guard.statistics import exact_interval
 
 #: Makes a scheduler of the configuration of a model's own.
 SAMPLERS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
@@ -70,6 +71,11 @@ def write_result(result: Mapping[str, Any], path: Path | None) -> None:
     print(text)
     if path:
         write_whole(path, text + "\n")
+
+
+def share(count: int, of: int) -> dict[str, Any]:
+    """A count of images with its exact 95 % interval."""
+    return {"count": count, "of": of, "interval": list(exact_interval(count, of))}
 
 
 def texts_of(lab: Lab, group: str, split: str, count: int) -> list[str]:

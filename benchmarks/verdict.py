@@ -23,7 +23,7 @@ from peers import interval, print_table
 from samplers import SAMPLERS, texts_of
 from tqdm import tqdm
 
-from memorization_guard import Mode, StabilityProfile, Trace
+from memorization_guard import Mode, StabilityProfile, Thresholds, Trace
 from memorization_guard.diffusers import calibrate, guard
 from memorization_guard.evaluation.signals import SIGNALS
 from memorization_guard.files import write_whole
@@ -50,7 +50,15 @@ class Sampled:
 
 
 def sample(
-    pipe: Any, profile: StabilityProfile, texts: Sequence[str], first_seed: int, mode: Mode, batch: int, **options: Any
+    pipe: Any,
+    profile: StabilityProfile,
+    texts: Sequence[str],
+    first_seed: int,
+    mode: Mode,
+    batch: int,
+    *,
+    thresholds: Thresholds | None = None,
+    **options: Any,
 ) -> Sampled:
     """Samples one image a prompt, in batches; the seeds count up from ``first_seed`` and are drawn on the CPU."""
     images: list[np.ndarray] = []
@@ -58,7 +66,7 @@ def sample(
     for start in range(0, len(texts), batch):
         part = list(texts[start : start + batch])
         generators = [torch.Generator().manual_seed(first_seed + start + i) for i in range(len(part))]
-        with guard(pipe, profile, mode) as run:
+        with guard(pipe, profile, mode, thresholds) as run:
             output = pipe(part, generator=generators, output_type="np", **options)
         images.append((output.images * 255).round().astype(np.uint8))
         traces += run.traces

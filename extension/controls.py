@@ -18,10 +18,10 @@ from modules.ui_components import FormRow, InputAccordion
 from ..memorization_guard import ProfileError, StabilityMonitor
 from ..memorization_guard.automatic import AUTO
 from ..memorization_guard.core.calibration import MIN_RUNS
-from ..memorization_guard.core.settings import MODES
+from ..memorization_guard.core.settings import HOST_CONSTANTS, MODES
 from ..memorization_guard.lab import prompts
 from . import hosts, lab, profiles
-from .session import CONSTANTS, TITLE, Options, pasted_result
+from .session import TITLE, Options, pasted_result
 
 COMPARE, CALIBRATE = "compare", "calibrate"
 SECTION = ("memorization_guard", TITLE)
@@ -94,7 +94,7 @@ class Controls:
             label="The pasted image", interactive=False, visible=False, elem_id=self._elem_id("pasted_result")
         )
         with gr.Accordion("Constants of detection and mitigation", open=False):
-            values = [self._constant(field) for field in CONSTANTS]
+            values = [self._constant(field) for field in HOST_CONSTANTS]
         return [mode, profile, *values]
 
     def _constant(self, field: dataclasses.Field[Any]) -> Any:
@@ -219,5 +219,5 @@ def _pasted_profile(options: Options) -> Any:
 _PASTED = [
     _pasted(operator.attrgetter("mode")),
     _pasted(_pasted_profile),
-    *(_pasted(operator.attrgetter(f"thresholds.{field.name}")) for field in CONSTANTS),
+    *(_pasted(operator.attrgetter(f"thresholds.{field.name}")) for field in HOST_CONSTANTS),
 ]

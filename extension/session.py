@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import logging
 from collections.abc import Callable, Mapping
@@ -22,7 +21,7 @@ from ..memorization_guard import (
     evidence,
 )
 from ..memorization_guard.core.monitor import Serves
-from ..memorization_guard.core.settings import MODES
+from ..memorization_guard.core.settings import HOST_CONSTANTS, MODES
 from ..memorization_guard.files import write_whole
 from ..memorization_guard.reports import graph
 from ..memorization_guard.reports.words import summary
@@ -33,11 +32,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: The constants that a user can set here, in the order of the scripts' arguments: numbers, and behind them choices.
-CONSTANTS = sorted(
-    (field for field in dataclasses.fields(Thresholds) if field.metadata["method"] != "published" and field.name != "method"),
-    key=lambda field: "choices" in field.metadata,
-)
 _PUBLISHED = "the published method edits latents between solver steps, which only diffusers allows: it cannot be used here"
 
 #: Of the scripts; also begins the name of every field that we write into an image's infotext.
@@ -73,7 +67,7 @@ class Options:
 
     @classmethod
     def of(cls, mode: str, profile: str | None, *values: float | str | None) -> Options:
-        """From the values of the controls; ``values`` are those of ``CONSTANTS``, or ``None`` for a default.
+        """From the values of the controls; ``values`` are those of ``HOST_CONSTANTS``, or ``None`` for a default.
 
         Raises:
             ValueError: if a value is not known or out of bounds.
@@ -82,7 +76,7 @@ class Options:
             raise ValueError(_PUBLISHED)
         constants: dict[str, Any] = {
             each.name: value if "choices" in each.metadata else float(value)
-            for each, value in zip(CONSTANTS, values, strict=False)
+            for each, value in zip(HOST_CONSTANTS, values, strict=False)
             if value is not None
         }
         return cls(cast(Mode, mode), None if profile in (None, "", "None") else profile, Thresholds(**constants))
@@ -93,7 +87,7 @@ class Options:
         if TITLE not in fields:
             return None
         try:
-            constants = [fields.get(f"{TITLE} {each.name}") for each in CONSTANTS]
+            constants = [fields.get(f"{TITLE} {each.name}") for each in HOST_CONSTANTS]
             return cls.of(fields[TITLE].partition(",")[0], fields.get(f"{TITLE} profile"), *constants)
         except ValueError:
             return None  # written by hand, or by another version
@@ -103,7 +97,7 @@ class Options:
         fields: dict[str, Any] = {TITLE: self.mode}
         if self.profile is not None:
             fields[f"{TITLE} profile"] = self.profile
-        for each in CONSTANTS:
+        for each in HOST_CONSTANTS:
             if (value := getattr(self.thresholds, each.name)) != each.default:
                 fields[f"{TITLE} {each.name}"] = value
         return fields

@@ -8,10 +8,10 @@ from typing import Any
 import modules.scripts
 from modules import shared
 
-from ..memorization_guard.core.settings import MODES
+from ..memorization_guard.core.settings import HOST_CONSTANTS, MODES
 from ..memorization_guard.reports.label import labelled
 from . import profiles
-from .session import CONSTANTS, TITLE, Options, Session
+from .session import TITLE, Options, Session
 
 _PLOT = "xyz_grid.py"
 _AXES = "memorization_guard_axes"
@@ -28,7 +28,7 @@ def add_axes() -> None:
         plot.AxisOption(f"[{TITLE}] Profile", str, _set("profile"), choices=profiles.names),
         *(
             plot.AxisOption(f"[{TITLE}] {field.name}", type(field.default), _set(field.name), **_choices(field))
-            for field in CONSTANTS
+            for field in HOST_CONSTANTS
         ),
     ]
 

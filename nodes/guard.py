@@ -8,7 +8,7 @@ from typing import Any, cast
 from comfy_api.v0_0_2 import io
 
 from ..memorization_guard import Mode, Thresholds
-from ..memorization_guard.core.settings import CORRECTIONS, MODES
+from ..memorization_guard.core.settings import HOST_CONSTANTS, MODES
 from .prompts import Encoder
 from .references import Automatic
 from .sampling import guard
@@ -21,30 +21,15 @@ TraceType = io.Custom("STABILITY_TRACE")
 #: Mode ``stop`` in a place where ComfyUI has more to end than a run.
 END_PROMPT = "stop and end prompt"
 
-#: What can be set here: the published method replaces the latent after a solver step, which ComfyUI's samplers do not allow.
-CONSTANTS = [
-    field
-    for field in dataclasses.fields(Thresholds)
-    if "bounds" in field.metadata and field.metadata["method"] in ("reference", "both")
-]
-
-#: Likewise, of a few choices.
-CORRECTION = next(field for field in dataclasses.fields(Thresholds) if field.name == "correction")
-
 
 def _threshold(field: dataclasses.Field[Any]) -> Any:
     """A widget for a field of :class:`Thresholds`, folded away as advanced; callers of the API may leave it out."""
-    low, high, step = field.metadata["bounds"]
     about, name = field.metadata["about"], field.name
-    widget = io.Float.Input(name, default=field.default, min=low, max=high, step=step, tooltip=about, optional=True)
-    widget.extra_dict = {"advanced": True}
-    return widget
-
-
-def _correction() -> Any:
-    """How an image is corrected; behind all other widgets, whose values a saved workflow holds by their order."""
-    about, name = CORRECTION.metadata["about"], CORRECTION.name
-    widget = io.Combo.Input(name, options=[*CORRECTIONS], default=CORRECTIONS[0], tooltip=about, optional=True)
+    if choices := field.metadata.get("choices"):
+        widget = io.Combo.Input(name, options=[*choices], default=field.default, tooltip=about, optional=True)
+    else:
+        low, high, step = field.metadata["bounds"]
+        widget = io.Float.Input(name, default=field.default, min=low, max=high, step=step, tooltip=about, optional=True)
     widget.extra_dict = {"advanced": True}
     return widget
 
@@ -94,8 +79,7 @@ class MemorizationGuard(io.ComfyNode):
                         "connect the CLIP that the prompt is encoded with."
                     ),
                 ),
-                *map(_threshold, CONSTANTS),
-                _correction(),
+                *map(_threshold, HOST_CONSTANTS),
             ],
             outputs=[
                 io.Model.Output(display_name="MODEL", tooltip="The watched model: connect it to the sampler."),

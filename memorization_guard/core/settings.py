@@ -211,3 +211,11 @@ class Thresholds:
             return cls(**data)
         except TypeError as error:
             raise ValueError(f"thresholds: {error}") from None
+
+
+#: The constants that a user of a host can set, in their order there: numbers, and behind them choices. The published method
+#: edits latents between solver steps, which hosts do not allow.
+HOST_CONSTANTS = sorted(
+    (field for field in dataclasses.fields(Thresholds) if field.metadata["method"] != "published" and field.name != "method"),
+    key=lambda field: "choices" in field.metadata,
+)

@@ -12,7 +12,7 @@ BENCHMARKS = str(Path(__file__).parents[2] / "benchmarks")
 SETUP = """
 sys.path.insert(0, args[0])
 import torch, comfy.samplers
-from comfyui_lab import Lab, Method, methods
+from comfyui_lab import Lab, Method, context_windows, methods
 lab = Lab(module)
 exact, ordinary = lab.lab.prompts("exact", "tuning")[0:9:8], lab.lab.prompts("ordinary", "tuning")[:2]
 
@@ -133,17 +133,8 @@ def test_predictions_of_context_windows_are_judged_joined_or_said_not_to_be_judg
     result = in_comfyui(
         SETUP
         + """
-from comfy.context_windows import IndexListContextHandler, get_matching_context_schedule, get_matching_fuse_method
-
-def windows(model):
-    model = model.clone()
-    model.model_options["context_handler"] = IndexListContextHandler(
-        context_schedule=get_matching_context_schedule("standard_static"),
-        fuse_method=get_matching_fuse_method("pyramid"), context_length=15, context_overlap=14, dim=3)
-    return model
-
 for name in ("CFG", "PerpNeg"):
-    how = {"method": Method(windows, methods()[name].guider)}
+    how = {"method": Method(context_windows, methods()[name].guider)}
     plain, _ = sample(exact[:1], **how)
     mitigated, (trace,) = sample(exact[:1], **how, mode="mitigate", profile=lab.profile)
     result[name] = {

@@ -13,7 +13,7 @@ TINY = Path(__file__).with_name("tiny_models.py").read_text(encoding="utf-8")
 LAB = """
 sys.path.insert(0, args[0])
 import torch
-from comfyui_lab import Lab, Method, methods
+from comfyui_lab import Lab, Method, context_windows, methods
 lab = Lab(module)
 Encoder = module("nodes.prompts").Encoder
 exact, ordinary = lab.lab.prompts("exact", "tuning")[0:9:8], lab.lab.prompts("ordinary", "tuning")[:1]
@@ -73,18 +73,10 @@ def test_whatever_mixes_predictions_goes_on_with_the_other_prompt(in_comfyui: An
         LAB
         + """
 import comfy_extras.nodes_easycache as cache
-from comfy.context_windows import IndexListContextHandler, get_matching_context_schedule, get_matching_fuse_method
-
-def windows(model):
-    model = model.clone()
-    model.model_options["context_handler"] = IndexListContextHandler(
-        context_schedule=get_matching_context_schedule("standard_static"),
-        fuse_method=get_matching_fuse_method("pyramid"), context_length=15, context_overlap=14, dim=3)
-    return model
 
 ways = methods()
 ways = {name: ways[name] for name in ("CFG", "PAG", "SAG", "SLG", "PerpNeg", "DualCFG", "dynamic thresholding")}
-ways["context windows"] = Method(windows)
+ways["context windows"] = Method(context_windows)
 ways["EasyCache"] = Method(lambda model: cache.EasyCacheNode.execute(model, 0.02, 0.15, 0.95, False).args[0])
 for name, method in ways.items():
     for first in ((False, True) if name in ("SAG", "EasyCache") else (False,)):

@@ -153,7 +153,7 @@ def test_bad_choices_say_what_is_wrong(session, arguments, why):
 
 def test_the_published_method_is_refused_and_its_constants_are_not_offered(session):
     offered = ["false_positive_rate", "steering_guidance", "gamma", "correction"]
-    assert [field.name for field in session.CONSTANTS] == offered
+    assert [field.name for field in session.HOST_CONSTANTS] == offered
     with pytest.raises(ValueError, match="which only diffusers allows"):
         session.Options(thresholds=Thresholds(method="published"))
 
