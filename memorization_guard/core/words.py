@@ -8,6 +8,7 @@ the copy was trained with, and what the image is without them.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -46,6 +47,16 @@ class Words:
     text: str
     p_value: float
 
+    def places(self, text: str) -> list[tuple[int, int]]:
+        """Where the words stand in ``text``, the prompt that they were found in: start and end of each, in order. Of a word
+        that stands there several times it is the one that was left out. Empty where ``text`` is another prompt."""
+        spans = _words(text)
+        found = [[span for span in spans if text[slice(*span)] == word] for word in self.words]
+        for chosen in itertools.product(*found):
+            if list(chosen) == sorted(set(chosen)) and _without(text, chosen) == self.text:
+                return list(chosen)
+        return []
+
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready mapping; inverse of :meth:`from_dict`."""
         return {
@@ -79,7 +90,7 @@ def find(text: str, detail: Callable[[list[str]], np.ndarray], tail: Tail) -> Wo
     Returns:
         ``None`` where there is none: the copy hangs on too many of the words.
     """
-    spans = [match.span() for match in _WORD.finditer(text) if match["word"]]
+    spans = _words(text)
     if len(spans) < 2:
         return None
 
@@ -119,6 +130,11 @@ def find(text: str, detail: Callable[[list[str]], np.ndarray], tail: Tail) -> Wo
         text=_without(text, [spans[i] for i in out]),
         p_value=p_value,
     )
+
+
+def _words(text: str) -> list[tuple[int, int]]:
+    """Start and end of every word of a prompt."""
+    return [match.span() for match in _WORD.finditer(text) if match["word"]]
 
 
 def _without(text: str, spans: Sequence[tuple[int, int]]) -> str:

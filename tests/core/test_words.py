@@ -55,6 +55,22 @@ def test_a_word_that_turns_out_not_to_matter_comes_back():
     assert find("a red ring on tiles from wosol dethax", detail, TAIL).words == ("wosol", "dethax")
 
 
+@pytest.mark.parametrize(
+    ("text", "words", "without", "places"),
+    [
+        (PROMPT, ("wosol", "dethax"), "a picture of a green ring on tiles, from", ["wosol", "dethax"]),
+        ("a cat, and a red cat", ("cat",), "a cat, and a red", [17]),
+        ("a cat, and a red cat", ("cat",), "a, and a red cat", [2]),
+        ("a cat by a cat", ("a", "cat"), "a cat by", [9, 11]),
+        ("another prompt", ("cat",), "a red", []),
+    ],
+)
+def test_a_word_is_at_the_place_where_it_was_left_out(text, words, without, places):
+    found = Words(words, (0.001,) * len(words), without, 0.9).places(text)
+    starts = [text.index(place) if isinstance(place, str) else place for place in places]
+    assert found == [(start, start + len(word)) for start, word in zip(starts, words, strict=False)]
+
+
 def test_where_too_much_of_the_prompt_calls_it_up_no_words_are_told():
     asked = []
     assert find(PROMPT, lambda texts: remembering(asked=asked)(texts) + 5, TAIL) is None
