@@ -48,7 +48,7 @@ function entry({ verdict, pieces, without, note }) {
   all.append(line(verdict, { fontWeight: "600" }), text);
   const words = list.filter(isMarked);
   if (words.length) {
-    all.append(line("Marked words call an image up. With one of them alone the prompt is:", FAINT));
+    all.append(line("Marked words call an image up. How rare the prompt is with one of them alone:", FAINT));
     const each = styled("ul", { margin: "0 0 6px", padding: "0 0 0 16px" });
     for (const word of words) each.append(item(`${word.text}: ${word.rarity}`));
     all.append(each);
