@@ -92,9 +92,12 @@ function cached({ detail: { prompt_id: prompt, nodes } }) {
   for (const id of nodes ?? []) panels.get(nodeOf(id))?.say(CACHED);
 }
 
-/** A node that fails puts nothing out: what it told before is of another prompt. */
-function failed({ detail: { prompt_id: prompt, node_id: id, node_type: type, exception_message: message } }) {
-  if (type === EXPLAINER && isOnShow(ownerOf(prompt))) explanations.get(nodeOf(id))?.say(message);
+/** A node that fails puts nothing out: what it told before is of another prompt. One that is cancelled shows that again. */
+function failed({ type: kind, detail: { prompt_id: prompt, node_id: id, node_type: type, exception_message: message } }) {
+  if (type !== EXPLAINER || !isOnShow(ownerOf(prompt))) return;
+  const explanation = explanations.get(nodeOf(id));
+  if (kind === "execution_error") explanation?.say(message);
+  else explanation?.restore();
 }
 
 function draw(one) {
@@ -240,3 +243,4 @@ api.addEventListener(EVENT, listen);
 api.addEventListener("executed", executed);
 api.addEventListener("execution_cached", cached);
 api.addEventListener("execution_error", failed);
+api.addEventListener("execution_interrupted", failed);

@@ -95,6 +95,8 @@ class ExplainPrompt(io.ComfyNode):
     ) -> io.NodeOutput:
         if not text.strip():
             raise ValueError("there is no prompt to explain: type one, or connect a text")
+        if clip is None:
+            raise ValueError("this checkpoint has no CLIP: load the one that belongs to the model")
         model = unguarded(model)
         size = _empty(model, latent)
         if profile is None:
@@ -137,6 +139,8 @@ def _asked(
     """
     shape, scale = profile.settings.latent_shape, profile.settings.guidance_scale
     nothing, prompt = encoded(clip, ["", text])
+    if len(prompt) != 1:
+        raise ValueError("this CLIP makes several conditionings of a text (scheduled hooks): connect it without its hooks")
     traces = sample_references(
         model,
         [prompt],

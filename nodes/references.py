@@ -78,6 +78,8 @@ def sample_references(
         )
         traces += [trace for run in seen.runs() for trace in run.traces]
         start += len(part)
+    # Cancel may have come while the network was asked beside the last run, which was stopped before it could tell.
+    comfy.model_management.throw_exception_if_processing_interrupted()
     return traces
 
 

@@ -115,7 +115,13 @@ lab, explain, references = (module(f"nodes.{name}") for name in ("lab", "explain
 model, clip, profile = lab.load_model(), lab.load_clip(), lab.load_profile()
 other = dataclasses.replace(profile, settings=dataclasses.replace(profile.settings, model_hash="0" * 16))
 
-def said(model, **inputs):
+class Several:
+    tokenize = clip.tokenize
+
+    def encode_from_tokens_scheduled(self, tokens):
+        return clip.encode_from_tokens_scheduled(tokens) * 2
+
+def said(model, clip=clip, **inputs):
     hidden = type("Hidden", (), {"unique_id": "1"})
     node = type("Node", (explain.ExplainPrompt,), {"hidden": hidden})
     try:
@@ -129,6 +135,7 @@ result["no fingerprint"] = said(model)
 broken = model.clone()
 broken.set_model_unet_function_wrapper(lambda apply, args: apply(args["input"], args["timestep"], **args["c"]) * float("nan"))
 result["not a number"] = said(broken, profile=profile)
+result["no CLIP"], result["hooks"] = said(model, None, profile=profile), said(model, Several(), profile=profile)
 """
     )
     assert result["another model's profile"].startswith("the prompt could not be judged. The profile does not fit this run (")
@@ -136,7 +143,36 @@ result["not a number"] = said(broken, profile=profile)
         "the prompt cannot be judged, since there is no profile of this model. The model's weights have no fingerprint: "
         "calibrate a profile, and choose it."
     )
-    assert "NaN" in result["not a number"], result
+    assert "NaN" in result["not a number"]
+    assert result["no CLIP"] == "this checkpoint has no CLIP: load the one that belongs to the model"
+    assert "several conditionings of a text (scheduled hooks)" in result["hooks"]
+
+
+def test_cancel_while_the_words_are_looked_for_tells_nothing(in_comfyui: Any) -> None:
+    result = in_comfyui(
+        """
+import comfy.model_management as management
+lab, explain = module("nodes.lab"), module("nodes.explain")
+asking = sys.modules[pack.__name__ + ".memorization_guard.core.asking"]
+node = type("Node", (explain.ExplainPrompt,), {"hidden": type("Hidden", (), {"unique_id": "1"})})
+inputs = lab.load_model(), lab.load_clip(), args[0], lab.load_profile()
+find = asking.find
+
+def cancelled(text, detail, tail):
+    management.interrupt_current_processing()
+    return find(text, detail, tail)
+
+asking.find = cancelled
+try:
+    result["told"] = str(node.execute(*inputs).args)
+except management.InterruptProcessingException:
+    result["told"] = None
+asking.find = find
+result["again"] = node.execute(*inputs).args[2]
+""",
+        MEMORIZED,
+    )
+    assert result == {"told": None, "again": True}
 
 
 def test_what_it_shows_is_json_with_every_word_marked_once(in_comfyui: Any) -> None:
