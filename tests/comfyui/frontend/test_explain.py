@@ -1,6 +1,7 @@
 """What is told of a prompt on the node Explain Prompt, in ComfyUI's own frontend in Chromium."""
 
 import os
+import shutil
 
 import pytest
 
@@ -102,6 +103,29 @@ def test_what_fails_is_said_in_the_place_of_what_was_told_before(page):
     page.wait_for_function("id => mg.told(id).innerText.includes('there is no prompt to explain')", arg=node)
     page.keyboard.press("Escape")
     page.errors.clear()  # the frontend notes the failed prompt itself
+
+
+def test_it_says_how_far_a_profile_is_that_is_made_first_and_can_be_cancelled(page, server):
+    shutil.rmtree(server.folder / "models" / "stability_profiles" / "auto", ignore_errors=True)
+    node = explainer(page, MEMORIZED)
+    page.evaluate(
+        """id => {
+          const node = mg.node(id);
+          node.disconnectInput(node.inputs.findIndex(({name}) => name === "profile"));
+          mg.link(mg.add("EmptyLatentImage", [40, 260], {width: 128, height: 128}), 0, node, "latent");
+        }""",
+        node,
+    )
+    making = "id => /^Making the profile of this model, once: [1-9][0-9]* of 100 prompts/.test(mg.told(id).innerText)"
+    start(page)
+    page.wait_for_function(making, arg=node)
+    page.evaluate("() => mg.api.interrupt()")
+    wait_end(page)
+    page.wait_for_function("([id, text]) => mg.told(id).innerText.startsWith(text)", arg=[node, NOTHING])
+    start(page)
+    page.wait_for_function(making, arg=node)
+    page.wait_for_function("id => mg.told(id).querySelector('mark')", arg=node, timeout=180_000)
+    assert set(page.evaluate(MARKED, node)) & set(MEMORIZED.split()[-2:])
 
 
 def test_a_copy_begins_empty_and_the_prompt_that_is_queued_holds_nothing_of_it(page, server):
