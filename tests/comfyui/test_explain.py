@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from memorization_guard.lab import prompts
 
+TINY = Path(__file__).with_name("tiny_models.py").read_text(encoding="utf-8")
 MEMORIZED = prompts("exact")[0]
 ORDINARY = prompts("ordinary")[0]
 
@@ -146,6 +148,35 @@ result["no CLIP"], result["hooks"] = said(model, None, profile=profile), said(mo
     assert "NaN" in result["not a number"]
     assert result["no CLIP"] == "this checkpoint has no CLIP: load the one that belongs to the model"
     assert "several conditionings of a text (scheduled hooks)" in result["hooks"]
+
+
+def test_models_of_all_kinds_are_asked(in_comfyui: Any) -> None:
+    """With random weights no prompt is memorized; at this rate most of those that are less ordinary than others trigger."""
+    result = in_comfyui(
+        TINY
+        + """
+explain, references = module("nodes.explain"), module("nodes.references")
+runs_of = sys.modules[pack.__name__ + ".memorization_guard.core.calibration"].ReferenceRuns
+node = type("Node", (explain.ExplainPrompt,), {"hidden": type("Hidden", (), {"unique_id": "1"})})
+for name in ("SD 1", "SD 2 v", "SDXL", "SD3", "Flux", "Wan"):
+    model, clip = tiny(name), Clip(name)
+    empty = explain._empty(model, {"samples": torch.zeros(2, *MODELS[name][-1])})[:, :, :1 if name == "Wan" else None]
+    nothing, *prompts = (clip.encode_from_tokens_scheduled(text) for text in ("", *map(str, range(8))))
+    known = runs_of(None, name)
+    sampled = references.sample_references(model, prompts, nothing, 0, "whole", steps=4, cfg=4.0, latent=empty)
+    known.add(sampled, 8)
+    text = "a red cat on a mat"
+    without, report, memorized = node.execute(model, clip, text, known.profile()[0], false_positive_rate=0.5).args
+    usual = list(explain._empty(model, None).shape)
+    result[name] = {"told": report.split("\\n")[1], "memorized": memorized, "changed": without != text, "size": usual}
+"""
+    )
+    assert [found["size"][-1] for found in result.values()] == [64, 64, 128, 128, 128, 128]
+    assert [found["size"][1] for found in result.values()] == [4, 4, 4, 16, 16, 16]
+    for name, found in result.items():
+        assert found["told"].startswith("likely memorized: " if found["memorized"] else "ordinary: "), name
+        assert found["changed"] <= found["memorized"], name
+    assert any(found["memorized"] for found in result.values())
 
 
 def test_cancel_while_the_words_are_looked_for_tells_nothing(in_comfyui: Any) -> None:
