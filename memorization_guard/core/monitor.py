@@ -249,7 +249,7 @@ class StabilityMonitor:
         without = None
         with asking.undisturbed(x.device):
             try:
-                run.words = asking.words_of(triggered, prompts, noise, run.scale, judge.detail, judge.answers)
+                run.words = asking.words_of(triggered, prompts, noise, run.scale, judge, run.settings.model_hash)
                 if run.words and self.mode == "mitigate" and self.thresholds.correction == "keep":
                     without = prompts.go_on({sample: words.text for sample, words in run.words.items()})
             except Exception as error:

@@ -9,8 +9,10 @@ the copy was trained with, and what the image is without them.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,9 @@ CANDIDATES = 16
 
 #: At most this many words are left out, and never more than half of them.
 MOST = 6
+
+#: Of so many prompts, the latest, a process remembers the words.
+REMEMBERED = 1000
 
 # Numbers behind a colon are weights, and AND and BREAK are commands of the WebUI.
 _WORD = re.compile(r":\s*[\d.]+|\b(?:AND|BREAK)\b|(?P<word>embedding:[\w.-]+|\w[\w'\u2019-]*)")
@@ -66,6 +71,35 @@ class Words:
         if not all(isinstance(word, str) for word in (*words, text)) or len(words) != len(p_values):
             raise TypeError("the words of a prompt are no texts, each with a p-value")
         return cls(tuple(words), tuple(float(one) for one in p_values), text, float(p_value))
+
+
+class Memory:
+    """Finds words, and remembers them for other seeds, second passes and further images of the same prompt."""
+
+    def __init__(self) -> None:
+        self._found: OrderedDict[Hashable, Words] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def find(self, model: Hashable | None, text: str, detail: Callable[[list[str]], np.ndarray], tail: Tail) -> Words | None:
+        """As :func:`find`. What is remembered is held against one question, since a run may differ in more than its prompt.
+
+        Args:
+            model: what tells models apart, and the noise that they are asked in. ``None`` remembers nothing.
+        """
+        key = (model, tail.fingerprint, text)
+        with self._lock:
+            if (known := self._found.get(key)) is not None:
+                self._found.move_to_end(key)
+        if known is not None and (p_value := float(tail.p_value(detail([known.text]))[0])) >= ORDINARY:
+            return replace(known, p_value=p_value)
+        found = find(text, detail, tail)
+        if found is not None and model is not None:
+            with self._lock:
+                self._found[key] = found
+                self._found.move_to_end(key)
+                if len(self._found) > REMEMBERED:
+                    self._found.popitem(last=False)
+        return found
 
 
 def find(text: str, detail: Callable[[list[str]], np.ndarray], tail: Tail) -> Words | None:

@@ -8,7 +8,7 @@ import torch
 
 from memorization_guard import StabilityMonitor, Thresholds, Trace
 from memorization_guard.core.reference import Tail
-from memorization_guard.core.words import MOST, ORDINARY, Words, find
+from memorization_guard.core.words import MOST, ORDINARY, REMEMBERED, Memory, Words, find
 
 from .test_monitor import with_answers
 
@@ -87,6 +87,42 @@ def test_markup_stays_whole_and_a_weight_is_no_word(text, key, wanted):
     asked = []
     assert find(text, remembering(key, asked=asked), TAIL).text == wanted
     assert all(("AND" in one) == ("AND" in text) and ("1.3" in one) == ("1.3" in text) for texts in asked for one in texts)
+
+
+def test_words_are_remembered_and_held_against_one_question():
+    memory, asked = Memory(), []
+    found = memory.find("model", PROMPT, remembering("wosol", "dethax", asked=asked), TAIL)
+    assert len(asked) > 1
+    asked.clear()
+    again = memory.find("model", PROMPT, remembering("wosol", "dethax", asked=asked), TAIL)
+    assert again == found
+    assert asked == [[found.text]]
+    # What else a run has, such as an image that guides it, calls the copy up by another word.
+    assert memory.find("model", PROMPT, remembering("ring", asked=asked), TAIL).words == ("ring",)
+
+
+@pytest.mark.parametrize("other", [("another", PROMPT, TAIL), ("model", PROMPT + ", 8k", TAIL), ("model", PROMPT, None)])
+def test_of_another_model_prompt_or_references_nothing_is_remembered(other):
+    memory, asked = Memory(), []
+    memory.find("model", PROMPT, remembering("wosol"), TAIL)
+    model, text, tail = other
+    tail = tail or Tail(np.log(np.random.default_rng(1).lognormal(0, 0.1, 400)))
+    memory.find(model, text, remembering("wosol", asked=asked), tail)
+    assert len(asked[0]) > 1
+
+
+def test_nothing_is_remembered_of_an_unknown_model_and_never_too_much():
+    memory, asked = Memory(), []
+    for _ in range(2):
+        asked.clear()
+        memory.find(None, PROMPT, remembering("wosol", asked=asked), TAIL)
+        assert len(asked[0]) > 1
+    for number in range(REMEMBERED + 1):
+        memory.find("model", f"wosol {number}", remembering("wosol"), TAIL)
+    for number, questions in ((0, 2), (REMEMBERED, 1)):  # the first was given up
+        asked.clear()
+        memory.find("model", f"wosol {number}", remembering("wosol", asked=asked), TAIL)
+        assert len(asked) == questions
 
 
 class Spoken:
