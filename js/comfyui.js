@@ -13,6 +13,8 @@ import { forget, isOnShow, nodeOf, noteLoading, noteQueued, ownerOf, recordOf } 
 const EVENT = "memorization_guard"; // also the key in the output of a report
 const SPEAKERS = ["MemorizationGuardSaveProfile", "MemorizationGuardCalibrate", "MemorizationGuardGate"]; // their output is text
 const CACHED = "The result came from the cache. Change the seed to sample again.";
+const ASLEEP = "This guard is bypassed or muted: nothing is watched.";
+const BYPASSED = 4; // LiteGraph has no name for it
 const WIDTH = 340;
 const HEIGHT = 200; // of the graph, at least
 const ROOM = 30; // additional height in a new node
@@ -89,6 +91,25 @@ function executed({ detail: { prompt_id: prompt, node, display_node: shown, outp
 function cached({ detail: { prompt_id: prompt, nodes } }) {
   if (!isOnShow(ownerOf(prompt))) return;
   for (const id of nodes ?? []) panels.get(nodeOf(id))?.say(CACHED);
+}
+
+/** A guard that a prompt leaves out sends nothing, and would go on showing its last run as if it watched. */
+function started({ detail: { prompt_id: prompt } }) {
+  if (!isOnShow(ownerOf(prompt))) return;
+  for (const node of asleep(app.rootGraph ?? app.graph)) {
+    const one = { name: `${prompt}::0:0`, node, run: startRun({ note: ASLEEP }), traces: null };
+    end(one, []);
+    draw(one);
+  }
+}
+
+/** Ids of the guards that are bypassed or muted, by themselves or with a subgraph around them. */
+function asleep(graph, path = "", outer = false) {
+  return (graph?.nodes ?? []).flatMap((node) => {
+    const off = outer || node.mode === LiteGraph.NEVER || node.mode === BYPASSED;
+    if (node.subgraph) return asleep(node.subgraph, `${path}${node.id}:`, off);
+    return off && node.comfyClass === "MemorizationGuard" ? [`${path}${node.id}`] : [];
+  });
 }
 
 function draw(one) {
@@ -218,3 +239,4 @@ app.registerExtension({
 api.addEventListener(EVENT, listen);
 api.addEventListener("executed", executed);
 api.addEventListener("execution_cached", cached);
+api.addEventListener("execution_start", started);

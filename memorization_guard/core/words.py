@@ -12,7 +12,7 @@ import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -44,12 +44,14 @@ class Words:
         words: each, as it stands in the prompt.
         p_values: of the prompt with that one put back: the smaller, the more it does by itself.
         text: the prompt without them. p_value: of that.
+        left_out: whether the image was sampled without them.
     """
 
     words: tuple[str, ...]
     p_values: tuple[float, ...]
     text: str
     p_value: float
+    left_out: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready mapping; inverse of :meth:`from_dict`."""
@@ -58,6 +60,7 @@ class Words:
             "p_values": [float(f"{p_value:.4g}") for p_value in self.p_values],
             "text": self.text,
             "p_value": float(f"{self.p_value:.4g}"),
+            "left_out": self.left_out,
         }
 
     @classmethod
@@ -67,10 +70,10 @@ class Words:
         Raises:
             KeyError, TypeError: if it is something else.
         """
-        words, p_values, text, p_value = (data[name] for name in ("words", "p_values", "text", "p_value"))
+        words, p_values, text, p_value, left_out = (data[f.name] for f in fields(cls))
         if not all(isinstance(word, str) for word in (*words, text)) or len(words) != len(p_values):
             raise TypeError("the words of a prompt are no texts, each with a p-value")
-        return cls(tuple(words), tuple(float(one) for one in p_values), text, float(p_value))
+        return cls(tuple(words), tuple(float(one) for one in p_values), text, float(p_value), bool(left_out))
 
 
 class Memory:

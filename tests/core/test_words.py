@@ -181,7 +181,7 @@ def test_an_image_goes_on_without_the_words_and_the_others_of_its_batch_as_they_
     assert second is cond  # the host has the network predict without the words by itself
     assert {sample for sample, _ in prompts.asked} == {0}  # the same prompt is looked at once
     copied, again, other = monitor.traces
-    assert copied.words == again.words == Words(("wosol",), copied.words.p_values, "a cat by", copied.words.p_value)
+    assert copied.words == again.words == Words(("wosol",), copied.words.p_values, "a cat by", copied.words.p_value, True)
     assert (copied.verdict, other.verdict, other.words) == ("corrected", "stable", None)
     assert copied.evaluations.corrected.tolist() == [True, True]
     assert other.evaluations.corrected.tolist() == [False, False]
@@ -195,6 +195,7 @@ def test_words_are_told_where_nothing_is_corrected(world, mode):
     assert second is cond
     assert prompts.chosen is None
     assert [trace.words and trace.words.words for trace in monitor.traces] == [("wosol",), ("wosol",), None]
+    assert not monitor.traces[0].words.left_out
 
 
 @pytest.mark.parametrize("more", [{"fails": True}, {"correction": "steer"}, {"texts": ("wosol", "wosol", "a cat")}])
@@ -207,6 +208,7 @@ def test_an_image_is_steered_where_the_words_cannot_be_told_or_it_is_asked_for(w
     assert torch.allclose(first[:2], torch.lerp(uncond, cond, -1.0 / 3.0)[:2])
     assert torch.equal(first[2], cond[2])
     assert [trace.verdict for trace in monitor.traces] == ["corrected", "corrected", "stable"]
+    assert not any(trace.words and trace.words.left_out for trace in monitor.traces)
 
 
 def test_nothing_is_looked_at_where_nothing_triggers(world):
