@@ -141,7 +141,8 @@ def places(text: str, words: Sequence[str], without: str) -> list[tuple[int, int
     # By how many of the words have been passed: which they were, where the rest of the prompt is what was kept.
     ways: dict[int, tuple[int, ...]] = {0: ()}
     for i, span in enumerate(spans):
-        word, further = text[slice(*span)], {}
+        word = text[slice(*span)]
+        further: dict[int, tuple[int, ...]] = {}
         for passed, chosen in ways.items():
             if i - passed < len(kept) and kept[i - passed] == word:
                 further.setdefault(passed, chosen)
