@@ -110,7 +110,7 @@ def find(text: str, detail: Callable[[list[str]], np.ndarray], tail: Tail) -> Wo
     while True:
         alone = details([[i for i in out if i != word] for word in out])
         if np.isnan(alone).any():
-            return None
+            return None  # how much a word does cannot be said
         number = int(np.argmin(alone))
         without = float(tail.p_value(alone[number : number + 1])[0])
         if len(out) == 1 or not without >= ORDINARY:
