@@ -65,8 +65,9 @@ def test_an_audit_of_the_lab_model_tells_the_words_wherever_it_says_something(ca
 @pytest.mark.parametrize("word", [HOSTILE, STRANGE, "=1+1", "\u202eabc", "a" * 500])
 def test_words_and_what_is_left_without_them_never_become_html(audits, browser, word, tmp_path):
     """Nothing of a table that somebody else wrote is taken for more than text."""
-    prompt = f"a cat by {STRANGE}, a fox"
-    told = [(prompt, (STRANGE,), "a cat by, a fox"), ("another prompt", (word, "x"), word), ("none", None, "")]
+    prompt = f"a cat {HOSTILE} by {STRANGE}, a fox"
+    without = f"a cat {HOSTILE} by, a fox"
+    told = [(prompt, (STRANGE,), without), ("another prompt", (word, "x"), word), ("none", None, "")]
     folder = audited(audits, *told)
     write_report(folder)
     page, complaints = browser.new_page(), []
@@ -80,7 +81,7 @@ def test_words_and_what_is_left_without_them_never_become_html(audits, browser, 
     assert page.locator(".rows .body .row").nth(0).locator(".cell").nth(2).text_content() == prompt
     page.select_option("[aria-label='called up by']", label=word)
     page.locator(".rows .body .row").first.click()
-    assert f"ordinary without: {word if word != STRANGE else 'a cat by, a fox'}" in page.locator(".chosen").text_content()
+    assert f"ordinary without: {word if word != STRANGE else without}" in page.locator(".chosen").text_content()
     assert page.locator("img").count() == 0
     assert page.title() == "Audit of base"
     assert page.evaluate("document.documentElement.scrollWidth") == page.viewport_size["width"]
