@@ -70,9 +70,12 @@ class Words:
         Raises:
             KeyError, TypeError: if it is something else.
         """
-        words, p_values, text, p_value, left_out = (data[f.name] for f in fields(cls))
-        if not all(isinstance(word, str) for word in (*words, text)) or len(words) != len(p_values):
-            raise TypeError("the words of a prompt are no texts, each with a p-value")
+        words, p_values, text, p_value, left_out = (data[field.name] for field in fields(cls))
+        if not isinstance(words, list) or not words or not all(isinstance(word, str) for word in (*words, text)):
+            raise TypeError("the words of a prompt are no list of texts")
+        # What is no number compares as False, and JSON has no such numbers.
+        if len(words) != len(p_values) or not all(0 <= share <= 1 for share in (*p_values, p_value)):
+            raise TypeError("the words of a prompt have no share of ordinary prompts each")
         return cls(tuple(words), tuple(float(one) for one in p_values), text, float(p_value), bool(left_out))
 
 
@@ -116,7 +119,7 @@ def find(text: str, detail: Callable[[list[str]], np.ndarray], tail: Tail) -> Wo
     Returns:
         ``None`` where there is none: the copy hangs on too many of the words.
     """
-    spans = [match.span() for match in _WORD.finditer(text) if match["word"]]
+    spans = _spans(text)
     if len(spans) < 2:
         return None
 
@@ -143,6 +146,8 @@ def find(text: str, detail: Callable[[list[str]], np.ndarray], tail: Tail) -> Wo
     out.sort()
     while True:
         alone = details([[i for i in out if i != word] for word in out])
+        if np.isnan(alone).any():
+            return None  # how much a word does cannot be said
         number = int(np.argmin(alone))
         without = float(tail.p_value(alone[number : number + 1])[0])
         if len(out) == 1 or not without >= ORDINARY:
@@ -156,6 +161,37 @@ def find(text: str, detail: Callable[[list[str]], np.ndarray], tail: Tail) -> Wo
         text=_without(text, [spans[i] for i in out]),
         p_value=p_value,
     )
+
+
+def places(text: str, words: Sequence[str], without: str) -> list[tuple[int, int]]:
+    """Where the words stand that were left out of a prompt; of a word that stands there twice, which of the two it was.
+
+    Args:
+        text: the prompt. words, without: as :class:`Words` has them, ``without`` being its ``text``.
+
+    Returns:
+        Start and end of each, in order; nothing where that cannot be told, as of another prompt than they were told for.
+    """
+    spans, kept = _spans(text), [without[slice(*span)] for span in _spans(without)]
+    if len(words) > MOST or len(words) + len(kept) != len(spans):
+        return []
+    # By how many of the words have been passed: which they were, where the rest of the prompt is what was kept.
+    ways: dict[int, tuple[int, ...]] = {0: ()}
+    for i, span in enumerate(spans):
+        word = text[slice(*span)]
+        further: dict[int, tuple[int, ...]] = {}
+        for passed, chosen in ways.items():
+            if i - passed < len(kept) and kept[i - passed] == word:
+                further.setdefault(passed, chosen)
+            if passed < len(words) and words[passed] == word:
+                further.setdefault(passed + 1, (*chosen, i))
+        ways = further
+    return [spans[i] for i in ways.get(len(words), ())]
+
+
+def _spans(text: str) -> list[tuple[int, int]]:
+    """Where the words of a prompt are."""
+    return [match.span() for match in _WORD.finditer(text) if match["word"]]
 
 
 def _without(text: str, spans: Sequence[tuple[int, int]]) -> str:

@@ -5,10 +5,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from memorization_guard import StabilityMonitor, Thresholds, Trace
+from memorization_guard.core import words
 from memorization_guard.core.reference import Tail
-from memorization_guard.core.words import MOST, ORDINARY, REMEMBERED, Memory, Words, find
+from memorization_guard.core.words import MOST, ORDINARY, REMEMBERED, Memory, Words, find, places
 
 from .test_monitor import with_answers
 
@@ -62,6 +65,13 @@ def test_where_too_much_of_the_prompt_calls_it_up_no_words_are_told():
     assert find("ring", remembering("ring"), TAIL) is None
     assert find("", remembering("ring"), TAIL) is None
     assert find(PROMPT, lambda texts: np.full(len(texts), math.nan), TAIL) is None
+
+
+def test_no_words_are_told_where_the_network_gives_no_number_for_one_of_them():
+    def detail(texts):
+        return np.where(np.array(texts) == PROMPT.replace("wosol ", ""), math.nan, remembering("wosol", "dethax")(texts))
+
+    assert find(PROMPT, detail, TAIL) is None
 
 
 def test_a_long_prompt_is_looked_at_in_groups_first():
@@ -123,6 +133,39 @@ def test_nothing_is_remembered_of_an_unknown_model_and_never_too_much():
         asked.clear()
         memory.find("model", f"wosol {number}", remembering("wosol", asked=asked), TAIL)
         assert len(asked) == questions
+
+
+@given(st.data())
+def test_the_places_of_words_are_those_that_were_left_out(data):
+    """Of words that come again and again, with marks between them."""
+    parts = st.tuples(
+        st.sampled_from(["cat", "Cat", "m\u00fcller", "\u732b", "x", "embedding:x"]), st.sampled_from([" ", ", ", " (", ") "])
+    )
+    text = "".join(part for pair in data.draw(st.lists(parts, min_size=1, max_size=9)) for part in pair)
+    spans = words._spans(text)
+    out = sorted(data.draw(st.sets(st.sampled_from(spans), max_size=MOST)))
+    said = [text[slice(*span)] for span in out]
+    found = places(text, said, words._without(text, out))
+    assert [text[slice(*span)] for span in found] == said
+    assert found == sorted(set(found))
+    kept = [text[slice(*span)] for span in spans if span not in found]
+    assert kept == [text[slice(*span)] for span in spans if span not in out]
+
+
+@pytest.mark.parametrize(
+    ("text", "said", "without", "wanted"),
+    [
+        ("a cat, by a cat", ["cat"], "a cat, by a", [(12, 15)]),
+        ("a cat, by a cat", ["cat"], "a, by a cat", [(2, 5)]),
+        ("a (\U0001f431 cat:1.3)", ["cat"], "a (\U0001f431:1.3)", [(5, 8)]),
+        ("a cat", ["dog"], "a", []),
+        ("another prompt", ["cat"], "a", []),
+        ("a cat", ["cat"] * 1000, "a", []),
+        ("", [], "", []),
+    ],
+)
+def test_places_are_told_of_the_prompt_alone_that_words_were_told_for(text, said, without, wanted):
+    assert places(text, said, without) == wanted
 
 
 class Spoken:
