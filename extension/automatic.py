@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import modules.scripts
-from modules import processing, shared
+from modules import devices, processing, shared
 
 from ..memorization_guard import StabilityProfile, Trace
 from ..memorization_guard.automatic import AUTO, STEPS, guidance_of, profiles_in
+from ..memorization_guard.core.asking import undisturbed
 from ..memorization_guard.core.monitor import Serves
 from .profiles import FOLDER, networks_of, sample_references
 
@@ -100,18 +101,20 @@ def _generation(p: Any, script: modules.scripts.Script) -> Any:
             setattr(one, name, getattr(p, name))
     runner = copy.copy(p.scripts)
     runner.alwayson_scripts, runner.selectable_scripts, runner.callback_map = [script], [], {}
-    one.scripts, one.script_args = runner, p.script_args
+    one.scripts, one.script_args = runner, [0, *p.script_args[1:]]  # the first is the script's number in the dropdown
     return one
 
 
 @contextlib.contextmanager
 def _state_kept() -> Iterator[None]:
-    """The host's progress is afterwards what it was: the generation that was asked for has not begun."""
+    """The host's progress and random numbers are afterwards what they were: the generation that was asked for has not begun,
+    and an image to start from is encoded with what the one before has left."""
     state = shared.state
     names = ("job", "job_no", "job_count", "sampling_step", "sampling_steps", "textinfo", "processing_has_refined_job_count")
     kept = {name: getattr(state, name) for name in names}
     try:
-        yield
+        with undisturbed(devices.device):
+            yield
     finally:
         for name, value in kept.items():
             setattr(state, name, value)

@@ -60,7 +60,8 @@ def applied(p: Any, options: Options | None) -> Options | None:
 def cell(p: Any) -> str:
     """Which cell of a plot is being made, in the order of the gallery; empty where there is no plot."""
     number = p.script_args[0] if p.script_args else 0  # of the dropdown's script
-    if not number or type(p.scripts.selectable_scripts[number - 1]).__module__ != _PLOT:
+    chosen = p.scripts.selectable_scripts[number - 1 : number] if number else []  # other extensions sample with fewer scripts
+    if not chosen or type(chosen[0]).__module__ != _PLOT:
         return ""
     return f"cell {shared.state.job.partition(' out of ')[0]}"
 

@@ -17,6 +17,8 @@ const EXPLAINED = "memorization_guard_prompt"; // key in the output of the node 
 const EXPLAINER = "MemorizationGuardExplainPrompt";
 const SPEAKERS = ["MemorizationGuardSaveProfile", "MemorizationGuardCalibrate", "MemorizationGuardGate"]; // their output is text
 const CACHED = "The result came from the cache. Change the seed to sample again.";
+const ASLEEP = "This guard is bypassed or muted: nothing is watched.";
+const BYPASSED = 4; // LiteGraph has no name for it
 const WIDTH = 340;
 const HEIGHT = 200; // of the graph, or what is told, at least
 const ROOM = 30; // additional height in a new node
@@ -98,6 +100,25 @@ function failed({ type: kind, detail: { prompt_id: prompt, node_id: id, node_typ
   const explanation = explanations.get(nodeOf(id));
   if (kind === "execution_error") explanation?.say(message);
   else explanation?.restore();
+}
+
+/** A guard that a prompt leaves out sends nothing, and would go on showing its last run as if it watched. */
+function started({ detail: { prompt_id: prompt } }) {
+  if (!isOnShow(ownerOf(prompt))) return;
+  for (const node of asleep(app.rootGraph ?? app.graph)) {
+    const one = { name: `${prompt}::0:0`, node, run: startRun({ note: ASLEEP }), traces: null };
+    end(one, []);
+    draw(one);
+  }
+}
+
+/** Ids of the guards that are bypassed or muted, by themselves or with a subgraph around them. */
+function asleep(graph, path = "", outer = false) {
+  return (graph?.nodes ?? []).flatMap((node) => {
+    const off = outer || node.mode === LiteGraph.NEVER || node.mode === BYPASSED;
+    if (node.subgraph) return asleep(node.subgraph, `${path}${node.id}:`, off);
+    return off && node.comfyClass === "MemorizationGuard" ? [`${path}${node.id}`] : [];
+  });
 }
 
 function draw(one) {
@@ -244,3 +265,4 @@ api.addEventListener("executed", executed);
 api.addEventListener("execution_cached", cached);
 api.addEventListener("execution_error", failed);
 api.addEventListener("execution_interrupted", failed);
+api.addEventListener("execution_start", started);

@@ -122,7 +122,9 @@ function summarizeImage(run, image) {
     const rare = rarity(item.pValue, run.pValueFloor);
     parts.push(`${rare.startsWith("rarer") ? "" : "as far as "}${rare} ordinary images`);
   }
-  if (item.words.length) parts.push(`called up by ${item.words.map((word) => `"${word}"`).join(", ")}`);
+  if (item.words.length) {
+    parts.push(`called up by ${item.words.map((word) => `"${word}"`).join(", ")}${item.leftOut ? ", left out" : ""}`);
+  }
   const corrected = item.mitigated.filter(Boolean).length;
   if (corrected) parts.push(`${corrected} ${corrected === 1 ? "step" : "steps"} corrected`);
   if (item.nonfinite !== null) parts.push(`not a number from step ${item.nonfinite}`);
@@ -168,6 +170,7 @@ function readTrace(trace) {
     trigger: isStep(trace.trigger_step) ? trace.trigger_step : null,
     nonfinite: isStep(trace.nonfinite_step) ? trace.nonfinite_step : null,
     words: Array.isArray(trace.words?.words) ? trace.words.words.map(String) : [],
+    leftOut: trace.words?.left_out === true,
     sigma: list("sigma"),
     latent: list("latent_norm"),
     update: list("update_norm"),

@@ -17,7 +17,7 @@ from comfy_api.v0_0_2 import io
 from ..memorization_guard import StabilityProfile, Thresholds, Trace
 from ..memorization_guard.automatic import STEPS
 from ..memorization_guard.core.settings import USUAL_GUIDANCE
-from ..memorization_guard.core.words import ORDINARY, Words
+from ..memorization_guard.core.words import ORDINARY, Words, places
 from ..memorization_guard.reports.words import NO_WORDS, explanation, prompt_verdict, word_rarities
 from .guard import CATEGORY, StabilityProfileType, threshold_input
 from .prompts import Encoder, encoded
@@ -177,7 +177,7 @@ def _pieces(text: str, trace: Trace) -> Iterator[dict[str, Any]]:
     end = 0
     if (words := trace.words) is not None:
         rare = word_rarities(trace)
-        for number, (start, after) in enumerate(words.places(text)):
+        for number, (start, after) in enumerate(places(text, words.words, words.text)):
             yield {"text": text[end:start]}
             yield {
                 "text": text[start:after],

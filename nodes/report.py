@@ -22,6 +22,9 @@ from .runs import Run, TraceLog
 #: Key of the traces in what the node shows.
 SHOWN = "memorization_guard"
 
+#: Which images the gate passes of those that were corrected.
+PASS_CORRECTED = ("none", "without the words", "all")
+
 
 class StabilityReport(io.ComfyNode):
     @classmethod
@@ -122,11 +125,13 @@ class MemorizationGate(io.ComfyNode):
                     default=False,
                     tooltip="Whether images pass that could not be judged, as without a profile that fits.",
                 ),
-                io.Boolean.Input(
+                io.Combo.Input(
                     "pass_corrected",
-                    default=False,
-                    tooltip="Whether images pass that counted as memorized and were corrected by mitigation. Most of those "
-                    "are no copies any more; some still are.",
+                    options=[*PASS_CORRECTED],
+                    default=PASS_CORRECTED[0],
+                    tooltip="Which images pass that counted as memorized and were corrected by mitigation. without the words: "
+                    "those that were sampled without the words that call the copy up, of which an ordinary prompt was left. "
+                    "all: those too that were steered away from their prompt; nothing tells whether they are copies still.",
                 ),
             ],
             outputs=[
@@ -143,7 +148,7 @@ class MemorizationGate(io.ComfyNode):
         image: torch.Tensor,
         when_empty: str,
         pass_unscored: bool,
-        pass_corrected: bool,
+        pass_corrected: str,
         trace: TraceLog | None = None,
     ) -> io.NodeOutput:
         judged = _by_image([run.traces for run in _runs_behind(cls.hidden, trace)], len(image))
@@ -151,7 +156,8 @@ class MemorizationGate(io.ComfyNode):
         for number, one in enumerate(judged):
             passes = one.verdict == "stable"
             passes |= one.verdict == "unscored" and pass_unscored
-            passes |= bool(one.mitigated.any()) and pass_corrected
+            left_out = one.words is not None and one.words.left_out
+            passes |= bool(one.mitigated.any()) and (pass_corrected == "all" or (pass_corrected != "none" and left_out))
             if not passes:
                 reasons[number] = _reason(one)
         lines = [f"Image {number + 1} held back: {reason}." for number, reason in reasons.items()]

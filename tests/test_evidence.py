@@ -15,6 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from memorization_guard import NoiseLevel, RunSettings, StabilityMonitor, evidence
 from memorization_guard.core.trace import STATEMENT
+from memorization_guard.core.words import Words
 from memorization_guard.fingerprint import content_hash
 from memorization_guard.reports import graph
 from memorization_guard.reports.words import summary
@@ -76,6 +77,18 @@ def test_an_image_and_its_record_belong_together(file):
     assert (result.image, result.batch, result.runs, result.found_in) == (0, 1, ("",), file)
     assert result.traces[0].to_dict()["steps"] == trace.to_dict()["steps"]
     assert recorded()["statement"] == STATEMENT
+
+
+def test_the_words_that_call_a_copy_up_are_kept_and_told(file, call):
+    (trace,) = traces()
+    trace.words = Words(("<b>", "m\u00fcller\U0001f431", "\x1b[31m"), (0.001, 0.002, 0.003), "a fox by", 0.6)
+    save(file, picture(), recorded(found=[trace]))
+    assert evidence.verify(file).traces[0].words == trace.words
+    told = call("verify", file).output
+    assert 'called up by "<b>", "m\u00fcller\U0001f431", "\ufffd[31m"' in told
+    altered = recorded(found=[trace])
+    altered["traces"][0]["words"]["words"][0] = "fox"
+    assert found(save(file, picture(), altered)) == ("match", "match", False, "differ")
 
 
 def test_the_document_names_every_field(request):

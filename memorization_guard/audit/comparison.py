@@ -49,8 +49,9 @@ def compare(a: Path, b: Path) -> dict[str, Any]:
         two-sided p-value of McNemar's test (1947).
         ``"became"``, ``"no_longer"``, ``"stays"``: such prompts, those that changed most first, at most 10,000 of each:
         ``{"prompt", "kind", "change", "images", "triggered_a", "rarest_a", "corrected_a", "triggered_b", "rarest_b",
-        "corrected_b", "seed", "image_a", "image_b", "file_a", "file_b"}``: paired images, how many trigger, their lowest
-        p-value, how many that triggered were corrected, and the pair in which an image is rarest.
+        "corrected_b", "words_a", "words_b", "seed", "image_a", "image_b", "file_a", "file_b"}``: paired images, how many
+        trigger, their lowest p-value, how many that triggered were corrected, the words that call the image up (those of the
+        first paired image that they were told for, or ``None``), and the pair in which an image is rarest.
         ``"compared"``: ``[{"field", "a", "b"}]``, how model and mode differ. ``"warnings"``: every other difference, which may
         be the cause of a change. ``"notes"``: how to read this.
 
@@ -181,9 +182,12 @@ def _listed(change: str, prompts: _Prompts, members: np.ndarray, folders: Sequen
     rarest = np.maximum(prompts.pairs["far_a"], prompts.pairs["far_b"])
     starts, sizes = prompts.starts[chosen], prompts.sizes[chosen]
     places = [int(start + np.argmax(rarest[start : start + size])) for start, size in zip(starts, sizes, strict=True)]
-    texts = {
-        side: _look_up(folder, prompts.pairs[f"image_{side}"][places]) for side, folder in zip("ab", folders, strict=True)
-    }
+    # All paired images of these prompts: another one than that pair may be what triggered, and have the words.
+    every = [place for start, size in zip(starts, sizes, strict=True) for place in range(start, start + size)]
+    texts, words = {}, {}
+    for side, folder in zip("ab", folders, strict=True):
+        images = prompts.pairs[f"image_{side}"]
+        texts[side], words[side] = _look_up(folder, images[places], images[every])
     listed = []
     for number, place in zip(chosen, places, strict=True):
         image = {side: int(prompts.pairs[f"image_{side}"][place]) for side in "ab"}
@@ -196,19 +200,28 @@ def _listed(change: str, prompts: _Prompts, members: np.ndarray, folders: Sequen
                 f"triggered_{side}": int(prompts.sums[f"triggered_{side}"][number]),
                 f"rarest_{side}": lowest if np.isfinite(lowest) else None,
                 f"corrected_{side}": int(prompts.sums[f"corrected_{side}"][number]),
+                f"words_{side}": words[side].get(row["prompt"]),
             }
         row |= {"seed": int(prompts.pairs["seed"][place]), "image_a": image["a"], "image_b": image["b"]}
         listed.append(row | {f"file_{side}": about[side]["file"] for side in "ab"})
     return listed
 
 
-def _look_up(folder: Path, images: np.ndarray) -> dict[int, dict[str, Any]]:
-    """Prompt, kind and file of some images of an audit."""
-    wanted, found = pa.array(images, pa.int64()), {}
-    for batch in dataset.scan(folder, ("image", "prompt", "kind", "file")) if len(images) else ():
+def _look_up(
+    folder: Path, images: np.ndarray, every: np.ndarray
+) -> tuple[dict[int, dict[str, Any]], dict[str, Sequence[str]]]:
+    """Prompt, kind and file of some images of an audit, by their numbers; and the words of prompts, by their text, as they
+    were told for the first of the images ``every``."""
+    wanted, told = pa.array(images, pa.int64()), pa.array(every, pa.int64())
+    found: dict[int, dict[str, Any]] = {}
+    words: dict[str, Sequence[str]] = {}
+    for batch in dataset.scan(folder, ("image", "prompt", "kind", "file", "words")) if len(images) else ():
         for row in batch.filter(pc.is_in(batch["image"], wanted)).to_pylist():
             found[row["image"]] = row
-    return found
+        spoken = batch.filter(pc.and_(pc.is_valid(batch["words"]), pc.is_in(batch["image"], told)))
+        for row in spoken.to_pylist():
+            words.setdefault(row["prompt"], row["words"])
+    return found, words
 
 
 def _differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:

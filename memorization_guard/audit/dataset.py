@@ -27,7 +27,7 @@ from ..files import write_whole
 from . import AuditError
 
 FORMAT = "memorization-guard.audit"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 MANIFEST = "manifest.json"
 PROFILE = "profile.safetensors"
@@ -51,7 +51,9 @@ _SETTINGS = pa.struct(
 )
 
 #: A row for each image. ``image`` counts the images of the audit from 0, ``row`` the prompts of the list; ``file`` is the
-#: saved image, relative to the folder; ``settings`` are the trace's, and ``trace`` is its JSON form (``docs/trace.md``).
+#: saved image, relative to the folder; ``words`` are those that call the copy up, and ``prompt_without_words`` is the prompt
+#: without them, both null where none were told; ``settings`` are the trace's, and ``trace`` is its JSON form
+#: (``docs/trace.md``).
 SCHEMA = pa.schema(
     [
         pa.field("image", pa.int64(), nullable=False),
@@ -70,6 +72,8 @@ SCHEMA = pa.schema(
         pa.field("steps", pa.int32(), nullable=False),
         pa.field("corrected_steps", pa.int32(), nullable=False),
         pa.field("note", pa.string()),
+        pa.field("words", pa.list_(pa.string())),
+        pa.field("prompt_without_words", pa.string()),
         pa.field("file", pa.string()),
         pa.field("settings", _SETTINGS),
         pa.field("trace", pa.string(), nullable=False),

@@ -28,6 +28,10 @@ TABLE_ROWS = 100_000
 WORST = 48
 #: Kinds that have rates of their own; of more, the largest.
 KINDS = 100
+#: Rows that are added before counts are summed again.
+SUMMED = 1_000_000
+#: Words that the summary names: those that were told for most prompts.
+WORDS = 50
 
 #: -log10 of the p-values at which their distribution is counted; what is rarer counts as less than one in a million.
 LEVELS = np.arange(0, 6.05, 0.1)
@@ -50,6 +54,8 @@ COLUMNS = (
     "trigger_step",
     "corrected_steps",
     "note",
+    "words",
+    "prompt_without_words",
     "file",
 )
 
@@ -82,6 +88,9 @@ def summarize(folder: Path) -> dict[str, Any]:
         "prompts_triggered"}``, the highest rate first; ``"kinds_left_out"``: number of kinds beyond the 100 largest.
         ``"distribution"``: ``{"p_value", "share", "images", "reference_prompts"}``: two lists, the share of images whose
         p-value is at most that; of how many images; and how many prompts the profile holds an image against.
+        ``"words"``: ``[{"word", "prompts"}]``, the words that call images up, as prompts spell them, and for how many prompts
+        each was told, the commonest first, at most 50; ``"words_left_out"``: number of other words.
+        ``"prompts_with_words"``: for how many of the prompts that triggered words were told; a rate without ``"chance"``.
         ``"unscored"``: ``[{"note", "images"}]``, why images are unscored, the commonest first, at most 10.
         ``"worst"``: for each of the 48 rarest prompts its rarest image, as in the results, without settings and trace.
         ``"warnings"``: sentences.
@@ -114,10 +123,14 @@ def keys_of(prompts: pa.StringArray) -> np.ndarray:
     return keys[encoded.indices.to_numpy(zero_copy_only=False)]
 
 
+#: What is counted of images: those of each verdict, and those of which words were told.
+_COUNTED = (*VERDICTS, "told")
+
+
 def _summed(images: pa.Table, *keys: str) -> pa.Table:
-    """Images of each verdict, summed over rows with equal ``keys``."""
-    sums = images.group_by(list(keys), use_threads=False).aggregate([(verdict, "sum") for verdict in VERDICTS])
-    counts = {verdict: sums[f"{verdict}_sum"].cast(pa.uint32()) for verdict in VERDICTS}
+    """Images of each sort that is counted, summed over rows with equal ``keys``."""
+    sums = images.group_by(list(keys), use_threads=False).aggregate([(name, "sum") for name in _COUNTED])
+    counts = {name: sums[f"{name}_sum"].cast(pa.uint32()) for name in _COUNTED}
     return pa.table({key: sums[key] for key in keys} | counts)
 
 
@@ -127,7 +140,8 @@ def _matrix(images: pa.Table) -> np.ndarray:
 
 
 class _Totals:
-    """Counts over an audit: of every prompt and kind, how many images there are of each verdict."""
+    """Counts over an audit: of every prompt and kind, how many images there are of each verdict, and of which words were
+    told; and of every word, the prompts that it was told for."""
 
     def __init__(self) -> None:
         self.images = self.corrected = self.with_p_value = 0
@@ -136,6 +150,8 @@ class _Totals:
         self.reached = np.zeros(len(LEVELS), dtype=np.int64)
         self._prompts = [self._count(pa.RecordBatch.from_pylist([], schema=dataset.SCHEMA))]
         self._added = 0
+        self._words = [_words(pa.RecordBatch.from_pylist([], schema=dataset.SCHEMA))]
+        self._words_added = 0
 
     def add(self, batch: pa.RecordBatch) -> None:
         self.images += len(batch)
@@ -143,8 +159,12 @@ class _Totals:
         self._prompts.append(self._count(batch))
         # Summed again whenever as many rows have been added, so that no row is sorted often and no prompt is kept twice.
         self._added += len(self._prompts[-1])
-        if self._added > max(1_000_000, len(self._prompts[0])):
+        if self._added > max(SUMMED, len(self._prompts[0])):
             self._prompts, self._added = [self.by_prompt()], 0
+        self._words.append(_words(batch))
+        self._words_added += len(self._words[-1])
+        if self._words_added > max(SUMMED, len(self._words[0])):
+            self._words, self._words_added = [self._by_word()], 0
         for note, number in Counter(batch["note"].filter(pc.equal(batch["verdict"], "unscored")).to_pylist()).items():
             note = note or "no reason was recorded"
             self.notes[note if note in self.notes or len(self.notes) < 1000 else "other reasons"] += number
@@ -157,12 +177,30 @@ class _Totals:
 
     @staticmethod
     def _count(batch: pa.RecordBatch) -> pa.Table:
-        counts = {verdict: pc.equal(batch["verdict"], verdict).cast(pa.uint32()) for verdict in VERDICTS}
-        return _summed(pa.table({"kind": batch["kind"], "prompt": keys_of(batch["prompt"])} | counts), "kind", "prompt")
+        columns = {"kind": batch["kind"], "prompt": keys_of(batch["prompt"]), "told": pc.is_valid(batch["words"])}
+        columns |= {verdict: pc.equal(batch["verdict"], verdict) for verdict in VERDICTS}
+        counts = {name: columns[name].cast(pa.uint32()) for name in _COUNTED}
+        return _summed(pa.table(columns | counts), "kind", "prompt")
 
     def by_prompt(self) -> pa.Table:
-        """A row for every kind and prompt, with the number of its images of each verdict."""
+        """A row for every kind and prompt, with the number of its images of each verdict, and of which words were told."""
         return _summed(pa.concat_tables(self._prompts), "kind", "prompt")
+
+    def words(self) -> pa.Table:
+        """A row for every word that was told, with the number of its ``prompts``, the commonest first."""
+        counts = self._by_word().group_by("word", use_threads=False).aggregate([("prompt", "count")])
+        counts = pa.table({"word": counts["word"], "prompts": counts["prompt_count"]})
+        return counts.sort_by([("prompts", "descending"), ("word", "ascending")])
+
+    def _by_word(self) -> pa.Table:
+        return pa.concat_tables(self._words).group_by(["word", "prompt"], use_threads=False).aggregate([])
+
+
+def _words(batch: pa.RecordBatch) -> pa.Table:
+    """Each word that was told, with the number of its prompt, for every image."""
+    told = batch.filter(pc.is_valid(batch["words"]))
+    prompts = keys_of(told["prompt"])[pc.list_parent_indices(told["words"]).to_numpy()]
+    return pa.table({"word": pc.list_flatten(told["words"]), "prompt": pa.array(prompts, pa.int64())})
 
 
 class Rarest:
@@ -205,7 +243,7 @@ def _summary(manifest: Mapping[str, Any], totals: _Totals, rows: pa.Table) -> di
     by_prompt = totals.by_prompt()
     kinds = _summed(by_prompt, "kind")
     everyone = _matrix(_summed(by_prompt, "prompt"))
-    nominal = _false_positive_rate(manifest)
+    nominal, words = _false_positive_rate(manifest), totals.words()
     rates = _rates(everyone, nominal)
     finished = dataset.is_finished(manifest, totals.images)
     return {
@@ -231,6 +269,9 @@ def _summary(manifest: Mapping[str, Any], totals: _Totals, rows: pa.Table) -> di
             "images": totals.with_p_value,
             "reference_prompts": dataset.reference_prompts(manifest),
         },
+        "words": words.slice(0, WORDS).to_pylist(),
+        "words_left_out": max(0, len(words) - WORDS),
+        "prompts_with_words": _with_words(by_prompt),
         "unscored": [{"note": note, "images": number} for note, number in totals.notes.most_common(10)],
         "worst": _worst(rows),
         "warnings": _warnings(totals.images, rates["triggered"]["of"], dataset.planned_images(manifest), finished=finished),
@@ -277,6 +318,13 @@ def _rates(counts: np.ndarray, nominal: float | None) -> dict[str, Any]:
     images["chance"] = None if nominal is None else nominal * images["of"]
     prompts["chance"] = None if nominal is None else float(-np.expm1(scored * np.log1p(-nominal)).sum())
     return {"triggered": images, "prompts_triggered": prompts}
+
+
+def _with_words(by_prompt: pa.Table) -> dict[str, Any]:
+    """Of how many prompts with an image that triggered words were told."""
+    prompts = _summed(by_prompt, "prompt")
+    triggered = _matrix(prompts)[:, [VERDICTS.index(verdict) for verdict in TRIGGERED]].sum(axis=1) > 0
+    return clustered_rate((prompts["told"].to_numpy() > 0) & triggered, triggered)
 
 
 def _false_positive_rate(manifest: Mapping[str, Any]) -> float | None:

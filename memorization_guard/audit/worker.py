@@ -206,6 +206,8 @@ def _row(job: Job, trace: Trace) -> dict[str, Any]:
         "steps": len(trace.steps),
         "corrected_steps": int(trace.mitigated.sum()),
         "note": trace.note,
+        "words": None if trace.words is None else list(trace.words.words),
+        "prompt_without_words": None if trace.words is None else trace.words.text,
         "settings": settings,
         "trace": json.dumps(data, separators=(",", ":"), allow_nan=False),
     }

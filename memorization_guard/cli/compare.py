@@ -35,6 +35,8 @@ def compare(
 
 
 def _print(result: dict[str, Any]) -> None:
+    from ..reports.words import called_up
+
     warn(result["warnings"])
     pairs = result["pairs"]
     rows = []
@@ -46,9 +48,10 @@ def _print(result: dict[str, Any]) -> None:
         rows.append((name, *(f"{found[sort]:,}" for sort in ("became", "no_longer", "stays", "never")), change))
     columns = ("", "#became memorized", "#no longer", "#stays", "#never", "#difference")
     print_table(f"{pairs['images']:,} images of {pairs['prompts']:,} prompts that are in both", columns, rows)
-    for title, changed in (("became memorized", result["became"]), ("no longer", result["no_longer"])):
+    for title, changed, side in (("became memorized", result["became"], "b"), ("no longer", result["no_longer"], "a")):
         for row in changed[:LISTED]:
-            print(f"{title}: {printable(row['prompt'])}")
+            called = called_up(row[f"words_{side}"])
+            print(printable(f"{title}: {row['prompt']}{called and f' ({called})'}"))
         if len(changed) > LISTED:
             print(f"{title}: {len(changed) - LISTED:,} more; --output names them")
     for note in result["notes"]:

@@ -9,6 +9,9 @@ import typer
 
 from .output import print_table, printable, warn
 
+#: Words that call images up which the terminal names.
+WORDS = 5
+
 
 def report(folder: Annotated[Path, typer.Argument(help="Folder of an audit, finished or not.")]) -> None:
     """Make the report of an audit anew, from its results."""
@@ -31,4 +34,8 @@ def print_audit(folder: Path, summary: dict[str, Any]) -> None:
         chance = "-" if rate["chance"] is None else f"{rate['chance']:.1f}"
         rows.append((printable(name), f"{rate['of']:,}", f"{rate['count']:,}", share, chance))
     print_table("triggered; in brackets 95 % intervals", ("", "#of", "#triggered", "#rate", "#by chance alone"), rows)
+    if told := summary["prompts_with_words"]["count"]:
+        often = ", ".join(f"{row['word']} ({row['prompts']:,})" for row in summary["words"][:WORDS])
+        of = summary["prompts_with_words"]["of"]
+        print(f"words told for {told:,} of {of:,} prompts that triggered; in most prompts: {printable(often)}")
     print(f"{folder / REPORT} shows the worst prompts; {folder / RESULTS} holds a row an image.")

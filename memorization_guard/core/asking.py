@@ -14,14 +14,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .reference import Tail
-from .signals import Measurement, Meter
-from .words import Words, find
+from .judge import Judge
+from .signals import Meter
+from .words import Memory, Words
 
 #: Evaluates Gaussian noise ``[B, ...]`` at a model's highest noise level, or with ``None`` the run's present latent once more:
 #: gives latent, noise level, and the predictions with and without the prompt, each as ``StabilityMonitor.predicted`` takes
 #: them.
 Ask = Callable[[Tensor | None], tuple[Tensor, Tensor | float, Tensor, Tensor | None]]
+
+
+#: What this process has found.
+_memory = Memory()
 
 
 class Prompts(Protocol):
@@ -68,26 +72,28 @@ def words_of(
     prompts: Prompts,
     noise: Tensor,
     scale: float,
-    detail: Callable[[Measurement], np.ndarray],
-    tail: Tail,
+    judge: Judge,
+    model: str | None,
 ) -> dict[int, Words]:
     """The words that call a copy up, of each sample where they can be told.
 
     Args:
         noise: one latent, without the batch axis. scale: the guidance scale that predictions are combined at.
-        detail: of a measurement. tail: where ordinary prompts are.
+        judge: of the run.
+        model: fingerprint of the network's weights, where the words are to be remembered for further runs.
     """
     known: dict[str, Words | None] = {}
     found = {}
+    assert judge.answers is not None
     for sample in samples:
 
         def details(texts: Sequence[str], sample: int = sample) -> np.ndarray:
             (x, sigma, first), (*_, second) = (prompts.ask(one, sample, texts) for one in (noise, -noise))
-            return detail(Meter().measure(x, sigma, (first + second) / 2, None, scale))
+            return judge.detail(Meter().measure(x, sigma, (first + second) / 2, None, scale))
 
         text = prompts.texts[sample]
         if text not in known:
-            known[text] = find(text, details, tail)
+            known[text] = _memory.find(model and (model, tuple(noise.shape)), text, details, judge.answers)
         if (words := known[text]) is not None:
             found[sample] = words
     return found

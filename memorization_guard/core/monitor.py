@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -122,9 +123,8 @@ class StabilityMonitor:
         """Whether the mode is ``stop`` and every image of the batch has triggered: the rest of the run changes nothing."""
         if self._serves == "first":
             return self.evaluations > 0
-        if self.mode != "stop" or self.error is not None or not len(self._run.triggers):
-            return False
-        return bool((self._run.triggers >= 0).all())
+        triggers = self._run.triggers
+        return self.mode == "stop" and self.error is None and len(triggers) > 0 and bool((triggers >= 0).all())
 
     @torch.no_grad()
     def withheld(self, latent: Tensor) -> Tensor:
@@ -187,7 +187,7 @@ class StabilityMonitor:
                 self._judge_all()  # waits for the device, once a run
                 if self._serves is not None or run.judge.wants_to_ask:
                     self._ask(x, ask)
-                if prompts is not None and (run.judge.trigger >= 0).any():
+                if prompts is not None and run.judge.answers is not None and (run.judge.trigger >= 0).any():
                     cond = self._look_at_words(x, cond, ask, prompts)
             if not self._at_once or run.reference is None:
                 if self._on_step is not None and x.is_cuda:
@@ -242,14 +242,12 @@ class StabilityMonitor:
         """Tells the words that call up what has triggered, and if that is wanted has the run go on without them; gives the
         conditional predictions to go on with."""
         run, judge = self._run, self._run.judge
-        if judge.answers is None:
-            return cond
         noise = asking.noise(run.reference_shape or x.shape[1:], x)
         triggered = np.flatnonzero(judge.trigger >= 0).tolist()
         without = None
         with asking.undisturbed(x.device):
             try:
-                run.words = asking.words_of(triggered, prompts, noise, run.scale, judge.detail, judge.answers)
+                run.words = asking.words_of(triggered, prompts, noise, run.scale, judge, run.settings.model_hash)
                 if run.words and self.mode == "mitigate" and self.thresholds.correction == "keep":
                     without = prompts.go_on({sample: words.text for sample, words in run.words.items()})
             except Exception as error:
@@ -257,6 +255,7 @@ class StabilityMonitor:
             if without is None:
                 ask(None)  # as after any question: what the network saw last is the run's own latent
                 return cond
+        run.words = {sample: replace(words, left_out=True) for sample, words in run.words.items()}
         self._kept[list(run.words)] = True
         kept = torch.from_numpy(self._kept).to(cond.device).view(-1, *(1,) * (cond.ndim - 1))
         return torch.where(kept, without.to(cond.dtype), cond)

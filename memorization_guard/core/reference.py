@@ -54,6 +54,11 @@ class Tail:
         self._from = float(self._sorted[-self._exceeding - 1])
         self._sum = max(float((self._sorted[-self._exceeding :] - self._from).sum()), 1e-9)
 
+    @cached_property
+    def fingerprint(self) -> int:
+        """Tells references apart, within a process."""
+        return hash(self._sorted.tobytes())
+
     @property
     def lowest(self) -> float:
         """The smallest p-value that the references can carry."""

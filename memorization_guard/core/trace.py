@@ -19,7 +19,7 @@ from .settings import MODES, VERDICTS, Mode, RunSettings, Thresholds, Verdict
 from .words import Words
 
 FORMAT = "memorization-guard.trace"
-FORMAT_VERSION = 6
+FORMAT_VERSION = 7
 
 #: What every trace, report and record says of itself: what was measured, and what that does not prove.
 STATEMENT = (
@@ -194,7 +194,7 @@ class Trace:
         return np.array([NoiseLevel.from_model(sigma, kind).angle for sigma in self.evaluations.sigma])
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON form, version 6; strict JSON, with ``null`` for what is not there."""
+        """The JSON form, version 7; strict JSON, with ``null`` for what is not there."""
         return {
             "format": FORMAT,
             "version": FORMAT_VERSION,
@@ -300,7 +300,8 @@ def _read(kind: type[_Record], data: Mapping[str, Any]) -> _Record:
 def worst(traces: Iterable[Trace]) -> Trace:
     """The trace that says most against an image that several runs made (a second pass, tiles).
 
-    Triggered before corrected before unscored before stable; among equals the rarest, then the highest joint score.
+    Triggered before corrected before unscored before stable; among corrected ones those that were steered before those that
+    went on with an ordinary prompt; among equals the rarest, then the highest joint score.
 
     Raises:
         ValueError: if there is none.
@@ -308,7 +309,8 @@ def worst(traces: Iterable[Trace]) -> Trace:
 
     def weight(trace: Trace) -> tuple[float, ...]:
         p_value = 1.0 if trace.p_value is None else trace.p_value
-        return _WEIGHT[trace.verdict], -p_value, trace.joint_score or 0.0
+        left_out = trace.words is not None and trace.words.left_out
+        return _WEIGHT[trace.verdict], not left_out, -p_value, trace.joint_score or 0.0
 
     return max(traces, key=weight)
 

@@ -8,10 +8,11 @@ the copy was trained with, and what the image is without them.
 
 from __future__ import annotations
 
-import itertools
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,9 @@ CANDIDATES = 16
 #: At most this many words are left out, and never more than half of them.
 MOST = 6
 
+#: Of so many prompts, the latest, a process remembers the words.
+REMEMBERED = 1000
+
 # Numbers behind a colon are weights, and AND and BREAK are commands of the WebUI.
 _WORD = re.compile(r":\s*[\d.]+|\b(?:AND|BREAK)\b|(?P<word>embedding:[\w.-]+|\w[\w'\u2019-]*)")
 
@@ -40,22 +44,14 @@ class Words:
         words: each, as it stands in the prompt.
         p_values: of the prompt with that one put back: the smaller, the more it does by itself.
         text: the prompt without them. p_value: of that.
+        left_out: whether the image was sampled without them.
     """
 
     words: tuple[str, ...]
     p_values: tuple[float, ...]
     text: str
     p_value: float
-
-    def places(self, text: str) -> list[tuple[int, int]]:
-        """Where the words stand in ``text``, the prompt that they were found in: start and end of each, in order. Of a word
-        that stands there several times it is the one that was left out. Empty where ``text`` is another prompt."""
-        spans = _words(text)
-        found = [[span for span in spans if text[slice(*span)] == word] for word in self.words]
-        for chosen in itertools.product(*found):
-            if list(chosen) == sorted(set(chosen)) and _without(text, chosen) == self.text:
-                return list(chosen)
-        return []
+    left_out: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready mapping; inverse of :meth:`from_dict`."""
@@ -64,6 +60,7 @@ class Words:
             "p_values": [float(f"{p_value:.4g}") for p_value in self.p_values],
             "text": self.text,
             "p_value": float(f"{self.p_value:.4g}"),
+            "left_out": self.left_out,
         }
 
     @classmethod
@@ -73,10 +70,42 @@ class Words:
         Raises:
             KeyError, TypeError: if it is something else.
         """
-        words, p_values, text, p_value = (data[name] for name in ("words", "p_values", "text", "p_value"))
-        if not all(isinstance(word, str) for word in (*words, text)) or len(words) != len(p_values):
-            raise TypeError("the words of a prompt are no texts, each with a p-value")
-        return cls(tuple(words), tuple(float(one) for one in p_values), text, float(p_value))
+        words, p_values, text, p_value, left_out = (data[field.name] for field in fields(cls))
+        if not isinstance(words, list) or not words or not all(isinstance(word, str) for word in (*words, text)):
+            raise TypeError("the words of a prompt are no list of texts")
+        # What is no number compares as False, and JSON has no such numbers.
+        if len(words) != len(p_values) or not all(0 <= share <= 1 for share in (*p_values, p_value)):
+            raise TypeError("the words of a prompt have no share of ordinary prompts each")
+        return cls(tuple(words), tuple(float(one) for one in p_values), text, float(p_value), bool(left_out))
+
+
+class Memory:
+    """Finds words, and remembers them for other seeds, second passes and further images of the same prompt."""
+
+    def __init__(self) -> None:
+        self._found: OrderedDict[Hashable, Words] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def find(self, model: Hashable | None, text: str, detail: Callable[[list[str]], np.ndarray], tail: Tail) -> Words | None:
+        """As :func:`find`. What is remembered is held against one question, since a run may differ in more than its prompt.
+
+        Args:
+            model: what tells models apart, and the noise that they are asked in. ``None`` remembers nothing.
+        """
+        key = (model, tail.fingerprint, text)
+        with self._lock:
+            if (known := self._found.get(key)) is not None:
+                self._found.move_to_end(key)
+        if known is not None and (p_value := float(tail.p_value(detail([known.text]))[0])) >= ORDINARY:
+            return replace(known, p_value=p_value)
+        found = find(text, detail, tail)
+        if found is not None and model is not None:
+            with self._lock:
+                self._found[key] = found
+                self._found.move_to_end(key)
+                if len(self._found) > REMEMBERED:
+                    self._found.popitem(last=False)
+        return found
 
 
 def find(text: str, detail: Callable[[list[str]], np.ndarray], tail: Tail) -> Words | None:
@@ -90,7 +119,7 @@ def find(text: str, detail: Callable[[list[str]], np.ndarray], tail: Tail) -> Wo
     Returns:
         ``None`` where there is none: the copy hangs on too many of the words.
     """
-    spans = _words(text)
+    spans = _spans(text)
     if len(spans) < 2:
         return None
 
@@ -117,6 +146,8 @@ def find(text: str, detail: Callable[[list[str]], np.ndarray], tail: Tail) -> Wo
     out.sort()
     while True:
         alone = details([[i for i in out if i != word] for word in out])
+        if np.isnan(alone).any():
+            return None  # how much a word does cannot be said
         number = int(np.argmin(alone))
         without = float(tail.p_value(alone[number : number + 1])[0])
         if len(out) == 1 or not without >= ORDINARY:
@@ -132,8 +163,34 @@ def find(text: str, detail: Callable[[list[str]], np.ndarray], tail: Tail) -> Wo
     )
 
 
-def _words(text: str) -> list[tuple[int, int]]:
-    """Start and end of every word of a prompt."""
+def places(text: str, words: Sequence[str], without: str) -> list[tuple[int, int]]:
+    """Where the words stand that were left out of a prompt; of a word that stands there twice, which of the two it was.
+
+    Args:
+        text: the prompt. words, without: as :class:`Words` has them, ``without`` being its ``text``.
+
+    Returns:
+        Start and end of each, in order; nothing where that cannot be told, as of another prompt than they were told for.
+    """
+    spans, kept = _spans(text), [without[slice(*span)] for span in _spans(without)]
+    if len(words) > MOST or len(words) + len(kept) != len(spans):
+        return []
+    # By how many of the words have been passed: which they were, where the rest of the prompt is what was kept.
+    ways: dict[int, tuple[int, ...]] = {0: ()}
+    for i, span in enumerate(spans):
+        word = text[slice(*span)]
+        further: dict[int, tuple[int, ...]] = {}
+        for passed, chosen in ways.items():
+            if i - passed < len(kept) and kept[i - passed] == word:
+                further.setdefault(passed, chosen)
+            if passed < len(words) and words[passed] == word:
+                further.setdefault(passed + 1, (*chosen, i))
+        ways = further
+    return [spans[i] for i in ways.get(len(words), ())]
+
+
+def _spans(text: str) -> list[tuple[int, int]]:
+    """Where the words of a prompt are."""
     return [match.span() for match in _WORD.finditer(text) if match["word"]]
 
 

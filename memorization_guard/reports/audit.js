@@ -40,15 +40,21 @@
   }
 
   const HEIGHT = 30; // of a row, as in the style
+  const GAP = 12; // between columns, as in the style
   const SPARE = 12; // rows drawn beyond what is seen
 
   function showTable(box, data) {
     const total = data.image.length;
+    const callOf = (i) => data.calls[data.call?.[i]];
+    const quoted = (words) => words.map((word) => `"${word}"`).join(", ");
+    /** The prompt of a row, with the words marked that call its image up: every second piece is one. */
+    const promptOf = (i) => callOf(i)?.pieces.map((piece, n) => (n % 2 ? element("mark", "", piece) : piece)) ?? data.prompts[data.prompt[i]];
     const rareText = (share) => rarity(share, data.p_value_floor).replace("rarer than", "<");
     const columns = [
       { key: "verdict", title: "verdict", width: "84px", show: (i) => data.verdicts[data.verdict[i]] },
       { key: "p_value", title: "as rare as", width: "112px", right: true, show: (i) => (data.p_value[i] === null ? "-" : rareText(data.p_value[i])) },
-      { key: "prompt", title: "prompt", width: "minmax(220px,1fr)", show: (i) => data.prompts[data.prompt[i]] },
+      { key: "prompt", title: "prompt", width: "minmax(220px,1fr)", show: promptOf },
+      { key: "call", title: "called up by", width: "minmax(96px,.4fr)", show: (i) => (data.call[i] === null ? "-" : quoted(callOf(i).words)) },
       { key: "kind", title: "kind", width: "96px", show: (i) => (data.kind[i] === null ? "-" : data.kinds[data.kind[i]]) },
       { key: "score", title: "S_mem", width: "64px", right: true, down: true, show: (i) => (data.score[i] === null ? "-" : data.score[i].toFixed(1)) },
       { key: "trigger", title: "trigger", width: "62px", right: true, show: (i) => data.trigger[i] ?? "-" },
@@ -57,6 +63,7 @@
       { key: "image", title: "image", width: "72px", right: true, show: (i) => data.image[i] },
     ].filter(({ key }) => data[key]);
     const widths = columns.map(({ width }) => width).join(" ");
+    const least = columns.reduce((sum, { width }) => sum + GAP + parseInt(width.match(/\d+/)[0]), GAP); // columns at their narrowest
     const lower = data.prompts.map((prompt) => prompt.toLowerCase());
     const triggered = (i) => data.verdict[i] < data.triggered; // these verdicts come first
 
@@ -95,13 +102,15 @@
     const verdict = choice("every verdict", data.verdicts);
     for (const option of [...verdict.options].slice(1)) if (!present.has(+option.value)) option.remove();
     const kind = choice("every kind", data.kinds);
+    const word = choice("every word", data.words);
+    word.setAttribute("aria-label", "called up by");
     const only = element("input");
     only.type = "checkbox";
     const onlyLabel = element("label");
     onlyLabel.append(only, "only triggered");
     const told = element("span", "muted");
     told.setAttribute("role", "status");
-    filters.append(search, verdict, ...(data.kind ? [kind] : []), onlyLabel, told);
+    filters.append(search, verdict, ...(data.kind ? [kind] : []), ...(data.call ? [word] : []), onlyLabel, told);
 
     function filter() {
       const order = ordered();
@@ -109,11 +118,13 @@
       const fits = words.length ? Uint8Array.from(lower, (prompt) => words.every((word) => prompt.includes(word))) : null;
       const wantVerdict = verdict.value === "" ? null : +verdict.value;
       const wantKind = kind.value === "" ? null : +kind.value;
+      const wantWord = word.value === "" ? null : data.words[+word.value];
       shown = order.filter(
         (i) =>
           (!fits || fits[data.prompt[i]]) &&
           (wantVerdict === null || data.verdict[i] === wantVerdict) &&
           (wantKind === null || data.kind[i] === wantKind) &&
+          (wantWord === null || callOf(i)?.words.includes(wantWord)) &&
           (!only.checked || triggered(i)),
       );
       told.textContent = `${shown.length.toLocaleString("en")} of ${total.toLocaleString("en")}`;
@@ -122,13 +133,14 @@
       rows.scrollTop = 0;
       draw();
     }
-    for (const input of [search, verdict, kind, only]) input.addEventListener("input", filter);
+    for (const input of [search, verdict, kind, word, only]) input.addEventListener("input", filter);
 
     // --------------------------------------------------------------------------------------------------------------- rows
     const rows = element("div", "rows");
     rows.tabIndex = 0;
     rows.setAttribute("role", "table");
     rows.setAttribute("aria-label", "Images");
+    rows.style.setProperty("--least", `${least}px`);
     const head = element("div", "row head");
     head.setAttribute("role", "row");
     head.style.gridTemplateColumns = widths;
@@ -164,7 +176,8 @@
         row.style.cssText = `top:${at * HEIGHT}px;grid-template-columns:${widths}`;
         row.dataset.at = at;
         for (const column of columns) {
-          const cell = element("span", column.right ? "cell right" : "cell", column.show(i));
+          const cell = element("span", column.right ? "cell right" : "cell");
+          cell.append(...[column.show(i)].flat());
           cell.setAttribute("role", "cell");
           if (column.key === "verdict" && triggered(i)) cell.classList.add("bad");
           row.append(cell);
@@ -192,7 +205,10 @@
       if (!(at >= 0 && at < shown.length)) return;
       const i = (chosen = shown[at]);
       const parts = columns.filter(({ key }) => key !== "prompt").map((column) => `${column.title} ${column.show(i)}`);
-      detail.replaceChildren(element("b", "", data.prompts[data.prompt[i]]), element("span", "muted", parts.join(" · ")));
+      if (callOf(i)) parts.push(`ordinary without: ${callOf(i).without}`);
+      const prompt = element("b");
+      prompt.append(...[promptOf(i)].flat());
+      detail.replaceChildren(prompt, element("span", "muted", parts.join(" · ")));
       // Only a name that is surely a file of this audit becomes a link.
       const file = data.file?.[i];
       if (file && /^images\/[\w./-]+$/.test(file) && !file.includes("..")) {

@@ -17,11 +17,16 @@ from ..core.settings import TRIGGERED, VERDICTS
 from ..core.trace import rarity
 from ..files import write_whole
 from . import charts
-from .pieces import audit_page, run_summary, share, thumbnail
-from .words import unusual
+from .pieces import audit_page, marked, run_summary, share, thumbnail
+from .words import quoted, unusual
+
+#: Columns of the words that call an image up.
+_WORDS = ("words", "prompt_without_words")
 
 #: Prompts whose image and graph are open from the start.
 OPEN = 6
+#: Words that are open from the start.
+OPEN_WORDS = 8
 
 
 def write_report(folder: Path) -> dict[str, Any]:
@@ -53,15 +58,18 @@ def write_report(folder: Path) -> dict[str, Any]:
                 "kind": row["kind"] if found["kinds"] else None,
                 "unusual": _unusual(row, found) if row["image"] not in traces else None,
                 "picture": thumbnail(folder, row["file"]),
+                "pieces": marked(row["prompt"], row["words"], row["prompt_without_words"]) if row["words"] else None,
                 "summary": run_summary(traces.get(row["image"])),
             }
             for row in found["worst"]
         ],
         open=OPEN,
+        open_words=OPEN_WORDS,
         shown=len(results.rows),
         chart=_distribution(found, results.manifest),
         about=_about,
         rarity=rarity,
+        quoted=quoted,
     )
     write_whole(folder / REPORT, content)
     return found
@@ -141,6 +149,7 @@ def _table(rows: pa.Table, found: Mapping[str, Any]) -> dict[str, Any]:
     kinds, kind_codes = _coded(rows["kind"])
     verdicts = [*TRIGGERED, *(verdict for verdict in VERDICTS if verdict not in TRIGGERED)]
     files = rows["file"].to_pylist()
+    calls, call_codes = _calls(rows)
     return {
         "prompts": prompts,
         "kinds": kinds,
@@ -149,6 +158,9 @@ def _table(rows: pa.Table, found: Mapping[str, Any]) -> dict[str, Any]:
         "prompt": prompt_codes,
         "kind": kind_codes if found["kinds"] else None,
         "verdict": [verdicts.index(verdict) for verdict in rows["verdict"].to_pylist()],
+        "calls": calls,
+        "call": call_codes if calls else None,
+        "words": [row["word"] for row in found["words"]],
         "p_value": _digits(rows, "p_value", 5),
         "p_value_floor": found["p_value_floor"],
         "score": _digits(rows, "score", 4),
@@ -158,6 +170,18 @@ def _table(rows: pa.Table, found: Mapping[str, Any]) -> dict[str, Any]:
         "image": rows["image"].to_pylist(),
         "file": files if any(files) else None,
     }
+
+
+def _calls(rows: pa.Table) -> tuple[list[dict[str, Any]], list[int | None]]:
+    """What calls images up: each prompt for which words were told, ready to be marked; and which of these a row has."""
+    told = [
+        (tuple(words), prompt, without or "") if words else None
+        for prompt, words, without in zip(*(rows[name].to_pylist() for name in ("prompt", *_WORDS)), strict=True)
+    ]
+    calls = sorted({call for call in told if call is not None}, key=lambda call: (quoted(call[0]).casefold(), call))
+    places = {call: number for number, call in enumerate(calls)}
+    shown = [{"words": words, "pieces": marked(prompt, words, text), "without": text} for words, prompt, text in calls]
+    return shown, [None if call is None else places[call] for call in told]
 
 
 def _coded(column: pa.ChunkedArray) -> tuple[list[str], list[int | None]]:

@@ -18,6 +18,7 @@ from ..audit.dataset import read_manifest, read_traces, write_table
 from ..core.trace import rarity
 from ..files import write_whole
 from .pieces import audit_page, run_summary, thumbnail
+from .words import called_up, quoted
 
 #: Prompts that the page shows with images and graphs, and rows of its tables.
 SHOWN, ROWS = 24, 300
@@ -35,6 +36,8 @@ _SCHEMA = pa.schema(
         ("triggered_b", pa.int64()),
         ("rarest_b", pa.float64()),
         ("corrected_b", pa.int64()),
+        ("words_a", pa.list_(pa.string())),
+        ("words_b", pa.list_(pa.string())),
         ("seed", pa.int64()),
         ("image_a", pa.int64()),
         ("image_b", pa.int64()),
@@ -64,7 +67,9 @@ def write_comparison(result: Mapping[str, Any], path: Path) -> None:
         sheet = io.StringIO()
         writer = csv.DictWriter(sheet, _SCHEMA.names)
         writer.writeheader()
-        writer.writerows(rows)
+        # Words hold no space.
+        spaced = ({side: " ".join(row[side] or ()) for side in ("words_a", "words_b")} for row in rows)
+        writer.writerows(row | words for row, words in zip(rows, spaced, strict=True))
         write_whole(path, sheet.getvalue())
     elif suffix == ".parquet":
         write_table(path, rows, _SCHEMA)
@@ -86,6 +91,7 @@ def _page(result: Mapping[str, Any]) -> str:
                 {
                     "name": side.upper(),
                     "triggered": row[f"triggered_{side}"],
+                    "words": called_up(row[f"words_{side}"]),
                     "picture": thumbnail(folders[side], row[f"file_{side}"]),
                     "trace_name": f"{side}{row[f'image_{side}']}",
                     "summary": run_summary(traces[side].get(row[f"image_{side}"])),
@@ -114,12 +120,23 @@ def _list(change: str, result: Mapping[str, Any]) -> dict[str, Any]:
     for side in "ab":
         columns += [f"#triggered in {side.upper()}", f"#as rare as, {side.upper()}"]
         columns += [f"#corrected in {side.upper()}"] if side in corrected else []
+    shown = result[change][:ROWS]
+    told = [side for side in "ab" if any(row[f"words_{side}"] for row in shown)]
+    columns += [f"called up in {side.upper()} by" for side in told]
     rows = []
-    for row in result[change][:ROWS]:
-        cells = [row["prompt"], row["images"]]
+    for row in shown:
+        cells = [row["images"]]
         for side in "ab":
             rarest = row[f"rarest_{side}"]
             cells += [row[f"triggered_{side}"], "-" if rarest is None else rarity(rarest, result[side]["p_value_floor"])]
             cells += [row[f"corrected_{side}"]] if side in corrected else []
-        rows.append(cells)
+        words = [row[f"words_{side}"] for side in told]
+        rows.append(
+            {
+                "prompt": row["prompt"],
+                "numbers": cells,
+                "words": [quoted(one) if one else "-" for one in words],
+                "changed": len(words) == 2 and all(words) and set(words[0]) != set(words[1]),
+            }
+        )
     return {"change": change, "total": result["prompts"][change], "columns": columns, "rows": rows}

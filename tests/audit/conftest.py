@@ -15,6 +15,7 @@ from memorization_guard.audit.plan import Plan
 from memorization_guard.audit.run import Local, audit
 from memorization_guard.audit.worker import Recipe
 from memorization_guard.core.trace import Evaluations, Steps
+from memorization_guard.core.words import Words
 from memorization_guard.reports.audit import write_report
 
 
@@ -58,8 +59,9 @@ MANIFEST = {
 }
 
 
-def make_trace(p_value=0.5, *, corrected=False, note=None, scored=True, steps=20):
-    """A run of that rarity, with one evaluation a step; it triggers if it is rarer than 1 in 1,000, the rarer the earlier."""
+def make_trace(p_value=0.5, *, corrected=False, note=None, scored=True, steps=20, words=None, without=""):
+    """A run of that rarity, with one evaluation a step; it triggers if it is rarer than 1 in 1,000, the rarer the earlier.
+    ``words`` are those that call the copy up, if any were told."""
     sigma, unknown = np.linspace(10, 1, steps), np.full(steps, np.nan)
     rising = np.linspace(0, 1, steps)
     triggered = scored and p_value < 0.001
@@ -72,6 +74,7 @@ def make_trace(p_value=0.5, *, corrected=False, note=None, scored=True, steps=20
         trigger_step=int(np.argmax(far > 3)) if triggered else None,
         note=note,
         p_value=p_value if scored else None,
+        words=None if words is None else Words(tuple(words), (0.001,) * len(words), without, 0.6),
         mode="mitigate" if corrected else "trace",
         bands={"latent": band, "update": band, "denoised": band} if scored else {},
         steps=Steps(
@@ -108,6 +111,8 @@ def make_row(image, prompt, trace, *, seed=None, kind=None, file=None):
         "seed": image if seed is None else seed,
         "steps": len(trace.steps),
         "corrected_steps": int(trace.mitigated.sum()),
+        "words": None if trace.words is None else list(trace.words.words),
+        "prompt_without_words": None if trace.words is None else trace.words.text,
         "file": file,
         "trace": json.dumps(text),
     }

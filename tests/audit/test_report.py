@@ -12,7 +12,7 @@ from scipy.stats import binomtest
 
 from memorization_guard import Thresholds
 from memorization_guard.audit import dataset
-from memorization_guard.audit.summary import COLUMNS, Rarest, summarize
+from memorization_guard.audit.summary import COLUMNS, WORDS, Rarest, summarize
 from memorization_guard.core.trace import STATEMENT
 from memorization_guard.reports.audit import write_report
 from memorization_guard.reports.pieces import share, thumbnail
@@ -154,6 +154,47 @@ def test_what_came_out_is_counted(audit):
     assert [row["image"] for row in found["worst"][:3]] == [4, 20, 41]
     assert len({row["prompt"] for row in found["worst"]}) == len(found["worst"]) == 30
     assert found["warnings"] == []
+
+
+def test_words_are_counted_by_the_prompts_they_were_told_for(audits):
+    told = audits.trace(1e-5, words=("wosol", "m\u00fcller"), without="a cat")
+    other = audits.trace(1e-5, words=("wosol",), without="a dog")
+    plan = [
+        ("one", told),
+        ("two", other),
+        ("one", told),
+        ("three", audits.trace(1e-5)),
+        ("four", audits.trace()),
+        ("two", other),
+    ]
+    rows = [audits.row(i, prompt, trace, kind=str(i % 2)) for i, (prompt, trace) in enumerate(plan)]
+    found = summarize(audits(rows, part=2))
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    assert found["words"] == [{"word": "wosol", "prompts": 2}, {"word": "m\u00fcller", "prompts": 1}]
+    assert found["words_left_out"] == 0
+    share = found["prompts_with_words"]
+    assert (share["count"], share["of"], share["rate"]) == (2, 3, pytest.approx(2 / 3))
+    assert {row["prompt"]: (row["words"], row["prompt_without_words"]) for row in found["worst"]} == {
+        "one": (["wosol", "m\u00fcller"], "a cat"),
+        "two": (["wosol"], "a dog"),
+        "three": (None, None),
+        "four": (None, None),
+    }
+    many = summarize(audits([audits.row(i, f"p{i}", audits.trace(1e-5, words=(f"w{i:02}", "x"))) for i in range(60)]))
+    assert [row["word"] for row in many["words"]] == ["x", *(f"w{n:02}" for n in range(WORDS - 1))]
+    assert many["words_left_out"] == 61 - WORDS
+    nothing = summarize(audits([audits.row(0, "p", audits.trace())]))
+    assert (nothing["words"], nothing["prompts_with_words"]["rate"]) == ([], None)
+
+
+def test_words_of_many_prompts_are_counted_in_little_memory_and_right(audits, monkeypatch):
+    """Whatever is summed up on the way."""
+    monkeypatch.setattr("memorization_guard.audit.summary.SUMMED", 3)
+    traces = [audits.trace(1e-5, words=words) for words in (("a", "b"), ("b",), ("c", "b"))]
+    rows = [audits.row(i, f"p{i % 7}", traces[i % 7 % 3]) for i in range(40)]
+    found = summarize(audits(rows, part=2))
+    assert found["words"] == [{"word": "b", "prompts": 7}, {"word": "a", "prompts": 3}, {"word": "c", "prompts": 2}]
+    assert (found["prompts"], found["prompts_with_words"]["count"]) == (7, 7)
 
 
 def test_a_prompt_that_comes_again_later_is_one_prompt(audits):

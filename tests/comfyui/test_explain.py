@@ -184,21 +184,21 @@ def test_cancel_while_the_words_are_looked_for_tells_nothing(in_comfyui: Any) ->
         """
 import comfy.model_management as management
 lab, explain = module("nodes.lab"), module("nodes.explain")
-asking = sys.modules[pack.__name__ + ".memorization_guard.core.asking"]
+words = sys.modules[pack.__name__ + ".memorization_guard.core.words"]
 node = type("Node", (explain.ExplainPrompt,), {"hidden": type("Hidden", (), {"unique_id": "1"})})
 inputs = lab.load_model(), lab.load_clip(), args[0], lab.load_profile()
-find = asking.find
+find = words.find
 
 def cancelled(text, detail, tail):
     management.interrupt_current_processing()
     return find(text, detail, tail)
 
-asking.find = cancelled
+words.find = cancelled
 try:
     result["told"] = str(node.execute(*inputs).args)
 except management.InterruptProcessingException:
     result["told"] = None
-asking.find = find
+words.find = find
 result["again"] = node.execute(*inputs).args[2]
 """,
         MEMORIZED,

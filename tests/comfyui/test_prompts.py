@@ -137,7 +137,7 @@ def test_models_of_all_kinds_go_on_as_if_the_other_prompt_had_been_their_own(in_
         + """
 sampling, prompts = module("nodes.sampling"), module("nodes.prompts")
 core = pack.__name__ + ".memorization_guard.core."
-asking, judge, words = (sys.modules[core + name] for name in ("asking", "judge", "words"))
+judge, words = (sys.modules[core + name] for name in ("judge", "words"))
 runs_of = sys.modules[core + "calibration"].ReferenceRuns
 
 def patched(name):
@@ -170,7 +170,7 @@ for name in ("SD 1", "SD 2 v", "SDXL", "SD3", "Flux", "Wan"):
     references = runs_of(None, name)
     references.add([trace for each in log.runs() for trace in each.traces], 8)
     profiles[name] = references.profile()[0]
-asking.find, judge.Judge._judge = find, triggers
+words.find, judge.Judge._judge = find, triggers
 for name, profile in profiles.items():
     guarded, log = sampling.guard(patched(name), mode="trace", serves="whole")
     own = run(name, guarded, "a cat")

@@ -23,10 +23,11 @@ EXACT, ORDINARY = prompts("exact", "tuning")[0], prompts("ordinary", "tuning")[0
 def batch(graph: Any) -> Any:
     """One batch of a memorized and an ordinary prompt, decoded."""
 
-    def make(mode: str = "trace", profile: bool = True, texts: tuple[str, ...] = (EXACT, ORDINARY)) -> Any:
+    def make(mode: str = "trace", profile: bool = True, texts: tuple[str, ...] = (EXACT, ORDINARY), clip: bool = False) -> Any:
         g = graph()
         g.lab = lab = g.node("MemorizationGuardLoadLabModel")
-        g.guard = g.node("MemorizationGuard", model=lab[0], mode=mode, **({"profile": lab[3]} if profile else {}))
+        given = ({"profile": lab[3]} if profile else {}) | ({"clip": lab[1]} if clip else {})
+        g.guard = g.node("MemorizationGuard", model=lab[0], mode=mode, **given)
         latents = []
         for text in texts:
             positive, negative = (g.node("CLIPTextEncode", clip=lab[1], text=t)[0] for t in (text, ""))
@@ -164,7 +165,7 @@ def test_without_an_image_the_evidence_says_that_pixels_are_not_known(batch: Any
 
 
 def gate(g: Any, image: Any, **changes: Any) -> tuple[Any, Any, Any]:
-    inputs = {"when_empty": "block", "pass_unscored": False, "pass_corrected": False}
+    inputs = {"when_empty": "block", "pass_unscored": False, "pass_corrected": "none"}
     node = g.node("MemorizationGuardGate", image=image, trace=g.guard[1], **(inputs | changes))
     save = g.node("SaveImage", images=node[0], filename_prefix="gated")
     return save, g.node("PreviewAny", source=node[1]), g.node("PreviewAny", source=node[2])
@@ -192,14 +193,25 @@ def test_a_placeholder_stands_for_what_is_held_back(batch: Any, server: Any) -> 
     assert run.outputs(count)["text"] == ["1"]
 
 
-@pytest.mark.parametrize(("mode", "switch"), [("trace", "pass_unscored"), ("mitigate", "pass_corrected")])
-def test_what_the_gate_lets_through_is_a_switch(batch: Any, server: Any, mode: str, switch: str) -> None:
-    g = batch(mode, profile=mode == "mitigate", texts=(EXACT,))
-    shut, opened = gate(g, g.images[0]), gate(g, g.images[0], **{switch: True})
+def test_what_could_not_be_judged_passes_where_that_is_wanted(batch: Any, server: Any) -> None:
+    g = batch(profile=False, texts=(EXACT,))
+    shut, opened = gate(g, g.images[0]), gate(g, g.images[0], pass_unscored=True)
     run = server.queue(g.prompt())
     run.wait()
     assert run.outputs(shut[0]) == {}
     assert len(run.images(opened[0])) == 1
+
+
+@pytest.mark.parametrize("clip", [True, False])
+def test_a_corrected_image_passes_if_an_ordinary_prompt_was_left_of_its_own(batch: Any, server: Any, clip: bool) -> None:
+    """Without the CLIP it is steered, and nothing tells whether it is a copy still."""
+    g = batch("mitigate", texts=(EXACT,), clip=clip)
+    gates = [gate(g, g.images[0], pass_corrected=which) for which in ("none", "without the words", "all")]
+    run = server.queue(g.prompt())
+    run.wait()
+    saved = [run.outputs(save) != {} for save, _, _ in gates]
+    assert saved == [False, clip, True]
+    assert "and was corrected" in run.outputs(gates[0][2])["text"][0]
 
 
 def test_a_report_that_no_run_led_to_says_so_and_loses_no_image(batch: Any, server: Any) -> None:
@@ -254,7 +266,7 @@ def test_a_bypassed_guard_fails_nothing_and_is_said(batch: Any, server: Any) -> 
     sampled = g.node("KSampler", **{**g.settings, "model": g.lab[0]})[0]
     image = g.node("VAEDecode", samples=sampled, vae=g.lab[2])[0]
     report = g.node("MemorizationGuardReport", latent=sampled, image=image)
-    gate = g.node("MemorizationGuardGate", image=report[1], when_empty="block", pass_unscored=False, pass_corrected=False)
+    gate = g.node("MemorizationGuardGate", image=report[1], when_empty="block", pass_unscored=False, pass_corrected="none")
     stable, held, why = (g.node("PreviewAny", source=source) for source in (report[2], gate[1], gate[2]))
     run = server.queue(g.prompt())
     run.wait()

@@ -70,11 +70,14 @@ def test_the_documents_name_every_field(traces, request):
     assert [name for name in names if name not in text] == []
 
 
+WORDS = {"words": ["a"], "p_values": [0.001], "text": "cat", "p_value": 0.9, "left_out": False}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda d: d.update(format="other"), "not a trace"),
-        (lambda d: d.update(version=2), "reads 6"),
+        (lambda d: d.update(version=2), "reads 7"),
         (lambda d: d.pop("steps"), "incomplete"),
         (lambda d: d["evaluations"].pop("velocity"), "incomplete"),
         (lambda d: d["steps"].update(sigma="12345"), "incomplete"),
@@ -90,6 +93,13 @@ def test_the_documents_name_every_field(traces, request):
         (lambda d: d.update(trigger_step=99), "trigger_step is 99"),
         (lambda d: d["thresholds"].update(gamma=-1), "gamma"),
         (lambda d: d["thresholds"].update(unknown=1), "thresholds"),
+        (lambda d: d.update(words=WORDS | {"words": "a"}), "no list of texts"),
+        (lambda d: d.update(words=WORDS | {"words": [], "p_values": []}), "no list of texts"),
+        (lambda d: d.update(words=WORDS | {"words": [1]}), "no list of texts"),
+        (lambda d: d.update(words=WORDS | {"p_values": [0.1, 0.1]}), "no share"),
+        (lambda d: d.update(words=WORDS | {"p_values": [float("nan")]}), "no share"),
+        (lambda d: d.update(words=WORDS | {"p_value": 2}), "no share"),
+        (lambda d: d.update(words=WORDS | {"p_value": None}), "damaged"),
     ],
 )
 def test_damaged_json_is_refused_in_clear_words(change, message, traces):

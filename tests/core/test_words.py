@@ -5,10 +5,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from memorization_guard import StabilityMonitor, Thresholds, Trace
+from memorization_guard.core import words
 from memorization_guard.core.reference import Tail
-from memorization_guard.core.words import MOST, ORDINARY, Words, find
+from memorization_guard.core.words import MOST, ORDINARY, REMEMBERED, Memory, Words, find, places
 
 from .test_monitor import with_answers
 
@@ -55,22 +58,6 @@ def test_a_word_that_turns_out_not_to_matter_comes_back():
     assert find("a red ring on tiles from wosol dethax", detail, TAIL).words == ("wosol", "dethax")
 
 
-@pytest.mark.parametrize(
-    ("text", "words", "without", "places"),
-    [
-        (PROMPT, ("wosol", "dethax"), "a picture of a green ring on tiles, from", ["wosol", "dethax"]),
-        ("a cat, and a red cat", ("cat",), "a cat, and a red", [17]),
-        ("a cat, and a red cat", ("cat",), "a, and a red cat", [2]),
-        ("a cat by a cat", ("a", "cat"), "a cat by", [9, 11]),
-        ("another prompt", ("cat",), "a red", []),
-    ],
-)
-def test_a_word_is_at_the_place_where_it_was_left_out(text, words, without, places):
-    found = Words(words, (0.001,) * len(words), without, 0.9).places(text)
-    starts = [text.index(place) if isinstance(place, str) else place for place in places]
-    assert found == [(start, start + len(word)) for start, word in zip(starts, words, strict=False)]
-
-
 def test_where_too_much_of_the_prompt_calls_it_up_no_words_are_told():
     asked = []
     assert find(PROMPT, lambda texts: remembering(asked=asked)(texts) + 5, TAIL) is None
@@ -78,6 +65,13 @@ def test_where_too_much_of_the_prompt_calls_it_up_no_words_are_told():
     assert find("ring", remembering("ring"), TAIL) is None
     assert find("", remembering("ring"), TAIL) is None
     assert find(PROMPT, lambda texts: np.full(len(texts), math.nan), TAIL) is None
+
+
+def test_no_words_are_told_where_the_network_gives_no_number_for_one_of_them():
+    def detail(texts):
+        return np.where(np.array(texts) == PROMPT.replace("wosol ", ""), math.nan, remembering("wosol", "dethax")(texts))
+
+    assert find(PROMPT, detail, TAIL) is None
 
 
 def test_a_long_prompt_is_looked_at_in_groups_first():
@@ -103,6 +97,75 @@ def test_markup_stays_whole_and_a_weight_is_no_word(text, key, wanted):
     asked = []
     assert find(text, remembering(key, asked=asked), TAIL).text == wanted
     assert all(("AND" in one) == ("AND" in text) and ("1.3" in one) == ("1.3" in text) for texts in asked for one in texts)
+
+
+def test_words_are_remembered_and_held_against_one_question():
+    memory, asked = Memory(), []
+    found = memory.find("model", PROMPT, remembering("wosol", "dethax", asked=asked), TAIL)
+    assert len(asked) > 1
+    asked.clear()
+    again = memory.find("model", PROMPT, remembering("wosol", "dethax", asked=asked), TAIL)
+    assert again == found
+    assert asked == [[found.text]]
+    # What else a run has, such as an image that guides it, calls the copy up by another word.
+    assert memory.find("model", PROMPT, remembering("ring", asked=asked), TAIL).words == ("ring",)
+
+
+@pytest.mark.parametrize("other", [("another", PROMPT, TAIL), ("model", PROMPT + ", 8k", TAIL), ("model", PROMPT, None)])
+def test_of_another_model_prompt_or_references_nothing_is_remembered(other):
+    memory, asked = Memory(), []
+    memory.find("model", PROMPT, remembering("wosol"), TAIL)
+    model, text, tail = other
+    tail = tail or Tail(np.log(np.random.default_rng(1).lognormal(0, 0.1, 400)))
+    memory.find(model, text, remembering("wosol", asked=asked), tail)
+    assert len(asked[0]) > 1
+
+
+def test_nothing_is_remembered_of_an_unknown_model_and_never_too_much():
+    memory, asked = Memory(), []
+    for _ in range(2):
+        asked.clear()
+        memory.find(None, PROMPT, remembering("wosol", asked=asked), TAIL)
+        assert len(asked[0]) > 1
+    for number in range(REMEMBERED + 1):
+        memory.find("model", f"wosol {number}", remembering("wosol"), TAIL)
+    for number, questions in ((0, 2), (REMEMBERED, 1)):  # the first was given up
+        asked.clear()
+        memory.find("model", f"wosol {number}", remembering("wosol", asked=asked), TAIL)
+        assert len(asked) == questions
+
+
+@given(st.data())
+def test_the_places_of_words_are_those_that_were_left_out(data):
+    """Of words that come again and again, with marks between them."""
+    parts = st.tuples(
+        st.sampled_from(["cat", "Cat", "m\u00fcller", "\u732b", "x", "embedding:x"]), st.sampled_from([" ", ", ", " (", ") "])
+    )
+    text = "".join(part for pair in data.draw(st.lists(parts, min_size=1, max_size=9)) for part in pair)
+    spans = words._spans(text)
+    out = sorted(data.draw(st.sets(st.sampled_from(spans), max_size=MOST)))
+    said = [text[slice(*span)] for span in out]
+    found = places(text, said, words._without(text, out))
+    assert [text[slice(*span)] for span in found] == said
+    assert found == sorted(set(found))
+    kept = [text[slice(*span)] for span in spans if span not in found]
+    assert kept == [text[slice(*span)] for span in spans if span not in out]
+
+
+@pytest.mark.parametrize(
+    ("text", "said", "without", "wanted"),
+    [
+        ("a cat, by a cat", ["cat"], "a cat, by a", [(12, 15)]),
+        ("a cat, by a cat", ["cat"], "a, by a cat", [(2, 5)]),
+        ("a (\U0001f431 cat:1.3)", ["cat"], "a (\U0001f431:1.3)", [(5, 8)]),
+        ("a cat", ["dog"], "a", []),
+        ("another prompt", ["cat"], "a", []),
+        ("a cat", ["cat"] * 1000, "a", []),
+        ("", [], "", []),
+    ],
+)
+def test_places_are_told_of_the_prompt_alone_that_words_were_told_for(text, said, without, wanted):
+    assert places(text, said, without) == wanted
 
 
 class Spoken:
@@ -161,7 +224,7 @@ def test_an_image_goes_on_without_the_words_and_the_others_of_its_batch_as_they_
     assert second is cond  # the host has the network predict without the words by itself
     assert {sample for sample, _ in prompts.asked} == {0}  # the same prompt is looked at once
     copied, again, other = monitor.traces
-    assert copied.words == again.words == Words(("wosol",), copied.words.p_values, "a cat by", copied.words.p_value)
+    assert copied.words == again.words == Words(("wosol",), copied.words.p_values, "a cat by", copied.words.p_value, True)
     assert (copied.verdict, other.verdict, other.words) == ("corrected", "stable", None)
     assert copied.evaluations.corrected.tolist() == [True, True]
     assert other.evaluations.corrected.tolist() == [False, False]
@@ -175,6 +238,7 @@ def test_words_are_told_where_nothing_is_corrected(world, mode):
     assert second is cond
     assert prompts.chosen is None
     assert [trace.words and trace.words.words for trace in monitor.traces] == [("wosol",), ("wosol",), None]
+    assert not monitor.traces[0].words.left_out
 
 
 @pytest.mark.parametrize("more", [{"fails": True}, {"correction": "steer"}, {"texts": ("wosol", "wosol", "a cat")}])
@@ -187,6 +251,7 @@ def test_an_image_is_steered_where_the_words_cannot_be_told_or_it_is_asked_for(w
     assert torch.allclose(first[:2], torch.lerp(uncond, cond, -1.0 / 3.0)[:2])
     assert torch.equal(first[2], cond[2])
     assert [trace.verdict for trace in monitor.traces] == ["corrected", "corrected", "stable"]
+    assert not any(trace.words and trace.words.left_out for trace in monitor.traces)
 
 
 def test_nothing_is_looked_at_where_nothing_triggers(world):

@@ -107,7 +107,8 @@ test("how rare a run is, is said in round numbers, as Python says it", () => {
 
 test("the words that call a copy up are named, as text", () => {
   const words = { words: ["<b>wosol</b>", "dethax"], p_values: [0.1, 0.2], text: "a ring, by", p_value: 0.6 };
-  assert.match(summarize(runOf([trace({ words })])), /, called up by "<b>wosol<\/b>", "dethax", /);
+  assert.match(summarize(runOf([trace({ words })])), /, called up by "<b>wosol<\/b>", "dethax", (?!left out)/);
+  assert.match(summarize(runOf([trace({ words: { ...words, left_out: true } })])), /"dethax", left out, /);
 });
 
 test("what the references carry no further is told as rarer than that", () => {

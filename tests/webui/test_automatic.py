@@ -28,7 +28,8 @@ def made(folder):
 
 @pytest.mark.parametrize("path", ["txt2img", "img2img"])
 def test_the_first_image_is_judged_and_is_what_it_would_have_been(host, folder, path):
-    settings = {"path": path, "sampler_name": "Euler a", "steps": 8}
+    # Samplers that draw nothing by themselves leave other random numbers than the profile's do.
+    settings = {"path": path, "sampler_name": "Euler a" if path == "txt2img" else "DPM++ 2M", "steps": 8}
     if path == "img2img":
         settings["init_images"] = host.ask("/sdapi/v1/txt2img", {**host.usual, "seed": 5})["images"]
         host.make(**settings)  # to encode an image the host draws from a generator that the run before it has seeded

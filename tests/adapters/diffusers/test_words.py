@@ -7,9 +7,9 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from memorization_guard.core import asking
+from memorization_guard.core import asking, words
 from memorization_guard.core.judge import Judge
-from memorization_guard.core.words import Words
+from memorization_guard.core.words import Memory, Words
 from memorization_guard.diffusers import guard
 
 from .conftest import profile_around
@@ -92,7 +92,8 @@ def finding(monkeypatch, text):
         asked.append(detail([text, prompt, text]))
         return Words(("red",), (0.001,), text, 0.9)
 
-    monkeypatch.setattr(asking, "find", find)
+    monkeypatch.setattr(words, "find", find)
+    monkeypatch.setattr(asking, "_memory", Memory())  # other tests have the same model
     return asked
 
 

@@ -25,6 +25,26 @@ def test_mode_off_shows_that_nothing_is_watched_and_no_old_graph(page):
         show(page)
 
 
+def test_a_guard_that_a_prompt_leaves_out_shows_no_old_graph(page):
+    ids = build(page)
+    queue(page)
+    assert points(page, ids["guard"]) == 30
+    page.evaluate(
+        """([guard, sampler]) => {
+          mg.node(guard).mode = 4;  // bypassed
+          mg.set(mg.node(sampler), "steps", 5);
+        }""",
+        [ids["guard"], ids["samplers"][0]],
+    )
+    capture(page)
+    queue(page)
+    for _ in range(2):
+        assert points(page, ids["guard"]) == 0
+        assert "bypassed or muted: nothing is watched" in page.evaluate(MINE, ids["guard"])
+        page.wait_for_timeout(1500)
+        show(page)
+
+
 def test_the_last_ten_runs_are_kept_and_can_be_stepped_through(page):
     ids = build(page, {"mode": "trace"})
     page.evaluate(

@@ -152,7 +152,7 @@ def test_a_memorized_run_is_stopped_and_what_is_behind_it_still_runs(bench: Any,
         trace=b.guard[1],
         when_empty="block",
         pass_unscored=True,
-        pass_corrected=True,
+        pass_corrected="all",
     )
     passed = b.g.node("PreviewImage", images=gate[0])
     stable, held, why = (b.g.node("PreviewAny", source=source) for source in (report[2], gate[1], gate[2]))
