@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import math
 import os
+import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .core.errors import GuardError
+from .model_files import ModelError as ModelError
+from .model_files import check_safetensors, components, pipeline_index
 
-
-class ModelError(GuardError):
-    """A model that cannot be loaded."""
+#: What diffusers warns of when a file and a model do not have the same tensors.
+_PARTIAL = re.compile(r"(were not used when|newly) initializ|led to (unexpected|missing) keys", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,7 @@ class Lora:
             raise ModelError(f"--lora {text}: {weight!r} is no number; give FILE or FILE:WEIGHT")
         if not Path(name).is_file():
             raise ModelError(f"there is no LoRA at {name}")
-        if Path(name).suffix.lower() != ".safetensors":
-            raise ModelError(f"{name} is no .safetensors file: other LoRAs can run code when opened, convert it first")
+        check_safetensors(Path(name))
         return cls(Path(name).absolute(), factor)
 
 
@@ -76,45 +77,153 @@ def load_pipeline(
     """
     model = model_path(model)
     config = None if config is None else Path(config)
-    # Without this, diffusers asks the hub for what a single-file checkpoint lacks, even with local_files_only.
-    os.environ["HF_HUB_OFFLINE"] = "1"
     if not model.exists():
         raise ModelError(f"there is no model at {model}: give a diffusers folder or a .safetensors checkpoint")
-    if model.is_file() and model.suffix != ".safetensors":
-        raise ModelError(f"{model.name} is no .safetensors file: other checkpoints can run code when opened, convert it first")
-    if model.is_dir() and not (model / "model_index.json").is_file():
-        raise ModelError(f"{model} holds no model_index.json: it is not a diffusers pipeline folder")
-    if config is not None and not (config / "model_index.json").is_file():
-        raise ModelError(
-            f"--config {config} holds no model_index.json: give the folder of a diffusers pipeline of the same kind"
-        )
+    if model.is_file():
+        check_safetensors(model)
     import torch
 
     quiet_libraries()
-    from diffusers import DiffusionPipeline
-
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if dtype == "auto":
         dtype = "float16" if device == "cuda" else "float32"
+    number_type = getattr(torch, dtype)
+    pipe = load_folder(model, number_type) if model.is_dir() else _load_checkpoint(model, config, number_type)
     try:
-        options = {"torch_dtype": getattr(torch, dtype), "local_files_only": True}
-        if model.is_dir():
-            pipe: Any = DiffusionPipeline.from_pretrained(model, use_safetensors=True, **options)
-        else:
-            if config is not None:
-                options["config"] = str(config)
-            pipe = _single_file_class(model, config).from_single_file(str(model), **options)
         pipe = pipe.to(device)
     except Exception as error:
-        hint = ""
-        if model.is_file() and config is None:
-            hint = " A checkpoint holds weights only: with --config FOLDER give a diffusers folder of the same kind of model."
-        raise ModelError(f"{model} cannot be loaded as a pipeline: {type(error).__name__}: {error}{hint}") from error
+        raise _unloadable(model, error) from error
     for lora in loras:
         _merge(pipe, lora)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def load_folder(folder: Path, dtype: Any = None) -> Any:
+    """The pipeline of a diffusers folder, on the CPU.
+
+    Args:
+        folder: holds ``model_index.json``.
+        dtype: torch's number type for the weights; as they are stored in the libraries' own float32 if ``None``.
+
+    Raises:
+        ModelError: if it cannot be loaded, if loading it would run code, or if a model's tensors are not those of its file.
+    """
+    index = pipeline_index(folder)
+    from diffusers import DiffusionPipeline
+
+    options: dict[str, Any] = {} if dtype is None else {"torch_dtype": dtype}
+    # diffusers wants to be told of parts that are left out, such as SD 3's third text encoder.
+    parts: dict[str, Any] = {name: None for name, value in index.items() if value == [None, None]}
+    for name, library, kind in components(index):
+        if (model := _load_model(folder, name, library, kind, options)) is not None:
+            parts[name] = model
+    try:
+        return DiffusionPipeline.from_pretrained(folder, use_safetensors=True, local_files_only=True, **parts, **options)
+    except Exception as error:
+        raise _unloadable(folder, error) from error
+
+
+def load_part(folder: Path, name: str) -> Any:
+    """One of the models of a diffusers folder, such as ``"vae"``, in float32.
+
+    Raises:
+        ModelError: as for :func:`load_folder`, or if there is none of this name.
+    """
+    for each, library, kind in components(pipeline_index(folder)):
+        if each == name and (model := _load_model(folder, name, library, kind, {})) is not None:
+            return model
+    raise ModelError(f"{folder} has no model called {name}")
+
+
+def _load_model(folder: Path, name: str, library: str, kind: str, options: dict[str, Any]) -> Any:
+    """A model of a pipeline with all of its tensors; ``None`` for a part without weights, which diffusers loads by itself."""
+    import diffusers
+    import transformers
+
+    home = {"diffusers": diffusers, "transformers": transformers}.get(library) or getattr(diffusers.pipelines, library)
+    found = getattr(home, kind, None)
+    if not isinstance(found, type) or not issubclass(found, (diffusers.ModelMixin, transformers.PreTrainedModel)):
+        return None
+    try:
+        # Both libraries start a tensor that is not in the file at random, with no more than a warning.
+        model, told = found.from_pretrained(
+            folder / name, use_safetensors=True, local_files_only=True, output_loading_info=True, **options
+        )
+    except Exception as error:
+        raise _unloadable(folder / name, error) from error
+    problems = [
+        f"{len(told[key])} are {word} ({sorted(map(str, told[key]))[0]})"
+        for key, word in (("missing_keys", "missing"), ("unexpected_keys", "unknown"), ("mismatched_keys", "of another size"))
+        if told.get(key)
+    ]
+    if problems:
+        raise ModelError(
+            f"{folder / name} does not hold the tensors of a {kind}: {' and '.join(problems)}. Get the model again, or use "
+            "the versions of diffusers and transformers that it was made with"
+        )
+    return model
+
+
+def _unloadable(path: Path, error: Exception, hint: str = "") -> ModelError:
+    return ModelError(f"{path} cannot be loaded as a pipeline: {_reason(error)}{hint}")
+
+
+def _reason(error: Exception) -> str:
+    return str(error) if isinstance(error, ModelError) else f"{type(error).__name__}: {error}"
+
+
+def _load_checkpoint(checkpoint: Path, config: Path | None, dtype: Any) -> Any:
+    """The pipeline of a single file, with the class and the settings of ``config``.
+
+    Without ``config`` diffusers looks the settings up on the hub, also if told to use local files only. So it is always given
+    a folder: if need be the one in the hub's cache on this machine.
+    """
+    import diffusers
+    from torch import nn
+
+    try:
+        import accelerate  # noqa: F401  (without it diffusers starts tensors at random that the checkpoint lacks)
+    except ImportError:
+        raise ModelError('checkpoints need accelerate: pip install "memorization-guard[diffusers]"') from None
+    hint = ""
+    if config is None:
+        hint = " A checkpoint holds weights only: with --config FOLDER give a diffusers folder of the same kind of model."
+        try:
+            config = _cached_config(checkpoint)
+        except Exception as error:
+            raise _unloadable(checkpoint, error, hint) from error
+    elif not (config / "model_index.json").is_file():
+        raise ModelError(
+            f"--config {config} holds no model_index.json: give the folder of a diffusers pipeline of the same kind"
+        )
+    name = pipeline_index(config)["_class_name"]
+    try:
+        with _whole_loads():
+            pipe = getattr(diffusers, name).from_single_file(
+                str(checkpoint), config=str(config), torch_dtype=dtype, local_files_only=True
+            )
+        for name, part in pipe.components.items():
+            absent = [key for key, value in part.state_dict().items() if value.is_meta] if isinstance(part, nn.Module) else []
+            if absent:
+                raise ModelError(f"{len(absent)} tensors of {name} are missing ({absent[0]})")
+    except Exception as error:
+        raise _unloadable(checkpoint, error, hint) from error
+    return pipe
+
+
+def _cached_config(checkpoint: Path) -> Path:
+    """The folder, in the hub's cache on this machine, of the model that a checkpoint's tensors look like.
+
+    Raises:
+        OSError: if it is not there.
+    """
+    from diffusers.loaders.single_file_utils import fetch_diffusers_config, load_single_file_checkpoint
+    from huggingface_hub import snapshot_download
+
+    found = fetch_diffusers_config(load_single_file_checkpoint(str(checkpoint)))["pretrained_model_name_or_path"]
+    return Path(snapshot_download(found, local_files_only=True))
 
 
 def model_path(model: str | os.PathLike[str]) -> Path:
@@ -126,21 +235,6 @@ def model_path(model: str | os.PathLike[str]) -> Path:
     return Path(model)
 
 
-def _single_file_class(checkpoint: Path, config: Path | None) -> Any:
-    """The pipeline class that ``config`` names; without it the class that fits the checkpoint's tensors."""
-    import diffusers
-
-    if config is not None:
-        return getattr(diffusers, json.loads((config / "model_index.json").read_text(encoding="utf-8"))["_class_name"])
-    from diffusers.loaders.single_file_utils import infer_diffusers_model_type, load_single_file_checkpoint
-
-    kind = infer_diffusers_model_type(load_single_file_checkpoint(str(checkpoint)))
-    families = {"xl": "StableDiffusionXLPipeline", "sd3": "StableDiffusion3Pipeline", "flux": "FluxPipeline"}
-    return getattr(
-        diffusers, next((name for prefix, name in families.items() if kind.startswith(prefix)), "StableDiffusionPipeline")
-    )
-
-
 def _merge(pipe: Any, lora: Lora) -> None:
     """Adds a LoRA to the pipeline's weights and removes its adapter."""
     if not hasattr(pipe, "load_lora_weights"):
@@ -149,13 +243,48 @@ def _merge(pipe: Any, lora: Lora) -> None:
         import peft  # noqa: F401
     except ImportError:
         raise ModelError('LoRAs need peft: pip install "memorization-guard[audit]"') from None
+    check_safetensors(lora.file)
     try:
-        # Diffusers looks on the hub unless folder and name are given separately.
-        pipe.load_lora_weights(str(lora.file.parent), weight_name=lora.file.name, local_files_only=True)
+        with _whole_loads():
+            # Diffusers looks on the hub unless folder and name are given separately.
+            pipe.load_lora_weights(
+                str(lora.file.parent), weight_name=lora.file.name, local_files_only=True, use_safetensors=True
+            )
+        if not pipe.get_list_adapters():
+            raise ModelError("none of its tensors belongs to a part of the model")
         pipe.fuse_lora(lora_scale=lora.weight)
         pipe.unload_lora_weights()
     except Exception as error:
-        raise ModelError(f"{lora.file} does not go with this model: {type(error).__name__}: {error}") from error
+        raise ModelError(f"{lora.file} does not go with this model: {_reason(error)}") from error
+
+
+@contextmanager
+def _whole_loads() -> Iterator[None]:
+    """Turns what diffusers only warns of, tensors that were not found or not used, into a :class:`ModelError`."""
+    from diffusers.utils import logging as diffusers_logging
+
+    logger, said = diffusers_logging.get_logger(), _Said()
+    handlers, level = logger.handlers[:], logger.level
+    logger.handlers[:] = [said]
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.handlers[:] = handlers
+        logger.setLevel(level)
+    if partial := [message for message in said.messages if _PARTIAL.search(message)]:
+        raise ModelError(" ".join(partial[0].split())[:300])
+
+
+class _Said(logging.Handler):
+    """Keeps what is logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
 
 
 def quiet_libraries() -> None:
@@ -170,6 +299,6 @@ def quiet_libraries() -> None:
     except ImportError:
         raise ModelError('diffusers is missing: pip install "memorization-guard[diffusers]"') from None
     warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers")
-    for logging in (diffusers_logging, transformers_logging):
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
+    for library in (diffusers_logging, transformers_logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()

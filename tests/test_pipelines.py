@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import save_file
 
 from memorization_guard.fingerprint import file_fingerprint
 from memorization_guard.pipelines import Lora, ModelError, load_pipeline
@@ -13,7 +14,7 @@ from memorization_guard.pipelines import Lora, ModelError, load_pipeline
 @pytest.fixture
 def style(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Path("style.safetensors").write_bytes(b"weights")
+    save_file({}, "style.safetensors")
     return tmp_path / "style.safetensors"
 
 
@@ -25,7 +26,7 @@ def test_a_lora_is_a_file_and_perhaps_a_weight(style, text, weight):
 
 def test_a_colon_in_a_name_is_no_weight(style):
     Path("a:2").mkdir()
-    Path("a:2/b.safetensors").write_bytes(b"weights")
+    save_file({}, "a:2/b.safetensors")
     assert Lora.parse("a:2/b.safetensors").weight == 1.0
     assert Lora.parse("a:2/b.safetensors:3").weight == 3.0
 
