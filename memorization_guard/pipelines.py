@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -105,22 +106,25 @@ def load_folder(folder: Path, dtype: Any = None) -> Any:
 
     Args:
         folder: holds ``model_index.json``.
-        dtype: torch's number type for the weights; as they are stored in the libraries' own float32 if ``None``.
+        dtype: torch's number type for the weights; float32 if ``None``.
 
     Raises:
         ModelError: if it cannot be loaded, if loading it would run code, or if a model's tensors are not those of its file.
     """
     index = pipeline_index(folder)
+    import torch
     from diffusers import DiffusionPipeline
 
-    options: dict[str, Any] = {} if dtype is None else {"torch_dtype": dtype}
+    dtype = torch.float32 if dtype is None else dtype
     # diffusers wants to be told of parts that are left out, such as SD 3's third text encoder.
     parts: dict[str, Any] = {name: None for name, value in index.items() if value == [None, None]}
     for name, library, kind in components(index):
-        if (model := _load_model(folder, name, library, kind, options)) is not None:
+        if (model := _load_model(folder, name, library, kind, dtype)) is not None:
             parts[name] = model
     try:
-        return DiffusionPipeline.from_pretrained(folder, use_safetensors=True, local_files_only=True, **parts, **options)
+        return DiffusionPipeline.from_pretrained(
+            folder, use_safetensors=True, local_files_only=True, torch_dtype=dtype, **parts
+        )
     except Exception as error:
         raise _unloadable(folder, error) from error
 
@@ -131,13 +135,15 @@ def load_part(folder: Path, name: str) -> Any:
     Raises:
         ModelError: as for :func:`load_folder`, or if there is none of this name.
     """
+    import torch
+
     for each, library, kind in components(pipeline_index(folder)):
-        if each == name and (model := _load_model(folder, name, library, kind, {})) is not None:
+        if each == name and (model := _load_model(folder, name, library, kind, torch.float32)) is not None:
             return model
     raise ModelError(f"{folder} has no model called {name}")
 
 
-def _load_model(folder: Path, name: str, library: str, kind: str, options: dict[str, Any]) -> Any:
+def _load_model(folder: Path, name: str, library: str, kind: str, dtype: Any) -> Any:
     """A model of a pipeline with all of its tensors; ``None`` for a part without weights, which diffusers loads by itself."""
     import diffusers
     import transformers
@@ -146,10 +152,16 @@ def _load_model(folder: Path, name: str, library: str, kind: str, options: dict[
     found = getattr(home, kind, None)
     if not isinstance(found, type) or not issubclass(found, (diffusers.ModelMixin, transformers.PreTrainedModel)):
         return None
+    load: Any = found.from_pretrained
     try:
         # Both libraries start a tensor that is not in the file at random, with no more than a warning.
-        model, told = found.from_pretrained(
-            folder / name, use_safetensors=True, local_files_only=True, output_loading_info=True, **options
+        model, told = load(
+            folder / name,
+            torch_dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            low_cpu_mem_usage=find_spec("accelerate") is not None,
+            output_loading_info=True,
         )
     except Exception as error:
         raise _unloadable(folder / name, error) from error
@@ -171,6 +183,8 @@ def _unloadable(path: Path, error: Exception, hint: str = "") -> ModelError:
 
 
 def _reason(error: Exception) -> str:
+    if "meta tensor" in str(error):  # what diffusers leaves of a tensor that a checkpoint lacks
+        return "tensors are missing"
     return str(error) if isinstance(error, ModelError) else f"{type(error).__name__}: {error}"
 
 
@@ -183,10 +197,8 @@ def _load_checkpoint(checkpoint: Path, config: Path | None, dtype: Any) -> Any:
     import diffusers
     from torch import nn
 
-    try:
-        import accelerate  # noqa: F401  (without it diffusers starts tensors at random that the checkpoint lacks)
-    except ImportError:
-        raise ModelError('checkpoints need accelerate: pip install "memorization-guard[diffusers]"') from None
+    if find_spec("accelerate") is None:  # diffusers would start tensors at random that the checkpoint lacks
+        raise ModelError('checkpoints need accelerate: pip install "memorization-guard[diffusers]"')
     hint = ""
     if config is None:
         hint = " A checkpoint holds weights only: with --config FOLDER give a diffusers folder of the same kind of model."
@@ -217,13 +229,17 @@ def _cached_config(checkpoint: Path) -> Path:
     """The folder, in the hub's cache on this machine, of the model that a checkpoint's tensors look like.
 
     Raises:
-        OSError: if it is not there.
+        ModelError: if it is not there.
     """
     from diffusers.loaders.single_file_utils import fetch_diffusers_config, load_single_file_checkpoint
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     found = fetch_diffusers_config(load_single_file_checkpoint(str(checkpoint)))["pretrained_model_name_or_path"]
-    return Path(snapshot_download(found, local_files_only=True))
+    try:
+        return Path(snapshot_download(found, local_files_only=True))
+    except LocalEntryNotFoundError:
+        raise ModelError(f"the settings of {found} are not on this machine, and nothing is fetched.") from None
 
 
 def model_path(model: str | os.PathLike[str]) -> Path:
@@ -272,8 +288,11 @@ def _whole_loads() -> Iterator[None]:
     finally:
         logger.handlers[:] = handlers
         logger.setLevel(level)
-    if partial := [message for message in said.messages if _PARTIAL.search(message)]:
-        raise ModelError(" ".join(partial[0].split())[:300])
+    for message in said.messages:
+        # Stable Diffusion 1's checkpoints hold positions that are no weights.
+        names = [name for name in re.split(r"[\s,'\[\]]+", message.partition(":")[2]) if name]
+        if _PARTIAL.search(message) and not all(name.endswith(".position_ids") for name in names):
+            raise ModelError(" ".join(message.split())[:300])
 
 
 class _Said(logging.Handler):
