@@ -112,10 +112,8 @@ def load_folder(folder: Path, dtype: Any = None) -> Any:
         ModelError: if it cannot be loaded, if loading it would run code, or if a model's tensors are not those of its file.
     """
     index = pipeline_index(folder)
-    import torch
     from diffusers import DiffusionPipeline
 
-    dtype = torch.float32 if dtype is None else dtype
     # diffusers wants to be told of parts that are left out, such as SD 3's third text encoder.
     parts: dict[str, Any] = {name: None for name, value in index.items() if value == [None, None]}
     for name, library, kind in components(index):
@@ -123,7 +121,7 @@ def load_folder(folder: Path, dtype: Any = None) -> Any:
             parts[name] = model
     try:
         return DiffusionPipeline.from_pretrained(
-            folder, use_safetensors=True, local_files_only=True, torch_dtype=dtype, **parts
+            folder, use_safetensors=True, local_files_only=True, **_number_type(dtype), **parts
         )
     except Exception as error:
         raise _unloadable(folder, error) from error
@@ -135,10 +133,8 @@ def load_part(folder: Path, name: str) -> Any:
     Raises:
         ModelError: as for :func:`load_folder`, or if there is none of this name.
     """
-    import torch
-
     for each, library, kind in components(pipeline_index(folder)):
-        if each == name and (model := _load_model(folder, name, library, kind, torch.float32)) is not None:
+        if each == name and (model := _load_model(folder, name, library, kind, None)) is not None:
             return model
     raise ModelError(f"{folder} has no model called {name}")
 
@@ -157,11 +153,11 @@ def _load_model(folder: Path, name: str, library: str, kind: str, dtype: Any) ->
         # Both libraries start a tensor that is not in the file at random, with no more than a warning.
         model, told = load(
             folder / name,
-            torch_dtype=dtype,
             use_safetensors=True,
             local_files_only=True,
             low_cpu_mem_usage=find_spec("accelerate") is not None,
             output_loading_info=True,
+            **_number_type(dtype),
         )
     except Exception as error:
         raise _unloadable(folder / name, error) from error
@@ -175,7 +171,13 @@ def _load_model(folder: Path, name: str, library: str, kind: str, dtype: Any) ->
             f"{folder / name} does not hold the tensors of a {kind}: {' and '.join(problems)}. Get the model again, or use "
             "the versions of diffusers and transformers that it was made with"
         )
-    return model
+    # Where nothing is said, transformers 5 keeps the number type of the file.
+    return model.float() if dtype is None else model
+
+
+def _number_type(dtype: Any) -> dict[str, Any]:
+    """The libraries' option, which the newer ones warn of: only where it is needed."""
+    return {} if dtype is None else {"torch_dtype": dtype}
 
 
 def _unloadable(path: Path, error: Exception, hint: str = "") -> ModelError:
