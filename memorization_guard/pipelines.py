@@ -161,11 +161,12 @@ def _load_model(folder: Path, name: str, library: str, kind: str, dtype: Any) ->
         )
     except Exception as error:
         raise _unloadable(folder / name, error) from error
-    problems = [
-        f"{len(told[key])} are {word} ({sorted(map(str, told[key]))[0]})"
-        for key, word in (("missing_keys", "missing"), ("unexpected_keys", "unknown"), ("mismatched_keys", "of another size"))
-        if told.get(key)
-    ]
+    differing = {
+        "missing": {*told["missing_keys"], *_empty(model)},
+        "unknown": told["unexpected_keys"],
+        "of another size": told["mismatched_keys"],
+    }
+    problems = [f"{len(keys)} are {word} ({sorted(map(str, keys))[0]})" for word, keys in differing.items() if keys]
     if problems:
         raise ModelError(
             f"{folder / name} does not hold the tensors of a {kind}: {' and '.join(problems)}. Get the model again, or use "
@@ -173,6 +174,13 @@ def _load_model(folder: Path, name: str, library: str, kind: str, dtype: Any) ->
         )
     # Where nothing is said, transformers 5 keeps the number type of the file.
     return model.float() if dtype is None else model
+
+
+def _empty(model: Any) -> list[str]:
+    """Tensors that have a size and no values, which is what the libraries may leave of those that a file lacks."""
+    from torch import nn
+
+    return [name for name, value in model.state_dict().items() if value.is_meta] if isinstance(model, nn.Module) else []
 
 
 def _number_type(dtype: Any) -> dict[str, Any]:
@@ -185,7 +193,7 @@ def _unloadable(path: Path, error: Exception, hint: str = "") -> ModelError:
 
 
 def _reason(error: Exception) -> str:
-    if "meta tensor" in str(error):  # what diffusers leaves of a tensor that a checkpoint lacks
+    if "meta tensor" in str(error):  # a tensor that a checkpoint lacks, moved before it could be found
         return "tensors are missing"
     return str(error) if isinstance(error, ModelError) else f"{type(error).__name__}: {error}"
 
@@ -197,7 +205,6 @@ def _load_checkpoint(checkpoint: Path, config: Path | None, dtype: Any) -> Any:
     a folder: if need be the one in the hub's cache on this machine.
     """
     import diffusers
-    from torch import nn
 
     if find_spec("accelerate") is None:  # diffusers would start tensors at random that the checkpoint lacks
         raise ModelError('checkpoints need accelerate: pip install "memorization-guard[diffusers]"')
@@ -219,8 +226,7 @@ def _load_checkpoint(checkpoint: Path, config: Path | None, dtype: Any) -> Any:
                 str(checkpoint), config=str(config), torch_dtype=dtype, local_files_only=True
             )
         for name, part in pipe.components.items():
-            absent = [key for key, value in part.state_dict().items() if value.is_meta] if isinstance(part, nn.Module) else []
-            if absent:
+            if absent := _empty(part):
                 raise ModelError(f"{len(absent)} tensors of {name} are missing ({absent[0]})")
     except Exception as error:
         raise _unloadable(checkpoint, error, hint) from error
