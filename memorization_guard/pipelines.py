@@ -82,6 +82,10 @@ def load_pipeline(
         raise ModelError(f"there is no model at {model}: give a diffusers folder or a .safetensors checkpoint")
     if model.is_file():
         check_safetensors(model)
+    if config is not None and not (config / "model_index.json").is_file():
+        raise ModelError(
+            f"--config {config} holds no model_index.json: give the folder of a diffusers pipeline of the same kind"
+        )
     import torch
 
     quiet_libraries()
@@ -89,7 +93,9 @@ def load_pipeline(
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if dtype == "auto":
         dtype = "float16" if device == "cuda" else "float32"
-    number_type = getattr(torch, dtype)
+    number_type = getattr(torch, dtype, None)
+    if not isinstance(number_type, torch.dtype):
+        raise ModelError(f"{dtype!r} is no number type: give float32, float16, bfloat16 or auto")
     pipe = load_folder(model, number_type) if model.is_dir() else _load_checkpoint(model, config, number_type)
     try:
         pipe = pipe.to(device)
@@ -215,10 +221,6 @@ def _load_checkpoint(checkpoint: Path, config: Path | None, dtype: Any) -> Any:
             config = _cached_config(checkpoint)
         except Exception as error:
             raise _unloadable(checkpoint, error, hint) from error
-    elif not (config / "model_index.json").is_file():
-        raise ModelError(
-            f"--config {config} holds no model_index.json: give the folder of a diffusers pipeline of the same kind"
-        )
     name = pipeline_index(config)["_class_name"]
     try:
         with _whole_loads():

@@ -103,7 +103,7 @@ def test_what_a_user_can_get_wrong_ends_in_one_line_and_exit_code_2(call, model,
     one_line_error(call("trace", checkpoint, "a cat"), "no .safetensors file", "convert")
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(b"nonsense")
-    one_line_error(call("trace", broken, "a cat"), "cannot be loaded")
+    one_line_error(call("trace", broken, "a cat"), "cannot be read as safetensors")
     one_line_error(call("trace", model, "a cat", "--profile", broken), "calibrate again")
     one_line_error(call("trace", model, "a cat", "--profile", missing), "no stability profile at")
     one_line_error(call("trace", model, "a cat", "--plot", tmp_path / "t.gif"), ".svg or .png")

@@ -66,6 +66,13 @@ def test_a_missing_model_is_said(tmp_path):
         load_pipeline(tmp_path / "model.ckpt")
 
 
+def test_an_unknown_number_type_or_device_is_said(model):
+    with pytest.raises(ModelError, match="'float17' is no number type"):
+        load_pipeline(model, dtype="float17")
+    with pytest.raises(ModelError, match="nowhere"):
+        load_pipeline(model, device="nowhere")
+
+
 @pytest.mark.parametrize("size", [0, 1, 4095, 4096, 5000, 300_000, 5_000_000])
 def test_files_are_told_apart_by_their_size_and_by_training(tmp_path, size):
     path = tmp_path / "weights"
