@@ -35,7 +35,7 @@ def write(folder: Path) -> Path:
     for part, prefix, rename in (
         ("unet/diffusion_pytorch_model", "model.diffusion_model.", _unet_name),
         ("vae/diffusion_pytorch_model", "first_stage_model.", _vae_name),
-        ("text_encoder/model", "cond_stage_model.model.text_model.", str),
+        ("text_encoder/model", "cond_stage_model.model.", str),
     ):
         for name, weight in load_file(MODEL / f"{part}.safetensors").items():
             weights[prefix + rename(name)] = weight

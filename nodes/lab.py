@@ -109,7 +109,6 @@ def load_clip() -> comfy.sd.CLIP:
         embedding_directory=folder_paths.get_folder_paths("embeddings"),
         parameters=comfy.utils.calculate_parameters(weights),
     )
-    weights = {f"text_model.{name}": weight for name, weight in weights.items()}
     # The projection of the pooled output, which SD 1 has no use for and its checkpoints do not hold.
     weights["text_projection.weight"] = torch.eye(config["hidden_size"])
     missing, unexpected = clip.load_sd(weights)

@@ -1,19 +1,21 @@
 """The lab: its world, its measures, its training, and the bundled model."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from memorization_guard import StabilityProfile, lab
 from memorization_guard.diffusers import guard
 from memorization_guard.evaluation.signals import SIGNALS
 from memorization_guard.lab import autoencoder, data, diffusion, evaluate, models, scene, train, training, world
 from memorization_guard.lab.world import DUPLICATED, SPLITS
+from memorization_guard.pipelines import ModelError
 
 
 def every_prompt():
@@ -254,6 +256,23 @@ def test_the_bundled_model_is_small_and_safe():
     files = [path for path in lab.MODEL.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 20e6
     assert {path.suffix for path in files} <= {".safetensors", ".json", ".jsonl", ".txt", ".png"}
+
+
+def test_the_text_encoder_has_the_names_that_transformers_4_reads_too(trained):
+    """From 5.6 on it writes others, of which version 4 finds none."""
+    for folder in (lab.MODEL, trained[0]):
+        names = load_file(folder / "text_encoder/model.safetensors")
+        assert len(names) == 36
+        assert all(name.startswith("text_model.") for name in names)
+
+
+def test_the_bundled_model_is_not_sampled_without_all_of_its_tensors(tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(lab.MODEL, folder)
+    file = folder / "text_encoder/model.safetensors"
+    save_file({f"other.{name}": value for name, value in load_file(file).items()}, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="36 are missing"):
+        lab.Lab(folder).pipeline()
 
 
 def test_the_bundled_profile_fits_the_bundled_model(bundled):

@@ -6,6 +6,8 @@ answers. diffusers is imported when a command runs, so that ``--help`` is fast.
 
 from __future__ import annotations
 
+import os
+
 import typer
 
 from .audit import audit
@@ -32,4 +34,6 @@ for command in (demo, check, calibrate, trace, evaluate, audit, report, compare,
 
 def main() -> None:
     """Entry point of the console command."""
+    # Nothing is fetched by what loads models; in a process of our own no library it calls can do so either.
+    os.environ["HF_HUB_OFFLINE"] = "1"
     app(prog_name="memorization-guard")

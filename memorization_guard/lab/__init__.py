@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from ..core.profile import StabilityProfile
+from ..pipelines import load_folder
 from .copies import Images
 from .world import COUNTS, DATA, SPLITS, captions, duplicates
 
@@ -44,15 +44,13 @@ class Lab:
 
         Raises:
             ImportError: if diffusers or transformers is missing; says how to install them.
+            ModelError: if a tensor of the model is missing or unknown, so that what is sampled is never noise.
         """
         try:
-            from diffusers import DiffusionPipeline
+            import diffusers  # noqa: F401
         except ImportError as error:
             raise ImportError('the lab model needs diffusers: pip install "memorization-guard[diffusers]"') from error
-        index = json.loads((self.model / "model_index.json").read_text(encoding="utf-8"))
-        # diffusers wants to be told of parts that are left out, such as SD 3's third text encoder.
-        left_out: dict[str, Any] = {name: None for name, value in index.items() if value == [None, None]}
-        pipe = DiffusionPipeline.from_pretrained(self.model, local_files_only=True, **left_out)
+        pipe = load_folder(self.model)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 

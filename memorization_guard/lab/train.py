@@ -21,6 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from ..adapters.calibrate import calibrate
+from ..pipelines import load_part
 from . import PROFILE, Lab
 from .autoencoder import train_autoencoder
 from .data import Data
@@ -83,7 +84,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--prediction-type", default="epsilon", choices=("epsilon", "v_prediction", "flow_prediction"))
     arguments = parser.parse_args(argv)
 
-    from diffusers import AutoencoderKL
     from diffusers.models.attention_processor import AttnProcessor
 
     scratch = arguments.out / "training"
@@ -104,14 +104,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     log(stage="models", **{name: sum(p.numel() for p in model.parameters()) for name, model in models.items()})
     if arguments.start is not None:
         for name, model in process.modules.items():
-            (file,) = (arguments.start / name).glob("*.safetensors")
-            model.load_state_dict({key: value.float() for key, value in load_file(file).items()})
+            model.load_state_dict(load_part(arguments.start, name).state_dict())
     for model in models.values():
         model.to(device).train()
     if device == "cpu" and "unet" in models:
         process.denoiser.set_attn_processor(AttnProcessor())  # faster in bfloat16 than torch's fused attention there
     if (given := arguments.vae or arguments.start) is not None:
-        autoencoder = AutoencoderKL.from_pretrained(given, subfolder="vae").to(device).eval()
+        autoencoder = load_part(given, "vae").to(device).eval()
     else:
         train_autoencoder(
             autoencoder,
@@ -141,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         process.write(autoencoder, tokenizer, arguments.out)
         for path in arguments.out.glob("*/*.safetensors"):
             if path.parent != scratch:
-                _halve(path)
+                _rewrite(path)
         write_samples(Lab(arguments.out, arguments.world), scratch / f"samples-{step}.png")
         log(stage="saved", step=step)
 
@@ -149,8 +148,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     write_profile(Lab(arguments.out, arguments.world), device)
 
 
-def _halve(path: Path) -> None:
-    halves = {name: value.half() for name, value in load_file(path).items()}
+def _rewrite(path: Path) -> None:
+    """Halves a file of weights, under names that every version of transformers reads.
+
+    From 5.6 on its text encoder has no ``text_model.`` before its names, and is written so; it reads both, and versions
+    before read only names with it.
+    """
+    bare = ("embeddings.", "encoder.layers.", "final_layer_norm.")
+    halves = {f"text_model.{name}" if name.startswith(bare) else name: value.half() for name, value in load_file(path).items()}
     save_file(halves, path, metadata={"format": "pt"})
 
 
