@@ -248,8 +248,8 @@ def test_the_tables_of_the_audit_are_those_of_its_file(rows, docs):
     assert [row for row in rows(docs) if row not in text] == []
     found = audit_figures(docs)
     kept = [call["kept"] for call in found["calls"]]
-    said = f"SIGKILL at {', '.join(map(str, kept[:-2]))} and {kept[-2]} images; after the fourth call there were"
-    assert f"{said} {found['rows']:,} rows of {found['images']:,} different" in text
+    said = f"SIGKILL at {', '.join(map(str, kept[:-2]))} and {kept[-2]} images. After the fourth call there were"
+    assert f"{said} {found['rows']:,} rows of {found['images']:,} different" in " ".join(text.split())
 
 
 def test_what_is_said_of_the_peers_is_in_their_files(docs):
