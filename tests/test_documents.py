@@ -263,7 +263,9 @@ def test_what_is_said_of_the_peers_is_in_their_files(docs):
         one, other = (found[title]["template"][score][name] for score in (norm, verdict))
         return f"{one:.{digits}f}{where} (verdict: {other:.{digits}f})"
 
-    bundled, flow = (pair(title, "auc", 3, f" on {of}") for title, of in zip(found, ("the bundled model", "model 2"), strict=True))
+    bundled, flow = (
+        pair(title, "auc", 3, f" on {of}") for title, of in zip(found, ("the bundled model", "model 2"), strict=True)
+    )
     assert f"AUC is {bundled}, and {flow}." in text
     bundled, flow = (pair(title, "tpr_at_1_fpr", 2) for title in found)
     assert f"TPR at 1 % FPR is {bundled}, and {flow}." in text
