@@ -60,6 +60,7 @@ class Lab:
 
     def __init__(self, module: Any) -> None:
         self.sampling, self.lab = module("nodes.sampling"), module("memorization_guard.lab")
+        self._encoder = module("nodes.prompts").Encoder
         self.model, self.clip, self.vae, self.profile = module("nodes.lab").LoadLabModel.execute().args
 
     def sample(
@@ -109,6 +110,10 @@ class Lab:
             chosen = comfy.samplers.sampler_object(sampler)
             latents = guider.sample(noise, latent, chosen, schedule, disable_pbar=True, seed=seed)
         return Sampled(latents, logs[0].runs()[0].traces if logs else [], time.process_time() - began)
+
+    def encoder(self, prompts: list[str]) -> Any:
+        """What a guard with the CLIP connected finds these prompts with."""
+        return self._encoder(self.clip, lambda: prompts)
 
     def encoded(self, prompts: list[str]) -> Any:
         """One conditioning for a batch of prompts."""

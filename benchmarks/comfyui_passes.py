@@ -2,10 +2,10 @@
 
     COMFYUI_PATH=/path/to/ComfyUI /path/to/its/python benchmarks/comfyui_passes.py FOLDER
 
-Each row of the table that it prints is a way to chain KSamplers, all of them on the model of one guard. Exact, template
-and ordinary prompts of the evaluation split are sampled so with mitigation and, from the same noise, without a guard:
-ordinary ones only where something was corrected. Images that are given are those of ordinary prompts, so that a copy comes
-from the prompt alone. Figures go to a JSON file a row in FOLDER; a second call does what is missing.
+Each row of the table that it prints is a way to chain KSamplers, all of them on the model of one guard that has the CLIP.
+Exact, template and ordinary prompts of the evaluation split are sampled so with mitigation and, from the same noise, without a
+guard: ordinary ones only where something was corrected. Images that are given are those of ordinary prompts, so that a copy
+comes from the prompt alone. Figures go to a JSON file a row in FOLDER; a second call does what is missing.
 """
 
 from __future__ import annotations
@@ -152,7 +152,9 @@ class Passes:
             total = dict.fromkeys(("images", "triggered", "unscored", "touched", "copies", "left"), 0)
             for prompts, seed in batches(self._lab, group, count, BATCH):
                 given = self.given(len(prompts), seed)
-                model, log = self._lab.sampling.guard(self._lab.model, mode="mitigate", profile=self._lab.profile)
+                model, log = self._lab.sampling.guard(
+                    self._lab.model, mode="mitigate", profile=self._lab.profile, encoder=self._lab.encoder(prompts)
+                )
                 mitigated = way(Chain(self._lab, model, prompts, seed), given)
                 runs = [run.traces for run in log.runs()]
                 total["images"] += len(prompts)

@@ -1,22 +1,26 @@
-// The stability graph on ComfyUI's nodes: listens to the server and gives each run to the node it belongs to.
+// The stability graph, and what is told of a prompt, on ComfyUI's nodes: listens to the server and gives each to the node it belongs to.
 //
 // The guard's node gets its runs as events while the sampler works, the report's node gets them in its output. Both keep their last
 // runs in the node's properties, so that the graph is there again after a reload, and when ComfyUI takes the result from its cache.
+// The node that explains a prompt does so with what it told.
 
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import { addStep, finishRun, startRun } from "./graph.js";
+import { EXPLANATION, Explanation } from "./explain.js";
 import { badge, holds, put, stateOf } from "./outside.js";
-import { EMPTY, Panel, WIDGET, forgetPlaces, joined, promptOf, styled } from "./panel.js";
+import { EMPTY, Panel, WIDGET, forgetPlaces, joined, promptOf, textBox } from "./panel.js";
 import { forget, isOnShow, nodeOf, noteLoading, noteQueued, ownerOf, recordOf } from "./workflows.js";
 
 const EVENT = "memorization_guard"; // also the key in the output of a report
+const EXPLAINED = "memorization_guard_prompt"; // key in the output of the node that explains a prompt
+const EXPLAINER = "MemorizationGuardExplainPrompt";
 const SPEAKERS = ["MemorizationGuardSaveProfile", "MemorizationGuardCalibrate", "MemorizationGuardGate"]; // their output is text
 const CACHED = "The result came from the cache. Change the seed to sample again.";
 const ASLEEP = "This guard is bypassed or muted: nothing is watched.";
 const BYPASSED = 4; // LiteGraph has no name for it
 const WIDTH = 340;
-const HEIGHT = 200; // of the graph, at least
+const HEIGHT = 200; // of the graph, or what is told, at least
 const ROOM = 30; // additional height in a new node
 const KEPT_IMAGES = 4; // images of a batch that are saved with the workflow
 const KEPT_STEPS = ["sigma", "latent_norm", "update_norm", "denoised_norm", "update_score", "denoised_score", "mitigated"];
@@ -40,20 +44,16 @@ function mend(node) {
   }
 }
 
-/** Adds a field for the text that a node puts out when it ran. The text can be copied. */
+/** Adds a field for the text that a node puts out when it ran. */
 function speaker(node) {
-  const element = styled("div", {
-    padding: "4px 8px", borderRadius: "6px", overflow: "auto", whiteSpace: "pre-wrap", overflowWrap: "anywhere", userSelect: "text",
-    font: "12px/16px system-ui, sans-serif", color: "var(--input-text, #ddd)", background: "var(--comfy-input-bg, #222)",
-  });
-  element.setAttribute("role", "status");
-  element.addEventListener("pointerdown", (event) => event.stopPropagation()); // or the node is dragged
+  const element = textBox();
   node.addDOMWidget("said", "SAID", element, { serialize: false, getMinHeight: () => 44 });
   speakers.set(node, element);
 }
 
 const speakers = new WeakMap(); // node -> element of its text
 const panels = new WeakMap(); // node -> Panel
+const explanations = new WeakMap(); // node -> Explanation
 
 // ------------------------------------------------------------------------------------------------------------- the events
 
@@ -70,8 +70,8 @@ function listen({ detail: { kind, run: name, node, ...data } }) {
 }
 
 /**
- * The output of a node, from a run or from ComfyUI's cache: the runs of a report, or a text. A node's `onExecuted` is not used, since
- * ComfyUI calls it for any node with this id in the workflow on the page.
+ * The output of a node, from a run or from ComfyUI's cache: the runs of a report, what is told of a prompt, or a text. A node's
+ * `onExecuted` is not used, since ComfyUI calls it for any node with this id in the workflow on the page.
  */
 function executed({ detail: { prompt_id: prompt, node, display_node: shown, output } }) {
   const text = output?.text;
@@ -79,6 +79,7 @@ function executed({ detail: { prompt_id: prompt, node, display_node: shown, outp
     const element = speakers.get(nodeOf(shown ?? node));
     if (element) element.textContent = text.join("\n");
   }
+  if (Array.isArray(output?.[EXPLAINED])) explain(prompt, shown ?? node, output[EXPLAINED]);
   const entries = output?.[EVENT];
   if (!Array.isArray(entries)) return;
   entries.forEach((entry, i) => {
@@ -91,6 +92,14 @@ function executed({ detail: { prompt_id: prompt, node, display_node: shown, outp
 function cached({ detail: { prompt_id: prompt, nodes } }) {
   if (!isOnShow(ownerOf(prompt))) return;
   for (const id of nodes ?? []) panels.get(nodeOf(id))?.say(CACHED);
+}
+
+/** A node that fails puts nothing out: what it told before is of another prompt. One that is cancelled shows that again. */
+function failed({ type: kind, detail: { prompt_id: prompt, node_id: id, node_type: type, exception_message: message } }) {
+  if (type !== EXPLAINER || !isOnShow(ownerOf(prompt))) return;
+  const explanation = explanations.get(nodeOf(id));
+  if (kind === "execution_error") explanation?.say(message);
+  else explanation?.restore();
 }
 
 /** A guard that a prompt leaves out sends nothing, and would go on showing its last run as if it watched. */
@@ -113,7 +122,18 @@ function asleep(graph, path = "", outer = false) {
 }
 
 function draw(one) {
-  if (isOnShow(ownerOf(promptOf(one)))) panels.get(nodeOf(one.node))?.take(one);
+  if (!isOnShow(ownerOf(promptOf(one)))) return;
+  const node = nodeOf(one.node);
+  panels.get(node)?.take(one);
+  explanations.get(node)?.say(one.run.note); // how far a profile is that is made first
+}
+
+function explain(prompt, id, told) {
+  remember(ownerOf(prompt), (find) => {
+    const node = find(id);
+    if (node) (node.properties ??= {})[EXPLANATION] = told;
+  });
+  if (isOnShow(ownerOf(prompt))) explanations.get(nodeOf(id))?.restore();
 }
 
 function end(one, traces) {
@@ -122,16 +142,12 @@ function end(one, traces) {
   keep(one);
 }
 
-/**
- * Puts a run into the properties of its node, and its verdict into those of the nodes around, in every state that the workflow
- * remembers. So a run does not count as an edit: it does not mark the workflow as changed, and undo does not remove it. A workflow
- * that is not on the page shows it when it is opened.
- */
+/** Puts a run into the properties of its node, and its verdict into those of the nodes around. */
 function keep(one) {
   const { name, at, run, traces } = one;
   const kept = JSON.parse(JSON.stringify({ name, at, note: run.note, traces: traces.slice(0, KEPT_IMAGES).map(short) }));
   const state = stateOf(one);
-  const into = (find) => {
+  remember(ownerOf(promptOf(one)), (find) => {
     const node = find(one.node);
     const kind = node?.comfyClass ?? node?.type;
     if (kind in EMPTY) {
@@ -141,8 +157,15 @@ function keep(one) {
     }
     const path = String(one.node).split(":");
     for (let i = 1; i < path.length; i++) put(find(path.slice(0, i).join(":")), state);
-  };
-  const owner = ownerOf(promptOf(one));
+  });
+}
+
+/**
+ * Has `into` put something into a node's properties, in every state that the workflow `owner` remembers; it is given what finds a node by
+ * its id. So a run does not count as an edit: it does not mark the workflow as changed, and undo does not remove it. A workflow that is
+ * not on the page shows it when it is opened.
+ */
+function remember(owner, into) {
   const tracker = owner?.changeTracker;
   const { initialState, activeState, undoQueue = [], redoQueue = [] } = tracker ?? {};
   for (const each of new Set([initialState, activeState, ...undoQueue, ...redoQueue])) into((id) => recordOf(each, id));
@@ -183,7 +206,7 @@ function forgetInCopies(node) {
 function forgetInside(node) {
   for (const inner of node.subgraph?.nodes ?? []) {
     forget(inner);
-    panels.get(inner)?.restore();
+    (panels.get(inner) ?? explanations.get(inner))?.restore();
     forgetInside(inner);
   }
 }
@@ -204,10 +227,11 @@ app.registerExtension({
       badge(node);
       forgetInCopies(node);
     }
-    if (!(node.comfyClass in EMPTY)) return;
-    const panel = new Panel(node);
-    panels.set(node, panel);
-    node.addDOMWidget(WIDGET, "STABILITY_GRAPH", panel.element, {
+    const explains = node.comfyClass === EXPLAINER;
+    if (!explains && !(node.comfyClass in EMPTY)) return;
+    const panel = explains ? new Explanation(node) : new Panel(node);
+    (explains ? explanations : panels).set(node, panel);
+    node.addDOMWidget(explains ? EXPLANATION : WIDGET, explains ? "STABILITY_EXPLANATION" : "STABILITY_GRAPH", panel.element, {
       serialize: false,
       hideOnZoom: false,
       getMinHeight: () => HEIGHT,
@@ -239,4 +263,6 @@ app.registerExtension({
 api.addEventListener(EVENT, listen);
 api.addEventListener("executed", executed);
 api.addEventListener("execution_cached", cached);
+api.addEventListener("execution_error", failed);
+api.addEventListener("execution_interrupted", failed);
 api.addEventListener("execution_start", started);

@@ -45,7 +45,8 @@ export class Panel {
 
   attach() {
     if (this.#graph) return;
-    this.#takePlace();
+    this.#place = placeOf(this.#node);
+    this.element = takeOver(this.#place, this.#node, WIDGET, this.element);
     this.#theme = new MutationObserver(() => this.#followTheme());
     this.#theme.observe(document.body, { attributes: true, attributeFilter: ["class"] });
     this.#theme.observe(document.documentElement, { attributes: true, attributeFilter: ["style"] });
@@ -58,21 +59,10 @@ export class Panel {
   }
 
   detach() {
-    if (this.element.isConnected) places.set(this.#place, this.element);
+    leave(this.#place, this.element);
     this.#theme?.disconnect();
     this.#graph?.destroy();
     this.#graph = null;
-  }
-
-  /** Undo creates every node again. Nodes 2.0 then keep the element of the old node on the page, so the new node takes it over. */
-  #takePlace() {
-    this.#place = `${this.#node.graph?.id} ${this.#node.id}`;
-    const element = places.get(this.#place);
-    places.delete(this.#place);
-    if (!element || element === this.element) return;
-    element.replaceChildren(this.#bar, this.#view);
-    this.element = element;
-    for (const widget of this.#node.widgets) if (widget.name === WIDGET) widget.element = element;
   }
 
   /** Older frontends set a class when they are dark, and nothing when they are light. Newer ones set a style property. */
@@ -150,7 +140,39 @@ export function styled(tag, style) {
   return element;
 }
 
+/** A field of text on a node. The text can be copied. */
+export function textBox() {
+  const element = styled("div", {
+    padding: "4px 8px", borderRadius: "6px", overflow: "auto", whiteSpace: "pre-wrap", overflowWrap: "anywhere", userSelect: "text",
+    font: "12px/16px system-ui, sans-serif", color: "var(--input-text, #ddd)", background: "var(--comfy-input-bg, #222)",
+  });
+  element.setAttribute("role", "status");
+  element.addEventListener("pointerdown", (event) => event.stopPropagation()); // or the node is dragged
+  return element;
+}
+
 const places = new Map(); // ids of graph and node -> element of a node that was removed
+
+/** Where on the page the element of a node is. */
+export const placeOf = (node) => `${node.graph?.id} ${node.id}`;
+
+/**
+ * Undo creates every node again. Nodes 2.0 then keep the element of the old node on the page: the widget `name` of the new node gets that
+ * one, with what is in `element`. Gives the element that is the node's from now on.
+ */
+export function takeOver(place, node, name, element) {
+  const old = places.get(place);
+  places.delete(place);
+  if (!old || old === element) return element;
+  old.replaceChildren(...element.childNodes);
+  for (const widget of node.widgets) if (widget.name === name) widget.element = old;
+  return old;
+}
+
+/** To be called when a node is removed whose element was at `place`. */
+export function leave(place, element) {
+  if (element.isConnected) places.set(place, element);
+}
 
 /** To be called when another graph is loaded, whose nodes have the same ids. */
 export function forgetPlaces() {

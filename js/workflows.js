@@ -99,4 +99,5 @@ export function noteQueued() {
 export function forget(node) {
   delete node.properties?.stability_runs;
   delete node.properties?.stability_state;
+  delete node.properties?.stability_explanation;
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.v0_0_2 import ComfyExtension, io
 
+from .explain import ExplainPrompt
 from .guard import MemorizationGuard
 from .lab import LoadLabModel
 from .profiles import CalibrateStabilityProfile, LoadStabilityProfile, SaveStabilityProfile
@@ -14,6 +15,7 @@ class MemorizationGuardExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [
             MemorizationGuard,
+            ExplainPrompt,
             LoadStabilityProfile,
             SaveStabilityProfile,
             CalibrateStabilityProfile,

@@ -22,7 +22,7 @@ TraceType = io.Custom("STABILITY_TRACE")
 END_PROMPT = "stop and end prompt"
 
 
-def _threshold(field: dataclasses.Field[Any]) -> Any:
+def threshold_input(field: dataclasses.Field[Any]) -> Any:
     """A widget for a field of :class:`Thresholds`, folded away as advanced; callers of the API may leave it out."""
     about, name = field.metadata["about"], field.name
     if choices := field.metadata.get("choices"):
@@ -79,7 +79,7 @@ class MemorizationGuard(io.ComfyNode):
                         "connect the CLIP that the prompt is encoded with."
                     ),
                 ),
-                *map(_threshold, HOST_CONSTANTS),
+                *map(threshold_input, HOST_CONSTANTS),
             ],
             outputs=[
                 io.Model.Output(display_name="MODEL", tooltip="The watched model: connect it to the sampler."),

@@ -14,12 +14,12 @@ import folder_paths
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from ..memorization_guard import StabilityProfile, Trace
+from ..memorization_guard import StabilityProfile, Thresholds, Trace
 from ..memorization_guard.automatic import AUTO, STEPS, AutomaticProfiles, guidance_of, profiles_in, prompts
 from ..memorization_guard.core.monitor import Serves
 from ..memorization_guard.core.profile import EXTENSION
 from .models import model_hash
-from .prompts import encoded
+from .prompts import Encoder, encoded
 from .sampling import guard, unguarded
 
 FOLDER = "stability_profiles"
@@ -46,11 +46,15 @@ def sample_references(
     latent: torch.Tensor,
     sampler_name: str = "euler",
     scheduler: str = "normal",
+    profile: StabilityProfile | None = None,
+    thresholds: Thresholds | None = None,
+    encoder: Encoder | None = None,
 ) -> list[Trace]:
     """The traces of reference prompts, sampled in as few batches as their conditionings allow, as long as they are needed.
 
     Args:
         seed: prompt i starts from the noise of ``seed + i``. latent: an empty one, ``[1, ...]``.
+        profile, thresholds: judge them, if there is a profile. encoder: tells the words of those that trigger.
     """
     traces: list[Trace] = []
     start = 0
@@ -58,7 +62,7 @@ def sample_references(
         comfy.model_management.throw_exception_if_processing_interrupted()
         part = _alike(positives[start:])
         first = seed + start
-        guarded, seen = guard(model, mode="trace", serves=serves)
+        guarded, seen = guard(model, mode="trace", serves=serves, profile=profile, thresholds=thresholds, encoder=encoder)
         comfy.sample.sample(
             guarded,
             torch.cat([comfy.sample.prepare_noise(latent, first + i) for i in range(len(part))]),
@@ -74,6 +78,8 @@ def sample_references(
         )
         traces += [trace for run in seen.runs() for trace in run.traces]
         start += len(part)
+    # Cancel may have come while the network was asked beside the last run, which was stopped before it could tell.
+    comfy.model_management.throw_exception_if_processing_interrupted()
     return traces
 
 

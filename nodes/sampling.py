@@ -84,13 +84,13 @@ def guard(
     traces = TraceLog(mode)
     if mode == "off":
         # Or the node would go on showing the graph of an earlier run.
-        _send(node, traces.next_name(), "begin", lambda: {"note": "The mode is off: nothing is watched."})
-        _send(node, traces.next_name(), "end", lambda: {"traces": []})
+        send(node, traces.next_name(), "begin", lambda: {"note": "The mode is off: nothing is watched."})
+        send(node, traces.next_name(), "end", lambda: {"traces": []})
         return model, traces
 
     # Functions, since copying a model deeply copies bound methods together with their objects, and functions never.
     def tell(text: str) -> None:
-        _send(node, traces.next_name(), "begin", lambda: {"note": text})
+        send(node, traces.next_name(), "begin", lambda: {"note": text})
 
     def around_run(executor: Any, noise: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if profile is None and automatic is not None:
@@ -160,7 +160,7 @@ def unguarded(model: ModelPatcher) -> ModelPatcher:
     return clone
 
 
-def _send(node: str | None, run: str, kind: str, data: Callable[[], Mapping[str, Any]]) -> None:
+def send(node: str | None, run: str, kind: str, data: Callable[[], Mapping[str, Any]]) -> None:
     """Sends a live event to the page that queued the prompt, if any did, for a node."""
     if node is None or (server := PromptServer.instance).client_id is None:
         return
@@ -203,7 +203,7 @@ class _Watch:
         self._send("step", event.to_dict)
 
     def _send(self, kind: str, data: Callable[[], dict[str, Any]]) -> None:
-        _send(self._node, self._run.name, kind, data)
+        send(self._node, self._run.name, kind, data)
 
 
 class Predictions:

@@ -36,7 +36,7 @@ NAMES = {"quick_start", "mitigation_side_by_side", "calibrate_and_save", "report
 def test_the_workflows_are_all_there():
     assert {path.stem for path in WORKFLOWS} == NAMES
     assert {path.stem for path in (REPOSITORY / "example_workflows" / "api").glob("*.json")} == NAMES
-    assert len(NODES) == 7
+    assert len(NODES) == 8
 
 
 def read(path):
@@ -57,7 +57,9 @@ def test_a_workflow_names_only_our_nodes_and_comfyuis_own(workflow):
 
 def test_a_workflow_carries_nothing_of_the_machine_it_was_made_on(workflow):
     text = json.dumps(workflow)
-    assert not re.search(r"stability_(runs|state|quantity)|/tmp/|/work/|/home/|\\\\\\\\|https?://|127\.0\.0\.1", text)
+    assert not re.search(
+        r"stability_(runs|state|quantity|explanation)|/tmp/|/work/|/home/|\\\\\\\\|https?://|127\.0\.0\.1", text
+    )
     assert all(node["mode"] == 0 for node in workflow["nodes"])
 
 

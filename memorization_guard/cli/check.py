@@ -57,16 +57,6 @@ def _answer(prompt: str, found: Trace) -> dict[str, Any]:
 
 def _told(answer: dict[str, Any], found: Trace) -> str:
     """What is printed of one prompt."""
-    from ..core.trace import rarity
-    from ..reports.words import unusual
+    from ..reports.words import explanation
 
-    lines = [f"{printable(answer['prompt'])}\n  {'likely memorized' if answer['memorized'] else 'ordinary'}"]
-    lines[0] += f": {unusual(found.rarity or '')}"
-    if found.words is not None:
-        lines.append("  These words call an image up (in brackets how rare the prompt is with that word alone of them):")
-        pairs = zip(found.words.words, found.words.p_values, strict=True)
-        lines += [f"    {printable(word)} ({rarity(share, found.p_value_floor)})" for word, share in pairs]
-        lines.append(f"  Without them, an ordinary prompt: {printable(found.words.text)}")
-    elif answer["memorized"]:
-        lines.append("  No few words of it call the image up by themselves.")
-    return "\n".join(lines)
+    return "\n  ".join(map(printable, (answer["prompt"], *explanation(found))))

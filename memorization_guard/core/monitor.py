@@ -328,8 +328,8 @@ class StabilityMonitor:
 
     def end(self, reason: str | None) -> None:
         """Says why the run came to no regular end (interrupted, an error of the host); without a trigger it is unscored.
-        ``None`` if it did after all."""
-        self._run.ended = reason
+        ``None`` if it did after all. A run of which the first evaluation is needed ends regularly where it is stopped."""
+        self._run.ended = None if self._serves == "first" and reason == STOPPED else reason
 
     def outline(self) -> dict[str, Any]:
         """What is known before the first step, JSON-ready, for a live graph: planned ``steps`` and ``bands`` (as in a trace,

@@ -359,7 +359,7 @@ class Run:
                 f"The run begins at noise level {begins:.2g}, below {OPEN_SIGMA:g}: what the prompt does cannot be seen there"
             )
             return f"{below}{asked}. Judge a run of the prompt that begins in noise."
-        if self.judge.alone:
+        if self.judge.alone and not (self.judge.broken == 0).any():
             return f"The network gave one prediction only{asked}: the profile was made with guidance. Calibrate one without."
         return "The first prediction is NaN or infinite: run the model in float32 or bfloat16."
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..core.trace import Trace
+from ..core.trace import Trace, rarity
 
 
 def summary(trace: Trace, title: str = "Image 1") -> str:
@@ -29,6 +29,32 @@ def summary(trace: Trace, title: str = "Image 1") -> str:
 def unusual(rarity: str) -> str:
     """A trace's rarity in a sentence."""
     return f"{'' if rarity.startswith('rarer') else 'as far as '}{rarity} ordinary images"
+
+
+def explanation(trace: Trace) -> list[str]:
+    """What is told of a prompt that was judged without an image, a line each: the verdict, and the words that it hangs on."""
+    lines = [prompt_verdict(trace)]
+    if trace.words is not None:
+        lines.append("These words call an image up (in brackets how rare the prompt is with that word alone of them):")
+        lines += [f"  {word} ({rare})" for word, rare in zip(trace.words.words, word_rarities(trace), strict=True)]
+        lines.append(f"Without them, an ordinary prompt: {trace.words.text}")
+    elif trace.trigger_step is not None:
+        lines.append(NO_WORDS)
+    return lines
+
+
+#: What is said of a memorized prompt in which no words were found.
+NO_WORDS = "No few words of it call the image up by themselves."
+
+
+def prompt_verdict(trace: Trace) -> str:
+    """What a prompt was judged to be, without an image."""
+    return f"{'ordinary' if trace.trigger_step is None else 'likely memorized'}: {unusual(trace.rarity or '')}"
+
+
+def word_rarities(trace: Trace) -> list[str]:
+    """How rare the prompt is with each of its words alone of those that call a copy up; none where there are no such words."""
+    return [] if trace.words is None else [rarity(share, trace.p_value_floor) for share in trace.words.p_values]
 
 
 def noticed(trace: Trace, copied: bool | None) -> str:

@@ -135,24 +135,10 @@ def test_models_of_all_kinds_go_on_as_if_the_other_prompt_had_been_their_own(in_
     result = in_comfyui(
         TINY
         + """
-import zlib
 sampling, prompts = module("nodes.sampling"), module("nodes.prompts")
 core = pack.__name__ + ".memorization_guard.core."
 judge, words = (sys.modules[core + name] for name in ("judge", "words"))
 runs_of = sys.modules[core + "calibration"].ReferenceRuns
-
-class Clip:
-    def __init__(self, name):
-        _, _, _, (self.tokens, self.width), self.pooled, _ = MODELS[name]
-
-    def tokenize(self, text):
-        return text
-
-    def encode_from_tokens_scheduled(self, text):
-        comfy.model_management.unload_all_models()
-        generator = torch.Generator().manual_seed(zlib.crc32(text.encode()))
-        tensor = torch.randn(1, self.tokens * (1 + len(text) // 20), self.width, generator=generator)
-        return [[tensor, {"pooled_output": torch.randn(1, self.pooled, generator=generator)}]]
 
 def patched(name):
     model = tiny(name)

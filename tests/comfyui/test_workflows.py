@@ -110,25 +110,29 @@ def test_quick_starts_ordinary_prompt_is_stable(server, load):
     assert [trace["verdict"] for trace in traces(run, only(prompt, "MemorizationGuardReport"))] == ["stable"]
 
 
-def test_side_by_side_differs_in_the_mode_alone_and_shows_a_copy_and_none(server, load):
+def test_side_by_side_differs_in_the_correction_alone_and_shows_a_copy_and_two_that_are_none(server, load):
     prompt = load("mitigation_side_by_side")
-    first, second = (prompt[name]["inputs"] for name in nodes(prompt, "MemorizationGuard"))
-    assert {name for name in first if first[name] != second[name]} == {"mode"}
-    first, second = (prompt[name]["inputs"] for name in nodes(prompt, "KSampler"))
-    assert {name for name in first if first[name] != second[name]} == {"model"}
-    text = prompt[first["positive"][0]]["inputs"]["text"]
+    guards = [dict(prompt[name]["inputs"]) for name in nodes(prompt, "MemorizationGuard")]
+    chosen = [(guard.pop("mode"), guard.pop("correction")) for guard in guards]
+    assert chosen == [("trace", "keep"), ("mitigate", "steer"), ("mitigate", "keep")]
+    samplers = [dict(prompt[name]["inputs"]) for name in nodes(prompt, "KSampler")]
+    assert len({sampler.pop("model")[0] for sampler in samplers}) == 3
+    for alike in (guards, samplers):
+        assert all(inputs == alike[0] for inputs in alike)
+    text = prompt[samplers[0]["positive"][0]]["inputs"]["text"]
 
     run = server.queue(prompt)
     run.wait()
-    (plain,), (kept,) = (run.images(name) for name in nodes(prompt, "SaveImage"))
+    (plain,), *others = (run.images(name) for name in nodes(prompt, "SaveImage"))
     assert lab.copy_score(plain, text) > 0.75
-    assert lab.copy_score(kept, text) < 0.75
-    assert lab.nearest_copy(kept)[0] < 0.75
-    assert np.asarray(kept).std() > 10
-    (watched,), (corrected,) = (traces(run, name) for name in nodes(prompt, "MemorizationGuardReport"))
-    assert not any(watched["steps"]["mitigated"])
-    assert any(corrected["steps"]["mitigated"])
-    assert watched["words"] == corrected["words"] is not None
+    for (image,) in others:
+        assert lab.copy_score(image, text) < 0.75
+        assert lab.nearest_copy(image)[0] < 0.75
+        assert np.asarray(image).std() > 10
+    found = [trace for name in nodes(prompt, "MemorizationGuardReport") for trace in traces(run, name)]
+    assert [trace["verdict"] for trace in found] == ["likely copy", "corrected", "corrected"]
+    assert [any(trace["steps"]["mitigated"]) for trace in found] == [False, True, True]
+    assert found[0]["words"] == found[1]["words"] == found[2]["words"] is not None
 
 
 def test_calibrate_and_save_makes_the_labs_profile_anew(server, load):
@@ -222,7 +226,7 @@ def test_the_template_browser_lists_them_with_their_thumbnails(server):
 
 def test_every_node_has_a_help_page_and_every_input_and_output_a_tooltip(server, object_info):
     ours = {name: info for name, info in object_info.items() if info["python_module"] == f"custom_nodes.{PACK}"}
-    assert len(ours) == 7
+    assert len(ours) == 8
     for name, info in ours.items():
         page = server.fetch(f"/extensions/{PACK}/docs/{name}.md").decode()
         assert page.startswith(f"# {info['display_name']}\n")

@@ -1,5 +1,7 @@
 """Tiny models of ComfyUI's own classes with random weights, and a run of them; read by tests as a snippet inside ComfyUI."""
 
+import zlib
+
 import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
@@ -150,3 +152,20 @@ def sample(model, name, sampler="euler", scheduler="normal", steps=6, cfg=4.0, b
         return comfy.sample.sample(
             model, noise, steps, cfg, sampler, scheduler, *conds, latent, disable_pbar=True, seed=seed, **options
         )
+
+
+class Clip:
+    """A text encoder for one of them: fixed noise for a text, more of it for a long one. It has the model unloaded, as a large
+    one does."""
+
+    def __init__(self, name):
+        _, _, _, (self.tokens, self.width), self.pooled, _ = MODELS[name]
+
+    def tokenize(self, text):
+        return text
+
+    def encode_from_tokens_scheduled(self, text):
+        comfy.model_management.unload_all_models()
+        generator = torch.Generator().manual_seed(zlib.crc32(text.encode()))
+        tensor = torch.randn(1, self.tokens * (1 + len(text) // 20), self.width, generator=generator)
+        return [[tensor, {"pooled_output": torch.randn(1, self.pooled, generator=generator)}]]

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from memorization_guard import Calibrator, RunSettings, StabilityMonitor, StabilityProfile, Thresholds, Trace
 from memorization_guard.core.judge import HOLD_SIGMA
+from memorization_guard.core.monitor import STOPPED
 from memorization_guard.core.noise_level import NoiseLevel
 from memorization_guard.core.profile import Norms
 
@@ -490,6 +491,28 @@ def test_a_stable_sample_is_untouched_and_a_batch_is_its_samples(world, profile,
         assert alone.traces[0].verdict == trace.verdict
         np.testing.assert_array_equal(alone.traces[0].steps.mitigated, trace.steps.mitigated)
         np.testing.assert_allclose(alone.traces[0].steps.update_norm, trace.steps.update_norm, rtol=1e-4)
+
+
+def test_a_first_prediction_that_is_no_number_is_not_taken_for_a_missing_one(world, profile):
+    monitor = StabilityMonitor(profile, settings=world.settings())
+    monitor.predicted(*(torch.full((1, *world.shape), math.nan) if i != 1 else 14.0 for i in range(4)))
+    assert "The first prediction is NaN or infinite" in monitor.traces[0].note
+
+
+def test_a_run_of_which_the_first_evaluation_is_needed_ends_regularly_where_it_is_stopped(world, profile):
+    for other, verdict, note in (
+        ({}, "stable", None),
+        ({"prediction_type": "sample"}, "unscored", "The profile does not fit"),
+    ):
+        settings = dataclasses.replace(world.settings(), **other)
+        monitor = StabilityMonitor(profile, settings=settings, serves="first", level=NoiseLevel.from_sigma)
+        cond, uncond = world.predictions(x := torch.randn(1, *world.shape) * 14, 14.0, (500,), [1.0])
+        monitor.predicted(x, 14.0, cond, uncond)
+        assert monitor.should_stop
+        monitor.end(STOPPED)
+        (trace,) = monitor.traces
+        assert trace.verdict == verdict
+        assert trace.note is None if note is None else trace.note.startswith(note)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -155,11 +155,11 @@ def test_hires_fix_has_two_runs(host, profile):
     answer = same_as_unguarded(host, "trace", profile, **settings)
     ((first, second),) = answer.traces
     assert first.verdict == "stable" or first.trigger_step is not None
-    assert second.verdict == "unscored"
+    assert second.p_value is not None  # of what its prompt says in noise
     assert second.settings.latent_shape[1] == 2 * first.settings.latent_shape[1]
     text = answer.info["infotexts"][0]
     assert f"{TITLE} verdict: {first.verdict}" in text
-    assert f"{TITLE} hires verdict: unscored" in text
+    assert f"{TITLE} hires verdict: {second.verdict}" in text
 
 
 def test_inpainting(host, profile):
@@ -351,7 +351,7 @@ def test_another_size_is_judged_at_the_size_of_the_profile(host, profile):
         assert answer.trace.verdict == "corrected"
         assert answer.trace.asked is not None
         assert answer.trace.mitigated.any()
-        assert "latent shape: profile" in answer.trace.note
+        assert answer.trace.note is None
         assert answer.pixels != host.make(**size).pixels
 
 

@@ -74,6 +74,18 @@
       return {guard: String(guard.id), report: String(report.id), samplers: used};
     });
   };
+  // A loader, and a node that explains a prompt.
+  mg.explainer = (text, inputs) => {
+    app.graph.clear();
+    const lab = mg.add("MemorizationGuardLoadLabModel", [40, 60]);
+    const node = mg.add("MemorizationGuardExplainPrompt", [420, 60], {text, ...inputs});
+    node.setSize([460, 520]);
+    mg.link(lab, 0, node, "model");
+    mg.link(lab, 1, node, "clip");
+    mg.link(lab, 3, node, "profile");
+    return String(node.id);
+  };
+  mg.told = (id) => mg.node(id)?.widgets.find((widget) => widget.name === "stability_explanation").element;
   // How often the graph is drawn anew, and when.
   mg.watchDraws = (id) => {
     const times = [];
