@@ -129,8 +129,8 @@ class Controls:
                 lines=3,
                 placeholder="400 built-in prompts",
                 elem_id=self._elem_id("reference_prompts"),
-                info=f"One a line, at least {MIN_RUNS}, better some hundred: as you use them, about things that the model was "
-                "not trained on again and again. The first 50 are sampled to the end, the others for one step. Empty: 400 "
+                info=f"One a line, at least {MIN_RUNS}, better a few hundred: as you use them, about things that the model "
+                "was not trained on again and again. The first 50 are sampled to the end, the others for one step. Empty: 400 "
                 "built-in ones.",
             )
             with FormRow():

@@ -51,7 +51,7 @@ def enough(prompts: list[str]) -> list[str]:
         CalibrationError: if they are fewer than a profile needs.
     """
     if len(prompts) < MIN_RUNS:
-        raise CalibrationError(f"{len(prompts)} reference prompts: give at least {MIN_RUNS}, better some hundred, one a line")
+        raise CalibrationError(f"{len(prompts)} reference prompts: give at least {MIN_RUNS}, better a few hundred, one a line")
     return prompts
 
 

@@ -126,7 +126,7 @@ class CalibrateStabilityProfile(io.ComfyNode):
                     "text",
                     multiline=True,
                     default="",
-                    tooltip=f"Reference prompts, one a line, for 'text below': at least {MIN_RUNS}, better some hundred, of "
+                    tooltip=f"Reference prompts, one a line, for 'text below': at least {MIN_RUNS}, better a few hundred, of "
                     "which the first 50 are sampled to the end and the others for one step. Prompts as you "
                     "use them, about things that the model was not trained on again and again.",
                 ),

@@ -248,8 +248,8 @@ def test_the_tables_of_the_audit_are_those_of_its_file(rows, docs):
     assert [row for row in rows(docs) if row not in text] == []
     found = audit_figures(docs)
     kept = [call["kept"] for call in found["calls"]]
-    said = f"SIGKILL at {', '.join(map(str, kept[:-2]))} and {kept[-2]} images; after the fourth call there were"
-    assert f"{said} {found['rows']:,} rows of {found['images']:,} different" in text
+    said = f"SIGKILL at {', '.join(map(str, kept[:-2]))} and {kept[-2]} images. After the fourth call there were"
+    assert f"{said} {found['rows']:,} rows of {found['images']:,} different" in " ".join(text.split())
 
 
 def test_what_is_said_of_the_peers_is_in_their_files(docs):
@@ -259,17 +259,18 @@ def test_what_is_said_of_the_peers_is_in_their_files(docs):
     }
     verdict, norm = "ours, verdict", "Wen, whole run"
 
-    def pair(title, group, name, digits=2):
-        one, other = (found[title][group][score][name] for score in (norm, verdict))
-        return f"{one:.{digits}f} where the verdict has {other:.{digits}f}"
+    def pair(title, name, digits, where=""):
+        one, other = (found[title]["template"][score][name] for score in (norm, verdict))
+        return f"{one:.{digits}f}{where} (verdict: {other:.{digits}f})"
 
-    bundled, flow = (f"{pair(title, 'template', 'auc', 3)}" for title in found)
-    assert f"AUC {bundled} on the bundled model" in text
-    assert f"and {flow} on model 2" in text
-    bundled, flow = (pair(title, "template", "tpr_at_1_fpr") for title in found)
-    assert f"TPR at 1 % FPR {bundled}, and {flow}." in text
+    bundled, flow = (
+        pair(title, "auc", 3, f" on {of}") for title, of in zip(found, ("the bundled model", "model 2"), strict=True)
+    )
+    assert f"AUC is {bundled}, and {flow}." in text
+    bundled, flow = (pair(title, "tpr_at_1_fpr", 2) for title in found)
+    assert f"TPR at 1 % FPR is {bundled}, and {flow}." in text
     rates = [found[title]["settled"][norm]["tpr_at_1_fpr"] for title in found]
-    assert f"it takes {rates[0]:.2f} and {rates[1]:.2f} of settled prompts for memories" in text
+    assert f"mistakes {rates[0]:.2f} and {rates[1]:.2f} of settled prompts for memorized ones" in text
     rate = found["bundled"]["exact"][norm]["tpr_at_1_fpr"]
     assert f"on the bundled model it finds {rate:.2f} of exact images" in text
     for title, scores in found.items():

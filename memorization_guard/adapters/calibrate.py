@@ -33,7 +33,7 @@ def calibrate(
 
     Args:
         pipe: as for :func:`guard`.
-        prompts: prompts that are not memorized, some hundred; a list, or a file that :func:`read_prompts` reads.
+        prompts: prompts that are not memorized, a few hundred; a list, or a file that :func:`read_prompts` reads.
         batch_size: prompts sampled at once.
         seed: prompt i starts from the noise of seed ``seed + i``, drawn on the CPU.
         state: file that keeps the runs so far after every batch, so that an interrupted calibration goes on from there;
@@ -48,7 +48,7 @@ def calibrate(
     """
     texts = list(prompts) if isinstance(prompts, (list, tuple)) else read_prompts(prompts)  # type: ignore[arg-type]
     if len(texts) < MIN_RUNS or not all(isinstance(text, str) for text in texts):
-        raise CalibrationError(f"{len(texts)} reference prompts: give a list of at least {MIN_RUNS}, better some hundred")
+        raise CalibrationError(f"{len(texts)} reference prompts: give a list of at least {MIN_RUNS}, better a few hundred")
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
     arguments = {key: repr(value) for key, value in sorted(pipe_kwargs.items())}

@@ -14,7 +14,7 @@ from .options import BatchSize, Model, Sampling
 def calibrate(
     model: Model,
     prompts: Annotated[
-        Path, typer.Option(help="Reference prompts that are not memorized, some hundred: .txt, .jsonl, .csv or .parquet.")
+        Path, typer.Option(help="Reference prompts that are not memorized, a few hundred: .txt, .jsonl, .csv or .parquet.")
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The profile to write (.safetensors).")],
     batch_size: BatchSize = 4,

@@ -20,7 +20,7 @@ def evaluate(
     ordinary: Annotated[Path, typer.Option(help="Ordinary prompts, 500 or so, in such a list.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="REPORT: writes REPORT.html and REPORT.json.")],
     reference: Annotated[
-        Path | None, typer.Option(help="Prompts to calibrate a profile with, some hundred, in neither of the other lists.")
+        Path | None, typer.Option(help="Prompts to calibrate a profile with, a few hundred, in neither of the other lists.")
     ] = None,
     profile: Annotated[Path | None, typer.Option(help="In place of --reference: a profile for these settings.")] = None,
     save_profile: Annotated[Path | None, typer.Option(help="Keep the profile of --reference here (.safetensors).")] = None,

@@ -124,7 +124,7 @@ class Calibrator:
             left_out = "".join(f", {n} left out ({reason})" for reason, n in self.left_out.items())
             raise CalibrationError(
                 f"{len(self._traces)} usable reference runs{left_out}: a profile needs at least {MIN_RUNS}, and {WHOLE_RUNS} "
-                "and some hundred further prompts are recommended. Add reference prompts."
+                "and a few hundred further prompts are recommended. Add reference prompts."
             )
         first = self._traces[0]
         settings = _fill(self.settings, dataclasses.replace(first.settings, steps=len(first.steps)))

@@ -45,7 +45,7 @@ class StepEvent:
     mitigated: list[bool]
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready mapping, some hundred bytes; ``null`` for what is no number."""
+        """A JSON-ready mapping, a few hundred bytes; ``null`` for what is no number."""
         data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         for name, value in data.items():
             if value is not None and name not in ("step", "sigma", "state", "mitigated"):
