@@ -1,7 +1,8 @@
 """Where ComfyUI's sampling meets the core: predictions are judged and corrected, steps are traced.
 
-A guard leaves one wrapper on its model, around the sampler. All else goes into the options of the run, which ComfyUI makes
-anew each time, once every node has patched the model. So it makes no difference whether a node stands before or after a guard.
+A guard leaves two wrappers on its model, around the run and around the sampler. All else goes into the options of the run,
+which ComfyUI makes anew each time, once every node has patched the model. So it makes no difference whether a node stands
+before or after a guard.
 
 - ``sampler_calc_cond_batch_function`` sees all predictions of an evaluation together and before any pre-CFG function, with
   context windows joined, and with the two calls of nodes that evaluate the negative prompt in another way (SLG).

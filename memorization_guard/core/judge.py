@@ -23,6 +23,11 @@ SUSPICIOUS = 0.1
 HOLD_SIGMA = 0.2
 
 
+#: Noise level (VE sigma) above which a run begins in noise alone. Below, the image that it starts from shows in the first
+#: prediction, and the network is asked.
+NOISE_SIGMA = 8.0
+
+
 def decided(first: np.ndarray, asked: np.ndarray) -> np.ndarray:
     """The p-values that count: of the first evaluation, and where that is suspicious or has none, of the network's answers."""
     found: np.ndarray = np.where((first > SUSPICIOUS) | np.isnan(asked), first, asked)
@@ -77,6 +82,7 @@ class Judge:
         #: Where ordinary prompts are in what the network is asked; ``None`` where nothing is judged by that.
         self.answers = None if reference is None else reference.answers
         self._rate = false_positive_rate
+        self._in_noise = False  # whether the run began there
         self._guided = guided
         self._sized = sized
         self._level = level
@@ -86,7 +92,7 @@ class Judge:
         """Whether the first evaluation is not enough: suspicious, not in noise, of another size, or one prediction only."""
         if self.answers is None or len(self.evaluations) != 1:
             return False
-        return not bool((self.p_value > SUSPICIOUS).all())
+        return not (self._in_noise and bool((self.p_value > SUSPICIOUS).all()))
 
     def take_in_asked(self, measurement: Measurement) -> None:
         """Judges the run by what the network was asked beside it: the prediction with the prompt alone, the mean of two
@@ -114,10 +120,11 @@ class Judge:
         if self._guided and measurement.guidance is None:
             nothing = np.full(block.shape[1], np.nan)
             evaluation.signals = Signals(*(nothing for _ in Signals._fields))
-        in_noise = not self.evaluations and evaluation.level.sigma > OPEN_SIGMA
-        if in_noise and self._sized and self._reference is not None:
-            self.shown = evaluation
-            self._judge(evaluation.signals.detail, self._reference.tail(evaluation.level.angle))
+        if not self.evaluations and evaluation.level.sigma > OPEN_SIGMA:
+            self._in_noise = evaluation.level.sigma > NOISE_SIGMA
+            if self._sized and self._reference is not None:
+                self.shown = evaluation
+                self._judge(evaluation.signals.detail, self._reference.tail(evaluation.level.angle))
         # A sample that was NaN or infinite once has lost its trajectory: what comes later means nothing.
         self.broken[~np.isfinite(block[1:4]).all(axis=0) & (self.broken < 0)] = len(self.evaluations)
         self.evaluations.append(evaluation)
@@ -137,7 +144,8 @@ class Judge:
 
     def _judge(self, detail: np.ndarray, tail: Tail) -> None:
         """Judges the samples that are suspicious, or not judged yet: what else is in a batch has no part in a verdict."""
-        self.p_value = decided(self.p_value, tail.p_value(detail))
+        found = tail.p_value(detail)
+        self.p_value = decided(self.p_value, found) if self._in_noise else np.where(np.isnan(found), self.p_value, found)
         # A rate that the references cannot tell would never trigger.
         self.trigger = np.where(self.p_value <= max(self._rate, tail.lowest), 0, -1)
 
