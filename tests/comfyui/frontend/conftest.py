@@ -105,7 +105,7 @@ def start(page):
 
 
 def wait_end(page):
-    page.wait_for_function("mg.ended")
+    page.wait_for_function("mg.ended", timeout=240_000)  # hundreds of steps, on a busy machine
     page.wait_for_timeout(250)  # the last drawing
 
 
