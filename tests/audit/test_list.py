@@ -3,6 +3,8 @@
 import json
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from memorization_guard import StabilityProfile
@@ -13,9 +15,6 @@ from memorization_guard.audit.run import Local, audit
 from memorization_guard.audit.worker import Recipe
 from memorization_guard.core.profile import Norms
 from memorization_guard.prompts import PromptListError
-
-pa = pytest.importorskip("pyarrow")
-import pyarrow.parquet as pq
 
 
 class Working:
