@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from memorization_guard import StabilityProfile
+from memorization_guard.audit import AuditError
 from memorization_guard.audit import plan as planning
 from memorization_guard.audit.dataset import read_manifest
 from memorization_guard.audit.plan import Plan
@@ -51,9 +52,9 @@ def run(audits, tmp_path, monkeypatch):
     norms = Norms(*np.ones((3, 1)))
     StabilityProfile(mean=norms, std=norms, count=9).save(profile)
 
-    def run_audit(plan, meanwhile=lambda: None):
+    def run_audit(plan, meanwhile=lambda: None, before=lambda: None):
         options = {"profile": profile, "batch_size": 8, "progress": False}
-        audit(Recipe(model="none"), plan, folder, lambda: Working(audits, meanwhile), **options)
+        audit(Recipe(model="none"), plan, folder, lambda: before() or Working(audits, meanwhile), **options)
         return [row["prompt"] for row in pq.read_table(folder / "results").to_pylist()]
 
     run_audit.folder = folder
@@ -110,6 +111,15 @@ def test_a_parquet_list_that_is_replaced_is_noticed_between_two_calls_of_its_rea
     pq.write_table(pa.table({"prompt": [f"prompt {n}" for n in range(180)]}), prompts)
     with pytest.raises(PromptListError, match="was changed during the audit"):
         list(plan.parts(64))
+
+
+def test_another_list_is_refused_even_if_its_audit_began_while_the_model_was_loaded(run, tmp_path):
+    first, second = tmp_path / "first.txt", tmp_path / "second.txt"
+    first.write_text(numbered(0, 70))
+    second.write_text(numbered(0, 75))
+    with pytest.raises(AuditError, match="other prompts: file"):
+        run(Plan.of(second), before=lambda: run(Plan.of(first)) and None)
+    assert [row["prompt"] for row in pq.read_table(run.folder / "results").to_pylist()] == numbered(0, 70).splitlines()
 
 
 def test_a_list_that_is_still_being_written_is_not_begun(tmp_path, monkeypatch):
