@@ -74,8 +74,9 @@ def kept(folder: Path) -> int:
     """How many images are kept whatever is killed."""
     done = sum(pq.read_metadata(part).num_rows for part in (folder / "audit" / "results").glob("part-*.parquet"))
     journals = (folder / "audit" / ".work").glob("part-*.jsonl")
-    lines = [line for journal in journals for line in journal.read_bytes().split(b"\n")[1:] if line]
-    return done + sum(len(json.loads(line)) for line in lines if line.endswith(b"]"))
+    # A line is a checksum and JSON; the last one may be half written.
+    lines = [line.partition(b" ")[2] for journal in journals for line in journal.read_bytes().split(b"\n")[1:-1]]
+    return done + sum(len(json.loads(line)) for line in lines)
 
 
 def found(folder: Path) -> dict[str, Any]:

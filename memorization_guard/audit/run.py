@@ -125,6 +125,7 @@ def audit(
 
     Raises:
         AuditError: if the folder holds another audit, or the profile does not fit.
+        PromptListError: if the list is no longer what ``plan`` has read; what was made so far is kept.
         OSError: if the disk is full; what was made so far is kept.
     """
     asked = _asked(recipe, plan, profile, reference, reference_from)
@@ -288,6 +289,8 @@ def _begun(
     about = {name: loaded[name] for name in ("pipeline", "components", "files", "loras", "scheduler", "dtype")}
     if (store.folder / MANIFEST).exists():
         manifest = read_manifest(store.folder)
+        # Another process may have begun the audit while this one loaded the model.
+        _same(store.folder, manifest, asked)
         _same(store.folder, manifest, {"model": about})
         if loaded["device"] not in manifest["devices"]:
             manifest["devices"].append(loaded["device"])

@@ -1,14 +1,17 @@
 """How results get into the folder of an audit, each of them once, even if processes are killed at any moment.
 
-An unfinished part has a journal. Every batch is appended to it and flushed to the disk before the next one begins. When all
-images of the part are there, the part is written whole and the journal is deleted. The process that works on a part holds its
+An unfinished part has a journal. Every batch is appended to it and flushed to the disk before the next one begins; its line
+has a checksum, so that a damaged line costs its batch and nothing else. When all images of the part are there, the part is
+written whole and the journal is deleted. The process that works on a part holds its
 lock, which the operating system releases when the process dies. A kill, a full disk or a lost machine therefore costs only
 the batches that were being sampled.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +26,8 @@ from ..fingerprint import content_hash
 from . import AuditError
 from .dataset import IMAGES, MANIFEST, PROFILE, RESULTS, write_table
 from .plan import Job
+
+log = logging.getLogger(__name__)
 
 WORK = ".work"
 LOCK = ".lock"
@@ -132,25 +137,26 @@ class Part:
             self._finish()
 
     def _read_journal(self) -> None:
-        header = json.dumps({"key": self._key}).encode() + b"\n"
+        header = _line({"key": self._key}, "")
         content = self._journal_path.read_bytes() if self._journal_path.exists() else b""
-        whole = content[: content.rfind(b"\n") + 1]
-        if not whole:
-            write_whole(self._journal_path, header)
-            return
-        first, *lines = whole.splitlines(keepends=True)
-        if first != header:
-            raise AuditError(f"{self._journal_path} is the journal of other images: delete it to make these again")
-        kept = len(first)
-        for line in lines:
-            try:
-                self._rows |= {row["image"]: row for row in json.loads(line)}
-            except (ValueError, KeyError, TypeError):
-                break  # a damaged batch is made again, and so is all that follows
-            kept += len(line)
-        # New batches are appended after the last whole one.
-        if kept < len(content):
-            os.truncate(self._journal_path, kept)
+        # What follows the last line feed is a batch that a kill or a full disk has cut off.
+        *lines, _ = content.split(b"\n")
+        kept, damaged = [header], 0
+        for number, line in enumerate(lines):
+            if number == 0 and (other := _read(line, "")) is not None:
+                if other != {"key": self._key}:
+                    raise AuditError(f"{self._journal_path} is the journal of other images: delete it to make these again")
+            elif (rows := _read(line, self._key)) is None:
+                damaged += 1
+            else:
+                self._rows |= {row["image"]: row for row in rows}
+                kept.append(line + b"\n")
+        if damaged:
+            log.warning(
+                "%s: %d of %d lines are damaged; their images are made again.", self._journal_path, damaged, len(lines)
+            )
+        if (whole := b"".join(kept)) != content:
+            write_whole(self._journal_path, whole)
 
     def add(self, rows: Sequence[dict[str, Any]]) -> None:
         """Keeps a batch: once this returns, it survives a kill. Rows that are there already are ignored.
@@ -165,7 +171,7 @@ class Part:
             png = row.pop(PNG, None)
             row["file"] = None if png is None else self._save_image(row["image"], png)
         with open(self._journal_path, "ab") as stream:
-            stream.write(json.dumps(new, separators=(",", ":"), allow_nan=False).encode() + b"\n")
+            stream.write(_line(new, self._key))
             stream.flush()
             os.fsync(stream.fileno())
         self._rows |= {row["image"]: row for row in new}
@@ -188,6 +194,22 @@ class Part:
         self._journal_path.unlink(missing_ok=True)
         self.finished = True
         _remove(self._lock)
+
+
+def _line(content: Any, key: str) -> bytes:
+    """A line of a journal: a checksum and JSON. The checksum holds the part's key, so that no other part's line is taken."""
+    text = json.dumps(content, separators=(",", ":"), allow_nan=False).encode()
+    return _checksum(text, key) + b" " + text + b"\n"
+
+
+def _read(line: bytes, key: str) -> Any:
+    """What :func:`_line` wrote, from the line without its end; ``None`` if it is damaged."""
+    checksum, _, text = line.partition(b" ")
+    return json.loads(text) if checksum == _checksum(text, key) else None
+
+
+def _checksum(text: bytes, key: str) -> bytes:
+    return hashlib.sha256(key.encode() + text).hexdigest().encode()
 
 
 def _sweep(folder: Path, name: str = "*") -> None:

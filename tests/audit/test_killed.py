@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from memorization_guard import RunSettings, StabilityProfile, Trace
-from memorization_guard.audit import AuditError
+from memorization_guard.audit import AuditError, store
 from memorization_guard.audit.dataset import PROFILE, read_manifest
 from memorization_guard.audit.plan import Plan
 from memorization_guard.audit.run import audit
@@ -175,40 +175,83 @@ def test_a_journal_of_other_images_is_not_taken(tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a\nb\n")
     jobs = next(Plan.of(prompts).parts(64))
-    store = Store(tmp_path / "audit")
-    with store.alone():
+    place = Store(tmp_path / "audit")
+    with place.alone():
         pass
-    part = store.claim(0, jobs)
-    assert store.claim(0, jobs) is None, "a part is claimed twice"
+    part = place.claim(0, jobs)
+    assert place.claim(0, jobs) is None, "a part is claimed twice"
     part.add([row(jobs[0])])
     part.release()
-    again = store.claim(0, jobs)
+    again = place.claim(0, jobs)
     assert (again.found, [job.image for job in again.missing]) == (1, [1])
     again.release()
     prompts.write_text("a\nc\n")
     with pytest.raises(AuditError, match="journal of other images"):
-        store.claim(0, next(Plan.of(prompts).parts(64)))
+        place.claim(0, next(Plan.of(prompts).parts(64)))
 
 
-def test_a_garbled_journal_costs_what_follows(tmp_path):
+@pytest.fixture
+def journal(tmp_path):
+    """Begins a part of four images, of which three are in the journal, one a batch: ``(claim, its journal, jobs)``."""
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("".join(f"{n}\n" for n in range(9)))
+    prompts.write_text("".join(f"{n}\n" for n in range(4)))
     jobs = next(Plan.of(prompts).parts(64))
-    store = Store(tmp_path / "audit")
-    with store.alone():
+    place = Store(tmp_path / "audit")
+    with place.alone():
         pass
-    part = store.claim(0, jobs)
-    for job in jobs[:6]:
-        part.add([row(job)])
-        part.add([row(job)])  # a batch that comes twice counts once
+    part = place.claim(0, jobs)
+    for job in jobs[:3]:
+        part.add([short(job)])
+        part.add([short(job)])  # a batch that comes twice counts once
     part.release()
-    journal = next((tmp_path / "audit" / ".work").glob("*.jsonl"))
-    lines = journal.read_bytes().splitlines(keepends=True)
-    assert len(lines) == 7
-    lines[4] = lines[4].replace(b'"', b"\0", 3)
-    journal.write_bytes(b"".join(lines))
-    part = store.claim(0, jobs)
-    assert [job.image for job in part.missing] == [3, 4, 5, 6, 7, 8]
-    part.add([row(job) for job in jobs[3:]])
-    assert store.done(0)
-    assert [one["image"] for one in results(tmp_path / "audit")] == list(range(9))
+    (path,) = (tmp_path / "audit" / ".work").glob("*.jsonl")
+    assert len(path.read_bytes().splitlines()) == 4
+    return lambda: place.claim(0, jobs), path, jobs
+
+
+def short(job):
+    """A row that is no longer than it must be."""
+    return {"image": job.image, "p_value": job.image / 7}
+
+
+@pytest.fixture
+def written(monkeypatch):
+    """Finished parts, which are not written, since that takes longest."""
+    made = []
+    monkeypatch.setattr(store, "write_table", lambda _, rows: made.append([row | {"file": ...} for row in rows]))
+    return made
+
+
+def test_a_damaged_line_of_a_journal_costs_its_batch(journal, written, caplog):
+    claim, path, jobs = journal
+    lines = path.read_bytes().splitlines(keepends=True)
+    lines[2] = lines[2].replace(b'"', b"\0", 3)
+    path.write_bytes(b"".join(lines))
+    part = claim()
+    assert [job.image for job in part.missing] == [1, 3]
+    assert f"{path}: 1 of 4 lines are damaged; their images are made again." in caplog.text
+    part.add([short(jobs[1])])
+    part.release()
+    caplog.clear()
+    part = claim()
+    assert [job.image for job in part.missing] == [3]
+    assert not caplog.text, "said again, though the batch was made again"
+    part.add([short(jobs[3])])
+    assert written == [[short(job) | {"file": ...} for job in jobs]]
+
+
+def test_whatever_byte_of_a_journal_is_changed_or_lost_the_results_are_the_same(journal, written, caplog, monkeypatch):
+    claim, path, jobs = journal
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    whole, chance = path.read_bytes(), random.Random(0)
+    for place, byte in enumerate(whole):
+        changes = {byte ^ 1, ord("\n"), chance.randrange(256)} - {byte}
+        for instead in (b"", *(bytes([other]) for other in sorted(changes))):
+            path.write_bytes(damaged := whole[:place] + instead + whole[place + 1 :])
+            caplog.clear()
+            part = claim()
+            assert part.found >= 1, "more than two of three batches were lost with one byte"
+            # Without its end, the last line is one that was cut off by a kill.
+            assert ("lines are damaged" in caplog.text) == damaged.endswith(b"\n")
+            part.add([short(job) for job in part.missing])
+            assert written.pop() == [short(job) | {"file": ...} for job in jobs]
