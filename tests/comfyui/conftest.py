@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -28,6 +29,8 @@ from typing import Any, NamedTuple
 
 import pytest
 from PIL import Image
+
+from memorization_guard.automatic import AUTO
 
 REPOSITORY = Path(__file__).parents[2]
 COMFYUI = os.environ.get("COMFYUI_PATH")
@@ -289,6 +292,15 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
                     process.wait(20)
                 except subprocess.TimeoutExpired:
                     continue
+
+
+@pytest.fixture
+def automatic_profiles(server: Server) -> Iterator[Path]:
+    """Their folder, empty before and after: a guard without a profile would find one of another test."""
+    folder = server.folder / "models" / "stability_profiles" / AUTO
+    shutil.rmtree(folder, ignore_errors=True)
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _arguments(folder: Path) -> list[str]:

@@ -92,11 +92,11 @@ def test_more_ordinary_prompts_may_trigger_where_the_rate_says_so(explain: Any) 
     assert (without == ORDINARY) == (told["without"] is None)
 
 
-def test_without_a_profile_it_is_made_first_and_kept(explain: Any, server: Any) -> None:
+def test_without_a_profile_it_is_made_first_and_kept(explain: Any, automatic_profiles: Path) -> None:
     without, _, memorized, told = explain(MEMORIZED, profile=False, latent=True)
     assert memorized
     assert set(MEMORIZED.split()[-2:]) & {piece["text"] for piece in told["pieces"]}
-    (made,) = (server.folder / "models" / "stability_profiles" / "auto").glob("*.safetensors")
+    (made,) = automatic_profiles.glob("*.safetensors")
     before = made.read_bytes()
     assert explain(without, profile=False)[2] is False  # at the profile's size, though no latent is connected
     assert made.read_bytes() == before

@@ -1,7 +1,6 @@
 """What is told of a prompt on the node Explain Prompt, in ComfyUI's own frontend in Chromium."""
 
 import os
-import shutil
 
 import pytest
 
@@ -105,8 +104,7 @@ def test_what_fails_is_said_in_the_place_of_what_was_told_before(page):
     page.errors.clear()  # the frontend notes the failed prompt itself
 
 
-def test_it_says_how_far_a_profile_is_that_is_made_first_and_can_be_cancelled(page, server):
-    shutil.rmtree(server.folder / "models" / "stability_profiles" / "auto", ignore_errors=True)
+def test_it_says_how_far_a_profile_is_that_is_made_first_and_can_be_cancelled(page, automatic_profiles):
     node = explainer(page, MEMORIZED)
     page.evaluate(
         """id => {

@@ -2,59 +2,47 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 
-from memorization_guard.automatic import AUTO
 from memorization_guard.lab import copy_score, prompts
 
 EXACT, ORDINARY = prompts("exact", "tuning")[0], prompts("ordinary", "tuning")[0]
-
-
-@pytest.fixture
-def folder(server: Any) -> Iterator[Path]:
-    folder = Path(server.folder) / "models" / "stability_profiles" / AUTO
-    shutil.rmtree(folder, ignore_errors=True)
-    yield folder
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def automatic(bench: Any, mode: str, text: str) -> Any:
     return bench(mode, text=text, profile=False, clip=True)
 
 
-def test_the_first_image_is_judged_and_mitigated(bench: Any, finish: Any, folder: Path) -> None:
+def test_the_first_image_is_judged_and_mitigated(bench: Any, finish: Any, automatic_profiles: Path) -> None:
     plain = finish(b := bench(None), b.ksampler())
     first = finish(b := automatic(bench, "mitigate", EXACT), b.ksampler())
     assert [trace.verdict for trace in first.runs[0]] == ["corrected"]
     assert copy_score(plain.images[0], EXACT) > 0.75 > copy_score(first.images[0], EXACT)
-    (made,) = folder.iterdir()
+    (made,) = automatic_profiles.iterdir()
     before = made.read_bytes()
     (trace,) = finish(b := automatic(bench, "mitigate", ORDINARY), b.ksampler()).runs[0]
     assert (trace.verdict, trace.note) == ("stable", None)
-    assert [path.read_bytes() for path in folder.iterdir()] == [before]
+    assert [path.read_bytes() for path in automatic_profiles.iterdir()] == [before]
 
 
-def test_making_it_changes_no_image(bench: Any, finish: Any, folder: Path) -> None:
+def test_making_it_changes_no_image(bench: Any, finish: Any, automatic_profiles: Path) -> None:
     """Ancestral samplers draw noise while they sample."""
     plain = finish(b := bench(None), b.ksampler(sampler_name="euler_ancestral"))
     traced = finish(b := automatic(bench, "trace", EXACT), b.ksampler(sampler_name="euler_ancestral"))
-    assert list(folder.glob("*.safetensors"))
+    assert list(automatic_profiles.glob("*.safetensors"))
     assert np.array_equal(plain.images[0], traced.images[0])
     assert traced.runs[0][0].verdict == "likely copy"
 
 
-def test_a_lora_has_a_profile_of_its_own_wherever_it_stands(bench: Any, finish: Any, folder: Path) -> None:
+def test_a_lora_has_a_profile_of_its_own_wherever_it_stands(bench: Any, finish: Any, automatic_profiles: Path) -> None:
     for number in (1, 2):
         b = automatic(bench, "trace", EXACT)
         result = finish(b, b.ksampler(model=b.lora()) if number == 2 else b.ksampler())
         assert result.runs[0][0].verdict == "likely copy"
-        assert len(list(folder.glob("*.safetensors"))) == number
+        assert len(list(automatic_profiles.glob("*.safetensors"))) == number
 
 
 def test_without_a_clip_it_says_what_to_connect(bench: Any, finish: Any) -> None:
