@@ -16,16 +16,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from filelock import FileLock, Timeout
 
-from ..files import write_whole
+from ..files import parse_json, read_whole, write_whole
 from ..fingerprint import content_hash
 from . import AuditError
-from .dataset import IMAGES, MANIFEST, PROFILE, RESULTS, write_table
+from .dataset import IMAGES, MANIFEST, PROFILE, RESULTS, SCHEMA, write_table
 from .plan import Job
 
 WORK = ".work"
 LOCK = ".lock"
+
+#: Bytes of the largest journal that is read, of a thousand traces.
+MAX_JOURNAL = 512 * 2**20
 
 #: Key of a row's image as PNG, which is replaced by the name of its file.
 PNG = "png"
@@ -133,7 +137,7 @@ class Part:
 
     def _read_journal(self) -> None:
         header = json.dumps({"key": self._key}).encode() + b"\n"
-        content = self._journal_path.read_bytes() if self._journal_path.exists() else b""
+        content = read_whole(self._journal_path, MAX_JOURNAL) if self._journal_path.exists() else b""
         whole = content[: content.rfind(b"\n") + 1]
         if not whole:
             write_whole(self._journal_path, header)
@@ -144,8 +148,8 @@ class Part:
         kept = len(first)
         for line in lines:
             try:
-                self._rows |= {row["image"]: row for row in json.loads(line)}
-            except (ValueError, KeyError, TypeError):
+                self._rows |= _rows(parse_json(line))
+            except (ValueError, pa.ArrowException):
                 break  # a damaged batch is made again, and so is all that follows
             kept += len(line)
         # New batches are appended after the last whole one.
@@ -188,6 +192,19 @@ class Part:
         self._journal_path.unlink(missing_ok=True)
         self.finished = True
         _remove(self._lock)
+
+
+def _rows(batch: Any) -> dict[int, dict[str, Any]]:
+    """The rows of a batch in a journal, by image; an error if they cannot be written as part of the results."""
+    if not isinstance(batch, list) or not all(isinstance(row, dict) and type(row.get("image")) is int for row in batch):
+        raise ValueError("a batch is a list of rows")
+    if any(row.get(field.name) is None for row in batch for field in SCHEMA if not field.nullable):
+        raise ValueError("a row is not whole")
+    try:
+        pa.Table.from_pylist(batch, schema=SCHEMA).validate(full=True)
+    except (TypeError, OverflowError) as error:
+        raise ValueError(str(error)) from None
+    return {row["image"]: row for row in batch}
 
 
 def _sweep(folder: Path, name: str = "*") -> None:

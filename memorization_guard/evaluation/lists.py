@@ -6,8 +6,13 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..files import ContentError
+from ..pictures import FORMATS, opened
 from ..prompts import PromptListError, list_prompts
 from . import EvaluationError
+
+#: The formats of training images.
+PHOTOGRAPHS = (*FORMATS, "BMP", "GIF", "TIFF", "PPM")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,10 +70,8 @@ def read_list(path: str | os.PathLike[str], images: str | os.PathLike[str] | Non
 
 def _check(file: Path) -> None:
     """Opens a training image, so that a damaged one is known before sampling begins."""
-    from PIL import Image
-
     try:
-        with Image.open(file) as image:
+        with opened(file, PHOTOGRAPHS) as image:
             image.verify()
-    except (OSError, SyntaxError) as error:
-        raise EvaluationError(f"{file} cannot be read as an image: {error}") from None
+    except ContentError as error:
+        raise EvaluationError(str(error)) from None
