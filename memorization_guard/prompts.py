@@ -273,7 +273,7 @@ def _grows(path: Path) -> str:
 
 def _no_column(path: Path, names: Iterable[str], column: str | None) -> str:
     wanted = repr(column) if column else " or ".join(map(repr, COLUMNS))
-    return f"{path} has no column {wanted}; it has {', '.join(map(repr, names))}: name the one that holds the prompts"
+    return f"{path} has no column {wanted}; it has {', '.join(map(repr, names)):.500}: name the one that holds the prompts"
 
 
 class _Keys:
@@ -313,6 +313,6 @@ class _Keys:
             except (ValueError, TypeError, OverflowError):
                 seed = -1
             if not 0 <= seed < 2**63:
-                raise PromptListError(f"{where}: the seed is {row.get(self.seed or '')!r}; give a whole number from 0")
+                raise PromptListError(f"{where}: the seed is {row.get(self.seed or '')!r:.60}; give a whole number from 0")
             listed = replace(listed, seed=seed)
         return listed

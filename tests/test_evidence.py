@@ -270,6 +270,7 @@ def nested(depth):
         (json.dumps(recorded() | {"traces": [{}]}), "not a trace"),
         (json.dumps(recorded() | {"traces": [IMPOSSIBLE]}), "cannot be read"),
         (json.dumps(recorded() | {"traces": [INFINITE]}), "guidance_scale is inf"),
+        (json.dumps(recorded() | {"traces": [traces()[0].to_dict() | {"trigger_step": True}]}), "trigger_step is True"),
         (json.dumps(recorded() | {"traces": [INFINITE | {"settings": {"model": ["a"]}}]}), r"model is \['a'\]"),
         (json.dumps(recorded() | {"traces": [traces()[0].to_dict() | {"asked": math.inf}]}), "asked is inf"),
         (

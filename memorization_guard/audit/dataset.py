@@ -102,7 +102,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         raise AuditError(f"{path} cannot be read as the manifest of an audit: {error}") from None
     if not known or version != FORMAT_VERSION:
-        raise AuditError(f"{path} has format {manifest['format']!r}, version {version!r}: update Memorization Guard")
+        raise AuditError(f"{path} has format {manifest['format']!r:.60}, version {version!r:.20}: update Memorization Guard")
     return manifest
 
 

@@ -21,6 +21,10 @@ _EXTRAS = dict.fromkeys(("pyarrow", "filelock", "jinja2", "scipy", "sklearn"), "
 }
 
 
+#: Characters of an error, which may quote a file.
+LONGEST = 2000
+
+
 class UsageError(GuardError):
     """Options or files that a command cannot work with."""
 
@@ -44,6 +48,7 @@ def one_line_errors() -> Iterator[None]:
 
 def _fail(message: str) -> NoReturn:
     line = printable(" ".join(message.split()))
+    line = line if len(line) <= LONGEST else f"{line[:LONGEST]} ..."
     print(f"memorization-guard: {line}", file=sys.stderr)
     raise typer.Exit(2) from None
 
