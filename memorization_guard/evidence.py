@@ -20,7 +20,9 @@ from PIL.PngImagePlugin import PngInfo
 
 from .core.errors import GuardError
 from .core.trace import STATEMENT, Trace
+from .files import ContentError, parse_json, read_whole
 from .fingerprint import content_hash
+from .pictures import opened
 
 FORMAT = "memorization-guard.evidence"
 FORMAT_VERSION = 1
@@ -41,8 +43,9 @@ class EvidenceError(GuardError, ValueError):
     """An image whose record cannot be checked; the message is one line, and may quote the file."""
 
 
-# The formats that the hosts write. Pillow opens more formats, and calls other programs for some of them.
-_FORMATS = ("PNG", "JPEG", "WEBP", "AVIF")
+#: Rows of an image that are hashed at a time, so that no second copy of all pixels is made.
+_ROWS = 256
+
 _WORST_FIRST: tuple[Check, ...] = ("differ", "unknown", "match")
 
 
@@ -58,7 +61,11 @@ def pixel_hash(image: Image.Image | np.ndarray) -> str:
         ValueError: if an array is of another type or shape.
     """
     if isinstance(image, Image.Image):
-        image = np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+        digest = hashlib.sha256(f"{image.width}x{image.height} RGB ".encode())
+        for top in range(0, image.height, _ROWS):
+            rows = image.crop((0, top, image.width, min(top + _ROWS, image.height)))
+            digest.update((rows if rows.mode == "RGB" else rows.convert("RGB")).tobytes())
+        return digest.hexdigest()
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] < 3:
         raise ValueError(f"pixels are uint8 [H, W, 3], not {image.dtype} {list(image.shape)}")
     digest = hashlib.sha256(f"{image.shape[1]}x{image.shape[0]} RGB ".encode())
@@ -160,8 +167,8 @@ def verify(path: str | Path) -> Verification:
     Raises:
         FileNotFoundError: if there is no such file.
         OSError: if it cannot be read.
-        EvidenceError: if it is no image, holds more pixels than Pillow decodes, or has no record, or one that is damaged or
-            of a newer version.
+        ContentError: if it is no image, or it or the record beside it is too large.
+        EvidenceError: if it has no record, or one that is damaged or of a newer version.
     """
     path = Path(path)
     if not path.is_file():
@@ -172,7 +179,7 @@ def verify(path: str | Path) -> Verification:
         found_in = path.with_suffix(SIDECAR)
         if not found_in.is_file():
             raise EvidenceError(f"{path.name} carries no trace, and there is no {found_in.name} beside it")
-        source = found_in.read_text(encoding="utf-8", errors="replace")
+        source = read_whole(found_in).decode("utf-8", "replace")
     checked = [_check(data, kind, pixels, text, found_in) for data in _records(source, found_in.name)]
     # The best answer about the pixels counts, since the other records may be of other images of the same workflow.
     best = max((each.pixels for each in checked), key=_WORST_FIRST.index)
@@ -194,23 +201,17 @@ def verify(path: str | Path) -> Verification:
 
 def _read_image(path: Path) -> tuple[str, str, Mapping[str, str]]:
     """Format, pixel hash and text chunks of an image file."""
-    content = path.read_bytes()
-    Image.init()
-    try:
-        with Image.open(io.BytesIO(content), formats=[name for name in _FORMATS if name in Image.OPEN]) as image:
-            image.load()
-            return str(image.format), pixel_hash(image), dict(getattr(image, "text", {}))
-    except Exception as error:  # decoders fail in many ways on files that were made to break them
-        why = str(error) if isinstance(error, Image.DecompressionBombError) else type(error).__name__
-        raise EvidenceError(f"{path.name} cannot be read as an image ({', '.join(_FORMATS)}): {why}") from None
+    with opened(path) as image:
+        image.load()
+        return str(image.format), pixel_hash(image), dict(getattr(image, "text", {}))
 
 
 def _records(source: str, name: str) -> list[Mapping[str, Any]]:
     """The records in a text: one, or several by the name of the node that made them; refuses other formats and versions."""
     try:
-        data = json.loads(source)
-    except (ValueError, RecursionError):
-        raise EvidenceError(f"the trace in {name} is damaged: it is no JSON") from None
+        data = parse_json(source)
+    except ContentError as error:
+        raise EvidenceError(f"the trace in {name} is damaged: {error}") from None
     records = list(data.values()) if isinstance(data, dict) and "format" not in data else [data]
     if not records:
         raise EvidenceError(f"{name} carries no trace")
@@ -260,16 +261,13 @@ def _check_settings(known: str | None, written: str | None) -> Check:
     if _has_hash(written, known):
         return "match"
     try:
-        return "match" if _has_hash(json.loads(written), known) else "differ"
-    except (ValueError, RecursionError):
+        return "match" if _has_hash(parse_json(written), known) else "differ"
+    except ContentError:
         return "differ"
 
 
 def _has_hash(content: Any, known: str | None) -> bool:
-    try:
-        return content_hash(content) == known
-    except RecursionError:  # nested deeper than anything we write
-        return False
+    return content_hash(content) == known
 
 
 def _rows(data: Mapping[str, Any]) -> list[tuple[Trace, int | None, str]]:

@@ -6,15 +6,17 @@ Weights other than safetensors are pickles, which run code when they are opened.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from .core.errors import GuardError
+from .files import parse_json, read_whole
 
 #: Under these names diffusers and transformers take safetensors before they look for a pickle.
 _WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")
+#: What stands beside a tokenizer's vocabulary.
+_WORDLESS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
@@ -84,9 +86,12 @@ def _check_component(folder: Path, name: str, library: str, kind: str) -> None:
             f"model_index.json takes {name} from {library!r}, which is neither diffusers nor transformers and would be run: "
             "use a model made of their parts"
         )
+    names = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
+    # transformers makes a tokenizer without words of a folder without a vocabulary.
+    if kind.endswith(("Tokenizer", "TokenizerFast")) and not any(each not in _WORDLESS for each in names):
+        raise ModelError(f"{folder} holds no vocabulary, so the model reads no prompt: get the model again")
     if not folder.is_dir():
         return
-    names = {file.name for file in folder.iterdir()}
     if kind.startswith("Auto"):
         for file in sorted(folder.glob("*.json")):
             if "auto_map" in _json(file, otherwise=f"{name} cannot be loaded"):
@@ -108,7 +113,7 @@ def _check_component(folder: Path, name: str, library: str, kind: str) -> None:
 
 def _json(file: Path, *, otherwise: str) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = parse_json(read_whole(file))
     except FileNotFoundError:
         raise ModelError(f"{file.parent} holds no {file.name}: {otherwise}") from None
     except (OSError, ValueError) as error:

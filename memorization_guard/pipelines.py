@@ -101,6 +101,10 @@ def load_pipeline(
         pipe = pipe.to(device)
     except Exception as error:
         raise _unloadable(model, error) from error
+    parts = pipe.components
+    for name in (name for name, part in parts.items() if name.startswith("text_encoder") and part is not None):
+        if parts.get(tokenizer := name.replace("text_encoder", "tokenizer"), pipe) is None:
+            raise ModelError(f"{model} has a {name} but no {tokenizer}, so it reads no prompt: get the model again")
     for lora in loras:
         _merge(pipe, lora)
     pipe.set_progress_bar_config(disable=True)

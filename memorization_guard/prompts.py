@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from .core.calibration import MIN_RUNS, CalibrationError
 from .core.errors import GuardError
+from .files import ContentError, parse_json
 
 #: The seeds of a list's images begin this far above those of the reference prompts, and a second list's this far above the
 #: first's, so that no noise is used twice.
 SEED_STRIDE = 1_000_000
+
+#: Bytes of the longest line, row or value of a list.
+MAX_LINE = 2**20
+
+#: Characters of all prompts of a list that is kept in memory, each counted with :data:`_OVERHEAD` more.
+MAX_LIST = 64 * 2**20
+_OVERHEAD = 64
+
+#: A Parquet file may write the same value for many rows in a few bytes. It may hold so many rows and bytes of text, and beyond
+#: them so many for each of its own bytes.
+MAX_ROWS, ROWS_A_BYTE = 1_000_000, 8
+MAX_TEXT, TEXT_A_BYTE = 64 * 2**20, 200
 
 #: Names of the key or column of a prompt, in the order in which they are tried.
 COLUMNS = ("caption", "prompt", "text")
@@ -80,7 +92,23 @@ def read_prompts(path: str | os.PathLike[str]) -> list[str]:
     Raises:
         PromptListError: also if the list holds no prompt.
     """
-    prompts = [listed.text for listed in stream_prompts(path)]
+    return [listed.text for listed in list_prompts(path)]
+
+
+def list_prompts(path: str | os.PathLike[str]) -> list[ListedPrompt]:
+    """As :func:`read_prompts`, with the other values of each line.
+
+    Raises:
+        PromptListError: also if the list is too long to be kept in memory.
+    """
+    prompts, size = [], 0
+    for listed in stream_prompts(path):
+        size += len(listed.text) + sum(map(len, listed.images)) + _OVERHEAD
+        if size > MAX_LIST:
+            raise PromptListError(
+                f"{path} is too long: more than {MAX_LIST >> 20} MB of prompts, of which all are needed at once"
+            )
+        prompts.append(listed)
     if not prompts:
         raise PromptListError(f"{path} holds no prompt")
     return prompts
@@ -121,9 +149,9 @@ def _read_jsonl(path: Path, column: str | None) -> Iterator[ListedPrompt]:
     for line, text in _lines(path):
         where = f"{path}, line {line}"
         try:
-            row = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise PromptListError(f"{where}: not JSON ({error.msg})") from None
+            row = parse_json(text)
+        except ContentError as error:
+            raise PromptListError(f"{where}: {error}") from None
         keys = _Keys(row, column) if isinstance(row, dict) else None
         found = keys.listed(row, line, where) if keys is not None else None
         if found is None:
@@ -136,7 +164,9 @@ def _read_jsonl(path: Path, column: str | None) -> Iterator[ListedPrompt]:
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """The numbers of the lines that are not blank, and their stripped text. Only line feeds end a line."""
     with open(path, "rb") as stream:
-        for line, raw in enumerate(stream, start=1):
+        for line, raw in enumerate(iter(lambda: stream.readline(MAX_LINE + 1), b""), start=1):
+            if len(raw) > MAX_LINE:
+                raise PromptListError(f"{path}, line {line}, is longer than {MAX_LINE >> 20} MB: a line holds one prompt")
             try:
                 text = raw.decode("utf-8-sig" if line == 1 else "utf-8").strip()
             except UnicodeDecodeError:
@@ -146,16 +176,27 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _read_csv(path: Path, column: str | None) -> Iterator[ListedPrompt]:
+    taken = 0
+
+    def lines() -> Iterator[str]:
+        nonlocal taken
+        while line := stream.readline(MAX_LINE + 1):
+            taken += len(line)
+            if taken > MAX_LINE:
+                raise PromptListError(f"{path} has a row that is longer than {MAX_LINE >> 20} MB")
+            yield line
+
     with open(path, encoding="utf-8-sig", newline="") as stream:
         try:
-            header = stream.readline()
+            header = stream.readline(MAX_LINE)
             stream.seek(0)
             # Prompts contain commas, so the separator is looked for in the names of the columns.
-            rows = csv.DictReader(stream, delimiter=max(",;\t", key=header.count))
+            rows = csv.DictReader(lines(), delimiter=max(",;\t", key=header.count))
             keys = _Keys(rows.fieldnames or (), column)
             if keys.text is None:
                 raise PromptListError(_no_column(path, rows.fieldnames or (), column))
             for row in rows:
+                taken = 0
                 if listed := keys.listed(row, rows.line_num, f"{path}, line {rows.line_num}"):
                     yield listed
         except UnicodeDecodeError:
@@ -171,24 +212,68 @@ def _read_parquet(path: Path, column: str | None) -> Iterator[ListedPrompt]:
     except ImportError:
         raise PromptListError(f'{path}: .parquet needs pyarrow: pip install "memorization-guard[audit]"') from None
     try:
-        with pq.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            keys = _Keys(names, column)
+        # Opened here: pyarrow takes a name for an address, and no name that is not UTF-8.
+        with open(path, "rb") as stream, pq.ParquetFile(stream) as file:
+            schema, keys = file.schema_arrow, _Keys(file.schema_arrow.names, column)
             if keys.text is None:
-                raise PromptListError(_no_column(path, names, column))
-            line = 0
-            for batch in file.iter_batches(batch_size=8192, columns=[name for name in keys if name is not None]):
-                for row in batch.to_pylist():
+                raise PromptListError(_no_column(path, schema.names, column))
+            columns = [name for name in keys if name is not None]
+            texts = _check_growth(path, file, columns)
+        # Texts come as numbers of the different ones, so that a long text in many rows is in memory once.
+        with open(path, "rb") as stream, pq.ParquetFile(stream, read_dictionary=texts, buffer_size=MAX_LINE) as file:
+            line, left = 0, MAX_TEXT + TEXT_A_BYTE * path.stat().st_size
+            for batch in file.iter_batches(batch_size=1024, columns=columns):
+                left -= sum(_text_size(path, column) for column in batch.columns)
+                if left < 0:
+                    raise PromptListError(_grows(path))
+                values = [
+                    (column.dictionary_decode() if pa.types.is_dictionary(column.type) else column).to_pylist()
+                    for column in batch.columns
+                ]
+                for row in zip(*values, strict=True):
                     line += 1
-                    if listed := keys.listed(row, line, f"{path}, row {line}"):
+                    if listed := keys.listed(dict(zip(batch.schema.names, row, strict=True)), line, f"{path}, row {line}"):
                         yield listed
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError, OverflowError) as error:
         raise PromptListError(f"{path} cannot be read as Parquet: {error}") from None
+
+
+def _check_growth(path: Path, file: Any, columns: Iterable[str]) -> list[str]:
+    """Refuses a file that says of itself that it is far larger in memory; gives those of its columns that hold text."""
+    wanted = set(columns)
+    about = [file.schema.column(number) for number in range(len(file.schema))]
+    chosen = [number for number, leaf in enumerate(about) if leaf.path.split(".")[0] in wanted]
+    groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
+    size = path.stat().st_size
+    values = max((sum(group.column(number).num_values for group in groups) for number in chosen), default=0)
+    content = sum(group.column(number).total_uncompressed_size for group in groups for number in chosen)
+    if values > MAX_ROWS + ROWS_A_BYTE * size or content > MAX_TEXT + TEXT_A_BYTE * size:
+        raise PromptListError(_grows(path))
+    return [about[number].path for number in chosen if about[number].physical_type == "BYTE_ARRAY"]
+
+
+def _text_size(path: Path, column: Any) -> int:
+    """Bytes of text in a column of a batch."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    while pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+        column = column.flatten()
+    if not pa.types.is_dictionary(column.type):
+        return int(column.nbytes)
+    lengths = pc.binary_length(column.dictionary)
+    if (pc.max(lengths).as_py() or 0) > MAX_LINE:
+        raise PromptListError(f"{path} has a value that is longer than {MAX_LINE >> 20} MB")
+    return pc.sum(lengths.take(column.indices)).as_py() or 0
+
+
+def _grows(path: Path) -> str:
+    return f"{path} is far larger in memory than on the disk, as no list of prompts is: write it anew, or as .jsonl"
 
 
 def _no_column(path: Path, names: Iterable[str], column: str | None) -> str:
     wanted = repr(column) if column else " or ".join(map(repr, COLUMNS))
-    return f"{path} has no column {wanted}; it has {', '.join(map(repr, names))}: name the one that holds the prompts"
+    return f"{path} has no column {wanted}; it has {', '.join(map(repr, names)):.500}: name the one that holds the prompts"
 
 
 class _Keys:
@@ -214,8 +299,12 @@ class _Keys:
         )
         if not isinstance(text, str) or not text.strip():
             return None
+        images = (
+            tuple(map(str, image)) if isinstance(image, list) else (str(image),) if isinstance(image, str) and image else ()
+        )
+        listed = ListedPrompt(text.strip(), line, str(kind) if kind else None, None, images)
         try:
-            text.encode()
+            "".join((listed.text, listed.kind or "", *images)).encode()
         except UnicodeEncodeError:
             raise PromptListError(f"{where}: the prompt holds half a character (a lone surrogate)") from None
         if seed is not None and seed != "":
@@ -224,10 +313,6 @@ class _Keys:
             except (ValueError, TypeError, OverflowError):
                 seed = -1
             if not 0 <= seed < 2**63:
-                raise PromptListError(f"{where}: the seed is {row.get(self.seed or '')!r}; give a whole number from 0")
-        else:
-            seed = None
-        images = (
-            tuple(map(str, image)) if isinstance(image, list) else (str(image),) if isinstance(image, str) and image else ()
-        )
-        return ListedPrompt(text.strip(), line, str(kind) if kind else None, seed, images)
+                raise PromptListError(f"{where}: the seed is {row.get(self.seed or '')!r:.60}; give a whole number from 0")
+            listed = replace(listed, seed=seed)
+        return listed

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
@@ -118,6 +119,42 @@ def test_what_a_user_can_get_wrong_ends_in_one_line_and_exit_code_2(call, model,
     (tmp_path / "few.txt").write_text("a\nb\n")
     one_line_error(call("calibrate", model, "--prompts", tmp_path / "few.txt", "-o", out), "at least 8")
     assert not out.exists()
+
+
+@pytest.mark.parametrize("damage", ["no folder", "no vocabulary", "left out"])
+def test_a_model_that_reads_no_prompt_is_refused(call, model, damage):
+    if damage == "left out":
+        index = json.loads((model / "model_index.json").read_text()) | {"tokenizer": [None, None]}
+        (model / "model_index.json").write_text(json.dumps(index))
+    else:
+        for file in (model / "tokenizer").iterdir():
+            if damage == "no folder" or "config" not in file.name:
+                file.unlink()
+        if damage == "no folder":
+            (model / "tokenizer").rmdir()
+    one_line_error(call("trace", model, "a cat", *QUICK), "reads no prompt: get the model again")
+
+
+def test_more_steps_than_a_scheduler_has_are_one_line(call, model):
+    for file in (model / "model_index.json", model / "scheduler" / "scheduler_config.json"):
+        file.write_text(re.sub('"EulerDiscreteScheduler"|"DDIMScheduler"', '"PNDMScheduler"', file.read_text()))
+    result = call("trace", model, "a cat", *QUICK, "--steps", 1000)
+    one_line_error(result, "sampling failed", "the scheduler may not have so many --steps")
+
+
+def test_a_model_whose_settings_are_nested_too_deep_is_refused(call, model):
+    (model / "model_index.json").write_text("[" * 100_000 + "]" * 100_000)
+    one_line_error(call("trace", model, "a cat", *QUICK), "nested too deep")
+
+
+def test_a_list_whose_name_is_not_utf8_is_calibrated_with(call, model, prompts, tmp_path):
+    named = prompts.rename(tmp_path / os.fsdecode(b"l\xe4nge.jsonl"))
+    result = call("calibrate", model, "--prompts", named, "-o", tmp_path / "tiny.safetensors", *QUICK)
+    assert result.exit_code == 0, result.output
+    named.write_text("")
+    one_line_error(
+        call("calibrate", model, "--prompts", named, "-o", tmp_path / "b.safetensors", *QUICK), "nge.jsonl holds no"
+    )
 
 
 def test_a_profile_that_makes_itself(call, model, tmp_path, monkeypatch):

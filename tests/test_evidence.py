@@ -3,6 +3,10 @@
 import hashlib
 import io
 import json
+import math
+import resource
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -240,6 +244,7 @@ def test_an_image_that_carries_a_record_is_not_asked_for_another(file):
     assert evidence.verify(file).belongs == "match"
 
 
+INFINITE = traces()[0].to_dict() | {"settings": {"guidance_scale": math.inf}}
 IMPOSSIBLE = traces()[0].to_dict() | {"settings": {"latent_shape": [10**400]}}
 
 
@@ -251,8 +256,8 @@ def nested(depth):
     ("text", "message"),
     [
         ("", "carries no trace"),
-        ("{", "no JSON"),
-        (nested(100_000), "no JSON"),
+        ("{", "not JSON"),
+        (nested(100_000), "nested too deep"),
         ("{}", "carries no trace"),
         ("[]", "no evidence record"),
         ('{"3": [{"sampler_node": "4", "traces": []}]}', "no evidence record"),
@@ -264,6 +269,14 @@ def nested(depth):
         (json.dumps(recorded() | {"images": [1]}), "no trace of this image"),
         (json.dumps(recorded() | {"traces": [{}]}), "not a trace"),
         (json.dumps(recorded() | {"traces": [IMPOSSIBLE]}), "cannot be read"),
+        (json.dumps(recorded() | {"traces": [INFINITE]}), "guidance_scale is inf"),
+        (json.dumps(recorded() | {"traces": [traces()[0].to_dict() | {"trigger_step": True}]}), "trigger_step is True"),
+        (json.dumps(recorded() | {"traces": [INFINITE | {"settings": {"model": ["a"]}}]}), r"model is \['a'\]"),
+        (json.dumps(recorded() | {"traces": [traces()[0].to_dict() | {"asked": math.inf}]}), "asked is inf"),
+        (
+            json.dumps(recorded() | {"traces": [traces()[0].to_dict() | {"reference_count": math.inf}]}),
+            "reference_count is inf",
+        ),
     ],
 )
 def test_a_damaged_record_is_refused_in_one_line(file, text, message):
@@ -293,6 +306,31 @@ def test_what_is_no_image_or_has_no_record_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
     with pytest.raises(ValueError, match="decompression bomb"):
         evidence.verify(tmp_path / "plain.png")
+
+
+def test_no_file_is_read_that_would_fill_the_memory(file, call):
+    """A file, a record beside one, and pixels."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    def refused(*words):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        result = call("verify", file)
+        assert (result.exit_code, result.stdout, len(result.stderr.splitlines())) == (2, "", 1)
+        assert all(word in result.stderr for word in words)
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000
+
+    picture().save(file)
+    with open(file.with_suffix(".stability.json"), "wb") as stream:
+        stream.truncate(60 << 30)  # takes no space
+    refused("image.stability.json is larger than 32 MB")
+    size = struct.pack(">IIBBBBB", 13_000, 13_000, 8, 2, 0, 0, 0)
+    file.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + chunk(b"IDAT", b"") + chunk(b"IEND", b""))
+    refused("decompression bomb")
+    with open(file, "r+b") as stream:
+        stream.truncate(60 << 30)
+    refused("image.png is larger than 256 MB")
 
 
 json_values = st.recursive(

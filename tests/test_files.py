@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from memorization_guard.files import path_inside, write_whole
+from memorization_guard.files import MAX_DEPTH, parse_json, path_inside, read_whole, shown_name, write_whole
 
 
 def test_a_name_is_a_file_in_the_folder(tmp_path):
@@ -44,6 +44,49 @@ def test_any_text_is_a_path_inside_or_refused(tmp_path_factory, name):
         return
     assert path.is_relative_to(folder.resolve())
     os.path.lexists(path)
+
+
+def test_a_file_is_read_whole_up_to_a_limit(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"x" * 2**20)
+    assert read_whole(path, 2**20) == b"x" * 2**20
+    with open(path, "ab") as stream:
+        stream.truncate(60 << 30)  # takes no space
+    with pytest.raises(ValueError, match="file is larger than 1 MB"):
+        read_whole(path, 2**20)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 100_000 + "]" * 100_000, "nested too deep"),
+        ('{"a":' * (MAX_DEPTH + 1) + "1" + "}" * (MAX_DEPTH + 1), "nested too deep"),
+        ("9" * 5000, "not JSON: a number has too many digits"),
+        (b'"\xff"', "not JSON: .*utf-8"),
+        ("{", "not JSON: Expecting"),
+        ("[" + "1," * 100 + "1]", "larger than 0 MB"),
+    ],
+)
+def test_json_that_was_made_to_do_harm_is_refused(text, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        parse_json(text, 200 if "1,1," in str(text) else 2**20)
+    assert "\n" not in str(caught.value)
+
+
+def test_json_as_deep_as_the_limit_is_read():
+    assert parse_json("[" * MAX_DEPTH + "]" * MAX_DEPTH)
+    assert parse_json("null") is None
+
+
+def test_a_name_of_other_bytes_is_shown_and_written(tmp_path):
+    name = os.fsdecode("l\xe4ngs.txt".encode("latin-1"))
+    assert shown_name(tmp_path / name) == "l\ufffdngs.txt"
+    assert write_whole(tmp_path / name, f"<p>{name}</p>").read_bytes() == b"<p>l?ngs.txt</p>"
+
+
+@pytest.mark.parametrize("name", ["n" * 255, "\U0001f600" * 63])
+def test_a_name_as_long_as_the_file_system_takes_is_written(tmp_path, name):
+    assert write_whole(tmp_path / name, "text").read_text() == "text"
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):

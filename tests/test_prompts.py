@@ -1,6 +1,7 @@
 """Prompt lists: every format, and what is wrong with a bad one."""
 
 import json
+import time
 import tracemalloc
 from importlib import resources
 
@@ -92,12 +93,82 @@ def test_a_long_list_is_streamed(tmp_path):
         ("a.csv", b"prompt\n\xff", "not UTF-8"),
         ("a.csv", b"", "has no column"),
         ("a.csv", b"prompt\n" + b"x" * 200_000, "field larger than field limit"),
+        ("a.jsonl", b'{"prompt": "a", "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "line 1: the JSON is nested too deep"),
+        ("a.jsonl", b'{"prompt": "a", "x": ' + b"[" * 400 + b"]" * 400 + b"}", "line 1: the JSON is nested too deep"),
+        ("a.jsonl", b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}", "line 1: not JSON: a number has too many digits"),
+        ("a.jsonl", b'{"prompt": "a", "kind": "\\ud800"}', "line 1: the prompt holds half a character"),
+        ("a.csv", b"prompt\n" + b"," * 2**20, "a row that is longer than 1 MB"),
+        ("a.csv", b"prompt\n" + b'"\n",' * 300_000, "a row that is longer than 1 MB"),
     ],
 )
 def test_a_bad_list_says_what_is_wrong(tmp_path, name, content, message):
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(ValueError, match=message):
+        read_prompts(path)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv"])
+def test_a_line_without_end_is_not_read_to_its_end(tmp_path, name):
+    with open(tmp_path / name, "wb") as stream:
+        stream.write(b"prompt\n")
+        stream.truncate(60 << 30)  # takes no space
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=r"longer than 1 MB|line 1: not JSON"):
+        read_prompts(tmp_path / name)
+    assert tracemalloc.get_traced_memory()[1] < 20_000_000
+    tracemalloc.stop()
+
+
+def test_a_list_that_is_needed_at_once_has_an_end(tmp_path, monkeypatch):
+    monkeypatch.setattr("memorization_guard.prompts.MAX_LIST", 2**20)
+    (tmp_path / "a.txt").write_text("a cat\n" * 20_000)
+    with pytest.raises(ValueError, match="is too long: more than 1 MB of prompts"):
+        read_prompts(tmp_path / "a.txt")
+    assert sum(1 for _ in stream_prompts(tmp_path / "a.txt")) == 20_000
+
+
+def test_a_parquet_file_that_grows_without_bounds_is_refused(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    import numpy as np
+    import pyarrow.parquet as pq
+
+    def repeated(text, rows):
+        return pa.DictionaryArray.from_arrays(pa.array(np.zeros(rows, np.int8)), pa.array([text]))
+
+    one = pa.array(["x" * 2**27])
+    words = pa.ListArray.from_arrays(pa.array([0, 20_000], pa.int32()), repeated("x" * 100_000, 20_000).dictionary_decode())
+    bombs = {
+        "text": pa.table({"prompt": repeated("x" * 100_000, 20_000)}),
+        "rows": pa.table({"prompt": repeated("a cat", 10_000_000)}),
+        "one": pa.table({"prompt": one}),
+        "images": pa.table({"prompt": ["a cat"], "image": words}),
+    }
+    path = tmp_path / "bomb.parquet"
+    for name, table in bombs.items():
+        pq.write_table(table, path, compression="zstd", use_dictionary=name != "one")
+        assert path.stat().st_size < 400_000, name
+        before, begun = pa.total_allocated_bytes(), time.perf_counter()
+        with pytest.raises(ValueError, match="far larger in memory than on the disk"):
+            list(stream_prompts(path))
+        assert pa.total_allocated_bytes() - before < 2**27, name
+        assert time.perf_counter() - begun < 10, name
+
+
+def test_a_parquet_file_with_damaged_pages_or_texts_is_refused(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"prompt": ["a cat"] * 50}), path, compression="zstd")
+    content = bytearray(path.read_bytes())
+    content[20:40] = b"\xff" * 20
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="cannot be read as Parquet"):
+        read_prompts(path)
+    text = pa.Array.from_buffers(pa.string(), 2, pa.array([b"\xff\xfe", b"ok"]).buffers())
+    pq.write_table(pa.table({"prompt": text}), path)
+    with pytest.raises(ValueError, match=r"cannot be read as Parquet: .*utf-8"):
         read_prompts(path)
 
 

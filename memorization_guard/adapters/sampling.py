@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 from ..core.monitor import STOPPED, StabilityMonitor
 from ..core.noise_level import NoiseLevel
 from ..core.settings import RunSettings
+from ..files import shown_name
 from ..fingerprint import fingerprint
 from .network import Call, Evaluation, Network, answer, called_with, denoisers, number_of
 from .prompts import OtherPrompts
@@ -205,7 +205,7 @@ class Sampling:
             scale = None  # of two calls that the pipeline mixes at a scale it keeps to itself
         *sigmas, end = network.schedule.sigmas
         return RunSettings(
-            model=Path(str(getattr(pipe, "name_or_path", "") or type(pipe).__name__)).name,
+            model=shown_name(str(getattr(pipe, "name_or_path", "") or type(pipe).__name__)),
             model_hash=fingerprint(denoisers(pipe)[0]),
             prediction_type=network.schedule.prediction_type,
             sampler=sampler,

@@ -12,8 +12,8 @@ DIR/
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,16 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..core.reference import p_value_floor as floor_of
+from ..core.settings import VERDICTS
 from ..core.trace import Trace
-from ..files import write_whole
+from ..files import parse_json, read_whole, write_whole
 from . import AuditError
 
 FORMAT = "memorization-guard.audit"
 FORMAT_VERSION = 3
+
+#: Rows, and bytes of a row group in memory, of the largest part that is read; ours have 1,024 rows.
+MAX_ROWS, MAX_PART = 1_000_000, 512 * 2**20
 
 MANIFEST = "manifest.json"
 PROFILE = "profile.safetensors"
@@ -92,13 +96,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is no audit: it holds no {MANIFEST}")
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = parse_json(read_whole(path))
         known = manifest["format"] == FORMAT
         version = manifest["version"]
     except (ValueError, KeyError, TypeError) as error:
         raise AuditError(f"{path} cannot be read as the manifest of an audit: {error}") from None
     if not known or version != FORMAT_VERSION:
-        raise AuditError(f"{path} has format {manifest['format']!r}, version {version!r}: update Memorization Guard")
+        raise AuditError(f"{path} has format {manifest['format']!r:.60}, version {version!r:.20}: update Memorization Guard")
     return manifest
 
 
@@ -114,8 +118,12 @@ def counted(number: int, noun: str) -> str:
 
 def planned_images(manifest: Mapping[str, Any]) -> int | None:
     """Number of images that the finished audit will have; ``None`` where the manifest does not tell."""
-    planned = manifest.get("images")
-    return planned if isinstance(planned, int) else None
+    return _count(manifest.get("images"))
+
+
+def _count(value: object) -> int | None:
+    """A number of a manifest that counts something; ``None`` where it cannot be one."""
+    return value if type(value) is int and 0 < value < 2**63 else None
 
 
 def is_finished(manifest: Mapping[str, Any], images: int) -> bool:
@@ -142,17 +150,55 @@ def scan(folder: Path, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         AuditError: if a part is damaged.
     """
     for path in parts(folder):
-        try:
-            yield from pq.ParquetFile(path).iter_batches(columns=list(columns))
-        except (pa.ArrowInvalid, pa.ArrowException, OSError) as error:
-            raise AuditError(f"{path} cannot be read: {error}; delete it and call the audit again to make it again") from None
+        with _opened(path) as file:
+            for batch in file.iter_batches(columns=list(columns)):
+                # A damaged part is found out here, and not where one of its values is used.
+                batch.validate(full=True)
+                for name in batch.schema.names:
+                    if batch[name].null_count and not SCHEMA.field(name).nullable:
+                        raise pa.ArrowInvalid(f"a row has no {name}")
+                if (
+                    "verdict" in batch.schema.names
+                    and not pc.all(pc.is_in(batch["verdict"], pa.array(VERDICTS)), min_count=0).as_py()
+                ):
+                    raise pa.ArrowInvalid("a row has a verdict that is none")
+                yield batch
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A part, for reading; refuses one that has not the columns of :data:`SCHEMA`, or is far larger in memory than ours are.
+
+    Raises:
+        AuditError: if it is damaged, also if this turns out in the block.
+    """
+    try:
+        # Opened here, since pyarrow takes no name that is not UTF-8.
+        with open(path, "rb") as stream, pq.ParquetFile(stream) as file:
+            rows = file.metadata.num_rows
+            if rows > MAX_ROWS or any(
+                file.metadata.row_group(number).total_byte_size > MAX_PART for number in range(file.num_row_groups)
+            ):
+                raise pa.ArrowInvalid("it is larger than any part")
+            for field in SCHEMA:
+                number = file.schema_arrow.get_field_index(field.name)
+                kind = file.schema_arrow.field(number).type if number >= 0 else "missing"
+                if kind != field.type:
+                    raise pa.ArrowInvalid(f"the column {field.name} is {kind}, not {field.type}")
+            yield file
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise AuditError(f"{path} cannot be read: {error}; delete it and call the audit again to make it again") from None
 
 
 def read_traces(folder: Path, images: Iterable[int]) -> dict[int, Trace]:
-    """The traces of some images of an audit, without those that cannot be read. Reads only the row groups that hold them."""
+    """The traces of some images of an audit, without those that cannot be read. Reads only the row groups that hold them.
+
+    Raises:
+        AuditError: if a part is damaged.
+    """
     wanted, found = set(images), {}
     for path in parts(folder):
-        with pq.ParquetFile(path) as file:
+        with _opened(path) as file:
             column = file.schema_arrow.get_field_index("image")
             for group in range(file.num_row_groups):
                 known = file.metadata.row_group(group).column(column).statistics
@@ -164,7 +210,7 @@ def read_traces(folder: Path, images: Iterable[int]) -> dict[int, Trace]:
                         continue
                     for row in batch.filter(inside).to_pylist():
                         try:
-                            found[row["image"]] = Trace.from_dict(json.loads(row["trace"]))
+                            found[row["image"]] = Trace.from_dict(parse_json(row["trace"]))
                         except ValueError:
                             continue
     return found
@@ -172,8 +218,7 @@ def read_traces(folder: Path, images: Iterable[int]) -> dict[int, Trace]:
 
 def reference_prompts(manifest: Mapping[str, Any]) -> int | None:
     """How many prompts the images of an audit were held against; ``None`` where it does not say."""
-    count = mapping(manifest.get("profile")).get("reference_prompts")
-    return count if isinstance(count, int) and count > 0 else None
+    return _count(mapping(manifest.get("profile")).get("reference_prompts"))
 
 
 def p_value_floor(manifest: Mapping[str, Any]) -> float | None:

@@ -17,9 +17,9 @@ from ..core.trace import STATEMENT
 from ..files import write_whole
 from ..fingerprint import file_hash
 from . import AuditError
-from .dataset import FORMAT, FORMAT_VERSION, MANIFEST, PROFILE, REPORT, read_manifest
+from .dataset import FORMAT, FORMAT_VERSION, MANIFEST, PROFILE, REPORT, mapping, planned_images, read_manifest
 from .dataset import parts as finished_parts
-from .plan import Job, Plan
+from .plan import LARGEST_PART, Job, Plan
 from .store import Part, Store, clear, untidy
 from .worker import Recipe, Worker
 
@@ -131,6 +131,7 @@ def audit(
     asked = _asked(recipe, plan, profile, reference, reference_from)
     if (folder / MANIFEST).exists():
         manifest = read_manifest(folder)
+        _goes_on(folder, manifest)
         _same(folder, manifest, asked)
         # A part may have been deleted so that it is made again.
         if manifest["finished"] and len(finished_parts(folder)) * manifest["part_size"] >= manifest["images"]:
@@ -251,6 +252,23 @@ def _asked(recipe: Recipe, plan: Plan, profile: Path | None, reference: Sequence
     }
 
 
+def _goes_on(folder: Path, manifest: dict[str, Any]) -> None:
+    """Refuses a manifest that lacks what going on with the audit needs.
+
+    Raises:
+        AuditError: naming it.
+    """
+    devices = manifest.get("devices")
+    whole = {
+        "images": planned_images(manifest) is not None,
+        "part_size": type(manifest.get("part_size")) is int and 0 < manifest["part_size"] <= LARGEST_PART,
+        "devices": isinstance(devices, list) and all(isinstance(device, str) for device in devices),
+        "finished": isinstance(manifest.get("finished"), (str, type(None))) and "finished" in manifest,
+    }
+    if damaged := [name for name, good in whole.items() if not good]:
+        raise AuditError(f"{folder / MANIFEST} is damaged: {damaged[0]} is not as it was written. Name another folder")
+
+
 def _same(folder: Path, manifest: dict[str, Any], asked: dict[str, Any]) -> None:
     """Refuses to go on with an audit that is not the one asked for.
 
@@ -258,7 +276,7 @@ def _same(folder: Path, manifest: dict[str, Any], asked: dict[str, Any]) -> None
         AuditError: naming what differs.
     """
     for section, values in asked.items():
-        known = manifest.get(section, {})
+        known = mapping(manifest.get(section))
         for name, value in values.items():
             # The model may be on another machine, and then has no files here.
             if (section, name) == ("model", "files") and not value:

@@ -19,18 +19,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from filelock import FileLock, Timeout
 
-from ..files import write_whole
+from ..files import parse_json, read_whole, write_whole
 from ..fingerprint import content_hash
 from . import AuditError
-from .dataset import IMAGES, MANIFEST, PROFILE, RESULTS, write_table
+from .dataset import IMAGES, MANIFEST, PROFILE, RESULTS, SCHEMA, write_table
 from .plan import Job
 
 log = logging.getLogger(__name__)
 
 WORK = ".work"
 LOCK = ".lock"
+
+#: Bytes of the largest journal that is read, of a thousand traces.
+MAX_JOURNAL = 512 * 2**20
 
 #: Key of a row's image as PNG, which is replaced by the name of its file.
 PNG = "png"
@@ -138,7 +142,7 @@ class Part:
 
     def _read_journal(self) -> None:
         header = _line({"key": self._key}, "")
-        content = self._journal_path.read_bytes() if self._journal_path.exists() else b""
+        content = read_whole(self._journal_path, MAX_JOURNAL) if self._journal_path.exists() else b""
         # What follows the last line feed is a batch that a kill or a full disk has cut off.
         *lines, _ = content.split(b"\n")
         kept, damaged = [header], 0
@@ -146,10 +150,10 @@ class Part:
             if number == 0 and (other := _read(line, "")) is not None:
                 if other != {"key": self._key}:
                     raise AuditError(f"{self._journal_path} is the journal of other images: delete it to make these again")
-            elif (rows := _read(line, self._key)) is None:
+            elif (rows := _rows(_read(line, self._key))) is None:
                 damaged += 1
             else:
-                self._rows |= {row["image"]: row for row in rows}
+                self._rows |= rows
                 kept.append(line + b"\n")
         if damaged:
             log.warning(
@@ -205,11 +209,24 @@ def _line(content: Any, key: str) -> bytes:
 def _read(line: bytes, key: str) -> Any:
     """What :func:`_line` wrote, from the line without its end; ``None`` if it is damaged."""
     checksum, _, text = line.partition(b" ")
-    return json.loads(text) if checksum == _checksum(text, key) else None
+    return parse_json(text) if checksum == _checksum(text, key) else None
 
 
 def _checksum(text: bytes, key: str) -> bytes:
     return hashlib.sha256(key.encode() + text).hexdigest().encode()
+
+
+def _rows(batch: Any) -> dict[int, dict[str, Any]] | None:
+    """The rows of a batch in a journal, by image; ``None`` if they cannot be written as part of the results."""
+    if not isinstance(batch, list) or not all(isinstance(row, dict) and type(row.get("image")) is int for row in batch):
+        return None
+    if any(row.get(field.name) is None for row in batch for field in SCHEMA if not field.nullable):
+        return None
+    try:
+        pa.Table.from_pylist(batch, schema=SCHEMA).validate(full=True)
+    except (TypeError, OverflowError, pa.ArrowException):
+        return None
+    return {row["image"]: row for row in batch}
 
 
 def _sweep(folder: Path, name: str = "*") -> None:

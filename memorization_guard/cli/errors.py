@@ -12,13 +12,17 @@ from typing import NoReturn
 import typer
 
 from ..core.errors import GuardError
-from .output import printable
+from .output import print_anything, printable
 
 #: The extra that brings a package.
 _EXTRAS = dict.fromkeys(("pyarrow", "filelock", "jinja2", "scipy", "sklearn"), "audit") | {
     "ray": "cluster",
     "diffusers": "diffusers",
 }
+
+
+#: Characters of an error, which may quote a file.
+LONGEST = 2000
 
 
 class UsageError(GuardError):
@@ -28,6 +32,7 @@ class UsageError(GuardError):
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """Turns errors that the user can put right into one line and exit code 2, and an interruption into exit code 130."""
+    print_anything()
     try:
         yield
     except (GuardError, OSError) as error:
@@ -43,6 +48,7 @@ def one_line_errors() -> Iterator[None]:
 
 def _fail(message: str) -> NoReturn:
     line = printable(" ".join(message.split()))
+    line = line if len(line) <= LONGEST else f"{line[:LONGEST]} ..."
     print(f"memorization-guard: {line}", file=sys.stderr)
     raise typer.Exit(2) from None
 
@@ -82,8 +88,10 @@ def sampling_errors() -> Iterator[None]:
         yield
     except GuardError:
         raise
-    except (ValueError, TypeError, RuntimeError, NotImplementedError, MemoryError) as error:
+    except (ValueError, TypeError, RuntimeError, NotImplementedError, MemoryError, LookupError, ArithmeticError) as error:
         hint = " (a smaller --batch-size needs less)" if "memory" in f"{type(error).__name__} {error}".lower() else ""
+        if isinstance(error, LookupError):  # a scheduler's tables end
+            hint = " (the scheduler may not have so many --steps)"
         raise UsageError(f"sampling failed: {error or type(error).__name__}{hint}") from error
 
 

@@ -22,6 +22,13 @@ def printable(text: str) -> str:
     return "".join(character if character.isprintable() or character == "\n" else "\ufffd" for character in text)
 
 
+def print_anything() -> None:
+    """Makes the output replace what its encoding does not have, as half a character of a file's name, and not fail there."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str | Text]]) -> None:
     """A table in the terminal. Columns whose name begins with ``#`` hold numbers."""
     table = Table(title=title)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ..files import write_whole
+from ..files import parse_json, read_whole, write_whole
 from ..fingerprint import content_hash
 from .errors import GuardError
 from .monitor import Serves
@@ -205,7 +205,7 @@ class ReferenceRuns:
         if self._state is None or not self._state.exists():
             return
         try:
-            content = json.loads(self._state.read_text(encoding="utf-8"))
+            content = parse_json(read_whole(self._state))
             self.traces = [Trace.from_dict(trace) for trace in content["traces"]]
         except (ValueError, KeyError, TypeError) as error:
             raise CalibrationError(f"{state} is no state of a calibration ({error}): delete it to begin anew") from None

@@ -15,7 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from ..files import write_whole
+from ..files import MAX_NAME, parse_json, write_whole
 from .errors import GuardError
 from .noise_level import NoiseLevel
 from .reference import Reference
@@ -30,6 +30,9 @@ FORMAT_VERSION = 5
 SIGMA_TOLERANCE = 0.01
 GUIDANCE_TOLERANCE = 0.1
 
+
+#: Bytes of the largest file that is read, far more than a profile of thousands of prompts has.
+MAX_FILE = 64 * 2**20
 
 #: Of the reference, beside its signals.
 _ARRAYS = ("angles", "patches", "probed", "asked")
@@ -330,6 +333,8 @@ class StabilityProfile:
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"there is no stability profile at {path}")
+        if path.stat().st_size > MAX_FILE:
+            raise ProfileError(f"{path} is larger than {MAX_FILE >> 20} MB, which no stability profile is")
         try:
             with safe_open(path, framework="numpy") as file:
                 metadata = file.metadata() or {}
@@ -353,13 +358,20 @@ class StabilityProfile:
                     std=record(Norms, "std"),
                     reference=reference,
                     count=int(metadata["count"]),
-                    settings=RunSettings.from_dict(json.loads(metadata["settings"])),
-                    left_out=json.loads(metadata["left_out"]),
+                    settings=RunSettings.from_dict(parse_json(metadata["settings"])),
+                    left_out=_counts(parse_json(metadata["left_out"])),
                 )
         except ProfileError:
             raise
         except (SafetensorError, KeyError, ValueError, TypeError) as error:
-            raise ProfileError(f"{path} cannot be read as a stability profile ({error}): calibrate again") from error
+            raise ProfileError(f"{path} cannot be read as a stability profile ({error!s:.200}): calibrate again") from error
+
+
+def _counts(data: Any) -> dict[str, int]:
+    """Numbers of runs by reason, as they stand in a file."""
+    if not isinstance(data, dict) or not all(type(count) is int and 0 <= count < 2**31 for count in data.values()):
+        raise ValueError("left_out does not count runs by reason")
+    return data
 
 
 def _same_sigma(ours: float, theirs: float) -> bool:
@@ -376,8 +388,12 @@ def name_problem(name: str) -> str | None:
         or stem.endswith((".", " "))
         or stem.split(".")[0].upper() in reserved
         or len(stem) > 120
+        or len(stem.encode("utf-8", "replace")) > MAX_NAME
     ):
-        return f"{name!r} cannot name a profile: give 1 to 120 characters that do not begin or end with a dot"
+        return (
+            f"{name!r} cannot name a profile: give 1 to 120 characters, of at most {MAX_NAME} bytes, that do not begin or end "
+            "with a dot"
+        )
     if any(character in '/\\:*?"<>|' or ord(character) < 32 for character in stem):
         return f'{name!r} cannot name a profile: leave out / \\ : * ? " < > |; it is a name, and not a path'
     return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -34,6 +34,34 @@ PUBLISHED_STEPS = 50
 
 #: Guidance scale that predictions are combined with for judging where neither a profile nor the host names one.
 USUAL_GUIDANCE = 7.5
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_count(value: Any) -> bool:
+    """Whether it is a whole number that a size in memory can be."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether it is a number that a float holds; JSON has infinite ones and whole ones of any length too."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e300 < value < 1e300
+
+
+def _is_level(value: Any) -> bool:
+    return _is_finite(value) and value >= 0
+
+
+#: What stands in the fields of :class:`RunSettings`, or in their lists, where it is no text.
+_KINDS: Mapping[str, Callable[[Any], bool]] = {
+    "steps": _is_count,
+    "guidance_scale": _is_finite,
+    "latent_shape": _is_count,
+    "sigmas": _is_level,
+    "end_sigma": _is_level,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,12 +109,17 @@ class RunSettings:
         """Reads what :meth:`to_dict` wrote; unknown keys are left to newer versions.
 
         Raises:
-            ValueError: if a value does not have its field's type.
+            ValueError: if a value does not have its field's type, or is infinite.
         """
-        try:
-            return cls(**{f.name: data[f.name] for f in dataclasses.fields(cls) if f.name in data})
-        except TypeError as error:
-            raise ValueError(f"settings do not have the expected types: {error}") from None
+        if not isinstance(data, Mapping):
+            raise ValueError(f"settings are no mapping but {type(data).__name__}")
+        values = {f.name: data[f.name] for f in dataclasses.fields(cls) if data.get(f.name) is not None}
+        for name, value in values.items():
+            fits = _KINDS.get(name, _is_text)
+            parts = value if name in ("latent_shape", "sigmas") else [value]
+            if not isinstance(parts, (list, tuple)) or not all(map(fits, parts)):
+                raise ValueError(f"settings do not have the expected types: {name} is {value!r:.60}")
+        return cls(**values)
 
 
 def _constant(method: str, default: Any, bounds: tuple[float, float, float], about: str) -> Any:

@@ -270,11 +270,14 @@ class Trace:
             share = getattr(trace, name)
             if share is not None and not (isinstance(share, (int, float)) and 0 <= share <= 1):
                 raise ValueError(f"the trace's {name} is {share!r}; it is a share of images")
-        if trace.asked is not None and not (isinstance(trace.asked, (int, float)) and trace.asked >= 0):
-            raise ValueError(f"the trace's asked is {trace.asked!r}; it is a size")
+        if trace.asked is not None and not (isinstance(trace.asked, (int, float)) and 0 <= trace.asked < 1e300):
+            raise ValueError(f"the trace's asked is {trace.asked!r:.60}; it is a size")
+        count = trace.reference_count
+        if count is not None and not (type(count) is int and 0 <= count < 2**31):
+            raise ValueError(f"the trace's reference_count is {count!r:.60}; it is a number of runs")
         for name in ("trigger_step", "nonfinite_step"):
             step = getattr(trace, name)
-            if step is not None and not (isinstance(step, int) and 0 <= step < max(len(trace.steps), 1)):
+            if step is not None and not (type(step) is int and 0 <= step < max(len(trace.steps), 1)):
                 raise ValueError(f"the trace's {name} is {step!r}; the trace has {len(trace.steps)} steps")
         if any(len(values) != len(trace.steps) for band in bands.values() for values in band.values()):
             raise ValueError("the trace's bands and its steps have different lengths")

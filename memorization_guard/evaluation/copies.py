@@ -15,7 +15,10 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from ..files import ContentError
+from ..pictures import opened
 from . import EvaluationError
+from .lists import PHOTOGRAPHS
 
 
 class CopyScorer:
@@ -65,10 +68,11 @@ class CopyScorer:
 
     def _of_file(self, file: Path) -> Tensor:
         try:
-            with Image.open(file) as image:
-                return self.descriptor(image)
-        except OSError as error:
+            with opened(file, PHOTOGRAPHS) as image:
+                image.load()
+        except (OSError, ContentError) as error:
             raise EvaluationError(f"{file} cannot be read as an image: {error}") from None
+        return self.descriptor(image)
 
     def __call__(self, image: Path, training_images: Sequence[Path]) -> float:
         """The highest similarity of an image file with any of ``training_images``, from -1 to 1.

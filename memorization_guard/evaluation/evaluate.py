@@ -19,7 +19,7 @@ from ..audit.run import Local, Workers, audit
 from ..audit.worker import Recipe
 from ..core.profile import StabilityProfile
 from ..core.trace import Trace, numbers
-from ..files import path_inside, write_whole
+from ..files import parse_json, path_inside, write_whole
 from ..prompts import SEED_STRIDE
 from .copies import CopyScorer
 from .lists import Prompt
@@ -104,7 +104,7 @@ def _sample(
     row: Mapping[str, Any], folder: Path, is_memorized: bool, memorized: Sequence[Prompt], copies: CopyScorer | None
 ) -> Sample:
     """What an evaluation keeps of a row of the audit in ``folder``."""
-    trace = Trace.from_dict(json.loads(row["trace"]))
+    trace = Trace.from_dict(parse_json(row["trace"]))
     copy_score = None
     if copies is not None and is_memorized and (images := memorized[row["row"]].images):
         copy_score = copies(path_inside(folder, row["file"]), images)

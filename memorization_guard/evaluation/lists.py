@@ -6,8 +6,13 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..prompts import PromptListError, stream_prompts
+from ..files import ContentError
+from ..pictures import FORMATS, opened
+from ..prompts import PromptListError, list_prompts
 from . import EvaluationError
+
+#: The formats of training images.
+PHOTOGRAPHS = (*FORMATS, "BMP", "GIF", "TIFF", "PPM")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +34,7 @@ def read_list(path: str | os.PathLike[str], images: str | os.PathLike[str] | Non
     """Reads a prompt list, and finds the training images of its prompts.
 
     Args:
-        path: as for :func:`memorization_guard.prompts.stream_prompts`.
+        path: as for :func:`memorization_guard.prompts.list_prompts`.
         images: folder of training images. Those of a prompt are the files that its line's ``image`` names (one, or a list
             of them), or else every file whose name is the number of its line, from 1 (``17.png``, ``0017.jpg``).
 
@@ -45,7 +50,7 @@ def read_list(path: str | os.PathLike[str], images: str | os.PathLike[str] | Non
             if file.is_file() and file.stem.isdecimal():
                 by_number.setdefault(int(file.stem), []).append(file)
     prompts = []
-    for listed in stream_prompts(path):
+    for listed in list_prompts(path):
         files = by_number.get(listed.line, [])
         if images is not None and listed.images:
             files = [Path(images) / name for name in listed.images]
@@ -55,8 +60,6 @@ def read_list(path: str | os.PathLike[str], images: str | os.PathLike[str] | Non
         for file in files:
             _check(file)
         prompts.append(Prompt(text=listed.text, kind=listed.kind, images=tuple(files)))
-    if not prompts:
-        raise PromptListError(f"{path} holds no prompt")
     if images is not None and not any(prompt.images for prompt in prompts):
         raise PromptListError(
             f"{images} holds no training image for {path}: name each after the number of its prompt's line (1.png), or name "
@@ -67,10 +70,8 @@ def read_list(path: str | os.PathLike[str], images: str | os.PathLike[str] | Non
 
 def _check(file: Path) -> None:
     """Opens a training image, so that a damaged one is known before sampling begins."""
-    from PIL import Image
-
     try:
-        with Image.open(file) as image:
+        with opened(file, PHOTOGRAPHS) as image:
             image.verify()
-    except (OSError, SyntaxError) as error:
-        raise EvaluationError(f"{file} cannot be read as an image: {error}") from None
+    except ContentError as error:
+        raise EvaluationError(str(error)) from None

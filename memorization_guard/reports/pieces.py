@@ -19,6 +19,7 @@ from ..audit.dataset import facts
 from ..core.trace import Trace
 from ..core.words import places
 from ..files import path_inside
+from ..pictures import opened
 from . import charts
 from .html import graph_script, page
 from .rendering import render
@@ -42,10 +43,10 @@ def thumbnail(folder: Path, file: str | None) -> Thumbnail | str:
     if not file:
         return "image not saved"
     try:
-        with Image.open(path_inside(folder, file)) as image:
+        with opened(path_inside(folder, file)) as image:
             image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
             small = image.convert("RGB")
-    except (OSError, ValueError, Image.DecompressionBombError):
+    except (OSError, ValueError):
         return f"image {file} is missing or cannot be read"
     buffer = io.BytesIO()
     small.save(buffer, "JPEG", quality=82)

@@ -4,11 +4,12 @@ import dataclasses
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 
 from memorization_guard import ProfileError, RunSettings, StabilityProfile
 from memorization_guard.core.noise_level import NoiseLevel
-from memorization_guard.core.profile import Norms
+from memorization_guard.core.profile import Norms, name_problem
 from memorization_guard.core.reference import Reference
 from memorization_guard.core.signals import Signals
 
@@ -89,6 +90,47 @@ def test_unreadable_files_say_what_to_do(tmp_path):
         save_file({"mean": np.zeros((4, 3))}, path, metadata={"format": "memorization-guard.profile", "version": version})
         with pytest.raises(ProfileError, match=message):
             StabilityProfile.load(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"settings": "[" * 100_000 + "]" * 100_000}, "nested too deep"),
+        ({"left_out": "[" * 100_000 + "]" * 100_000}, "nested too deep"),
+        ({"left_out": "[1]"}, "left_out"),
+        ({"settings": "[]"}, "no mapping"),
+        ({"settings": '{"guidance_scale": Infinity}'}, "guidance_scale is inf"),
+        ({"settings": '{"guidance_scale": "7"}'}, "guidance_scale is '7'"),
+        ({"settings": '{"end_sigma": NaN}'}, "end_sigma is nan"),
+        ({"settings": '{"sigmas": [1e999, 1]}'}, "sigmas is"),
+        ({"settings": '{"sigmas": [-1]}'}, "sigmas is"),
+        ({"settings": '{"latent_shape": [Infinity]}'}, "latent_shape is"),
+        ({"settings": '{"latent_shape": "416"}'}, "latent_shape is"),
+        ({"settings": '{"steps": 2.0}'}, "steps is"),
+        ({"settings": '{"model": [1]}'}, "model is"),
+    ],
+)
+def test_a_profile_with_fields_of_another_kind_is_refused(tmp_path, change, message):
+    path = made().save(tmp_path / "a.safetensors")
+    with safe_open(path, framework="numpy") as file:
+        metadata = file.metadata()
+    save_file(load_file(path), path, metadata=metadata | change)
+    with pytest.raises(ProfileError, match=message) as caught:
+        StabilityProfile.load(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_huge_file_is_no_profile(tmp_path):
+    with open(tmp_path / "a.safetensors", "wb") as stream:
+        stream.truncate(60 << 30)  # takes no space
+    with pytest.raises(ProfileError, match="larger than 64 MB"):
+        StabilityProfile.load(tmp_path / "a.safetensors")
+
+
+def test_a_name_is_measured_in_bytes(tmp_path):
+    assert name_problem("\U0001f600" * 50) is None
+    assert "200 bytes" in name_problem("\U0001f600" * 51)
+    made().save(tmp_path / ("\U0001f600" * 50 + ".safetensors"))
 
 
 def fields(mismatches):

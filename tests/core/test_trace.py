@@ -86,7 +86,7 @@ WORDS = {"words": ["a"], "p_values": [0.001], "text": "cat", "p_value": 0.9, "le
         (lambda d: d["bands"]["latent"]["mean"].pop(), "different lengths"),
         (lambda d: d["steps"]["sigma"].__setitem__(0, [1.0]), "damaged|inhomogeneous"),
         (lambda d: d["steps"].update({name: [[1.0]] for name in d["steps"]}), "holds lists"),
-        (lambda d: d["settings"].update(latent_shape=[float("inf")]), "damaged"),
+        (lambda d: d["settings"].update(latent_shape=[float("inf")]), r"latent_shape is \[inf\]"),
         (lambda d: d.update(note={"a": 1}), "note is no text"),
         (lambda d: d.update(verdict="fine"), "known: stable"),
         (lambda d: d.update(mode="watch"), "known: off"),
