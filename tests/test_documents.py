@@ -344,6 +344,19 @@ def test_the_copies_of_model_2_are_those_of_its_file(docs):
     ) in text
 
 
+def test_the_table_of_runs_in_turn_is_that_of_its_file(docs):
+    text = (docs / "comfyui.md").read_text(encoding="utf-8")
+    rows = []
+    for found in json.loads((docs / "passes-comfyui.json").read_text(encoding="utf-8")):
+        counts = [(found[group], what) for what in ("triggered", "copies", "left") for group in ("exact", "template")]
+        counts.append((found["ordinary"], "touched"))
+        cells = [found["name"], *(f"{row[what]} of {row['images']}" for row, what in counts)]
+        rows.append(f"| {' | '.join(cells)} |")
+        assert found["exact"]["left"] == found["ordinary"]["touched"] == 0
+    assert rows
+    assert "\n".join(rows) in text
+
+
 def test_what_the_readme_says_of_samplers_is_in_their_table(docs):
     text = (docs / "comfyui.md").read_text(encoding="utf-8")
     table = text[text.index("<!-- samplers: begin -->") : text.index("<!-- samplers: end -->")]
