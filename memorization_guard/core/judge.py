@@ -121,13 +121,19 @@ class Judge:
             nothing = np.full(block.shape[1], np.nan)
             evaluation.signals = Signals(*(nothing for _ in Signals._fields))
         if not self.evaluations and evaluation.level.sigma > OPEN_SIGMA:
-            self._in_noise = evaluation.level.sigma > NOISE_SIGMA
+            self._in_noise = self._begins_in_noise(evaluation.level)
             if self._sized and self._reference is not None:
                 self.shown = evaluation
                 self._judge(evaluation.signals.detail, self._reference.tail(evaluation.level.angle))
         # A sample that was NaN or infinite once has lost its trajectory: what comes later means nothing.
         self.broken[~np.isfinite(block[1:4]).all(axis=0) & (self.broken < 0)] = len(self.evaluations)
         self.evaluations.append(evaluation)
+
+    def _begins_in_noise(self, level: NoiseLevel) -> bool:
+        """Schedules of a few steps may begin lower: then the references, which began in noise, did too."""
+        if level.sigma > NOISE_SIGMA or self._reference is None:
+            return True
+        return level.angle >= self._reference.angles[0] - 1e-6
 
     @np.errstate(divide="ignore", invalid="ignore")
     def _evaluation(self, measurement: Measurement, block: np.ndarray) -> Evaluation:

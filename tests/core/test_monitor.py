@@ -197,6 +197,16 @@ def test_a_run_that_begins_in_the_middle_is_judged_by_asking(world):
         assert len(trace.evaluations) == 8
 
 
+@pytest.mark.parametrize(("start", "asks"), [(6.0, True), (14.0, False)])
+def test_where_an_image_shows_in_the_first_prediction_the_answers_decide(world, start, asks):
+    """At a noise level of 6 an image to image run looks ordinary at first, whatever its prompt is."""
+    sigmas, asked = world.schedule(8, start=start), []
+    monitor = StabilityMonitor(with_answers(world), settings=world.settings(sigmas))
+    world.sample(monitor, sigmas=sigmas, memorized=1.0, ask=asking(world, memorized=2.0, asked=asked))
+    assert len(asked) == 2 * asks
+    assert monitor.traces[0].verdict == ("likely copy" if asks else "stable")
+
+
 def test_without_a_way_to_ask_a_run_that_begins_in_the_middle_says_so(world, profile):
     low = world.schedule(8, start=1.5)
     for ask, why in ((None, "no way to ask"), (lambda noise: 1 / 0, "ZeroDivisionError")):
