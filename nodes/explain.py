@@ -17,7 +17,7 @@ from comfy_api.v0_0_2 import io
 from ..memorization_guard import StabilityProfile, Thresholds, Trace
 from ..memorization_guard.automatic import STEPS
 from ..memorization_guard.core.settings import USUAL_GUIDANCE
-from ..memorization_guard.core.words import ORDINARY, Words, places
+from ..memorization_guard.core.words import ORDINARY, Words, marked
 from ..memorization_guard.reports.words import NO_WORDS, explanation, prompt_verdict, word_rarities
 from .guard import CATEGORY, StabilityProfileType, threshold_input
 from .prompts import Encoder, encoded
@@ -174,18 +174,14 @@ def _empty(model: ModelPatcher, latent: Any) -> torch.Tensor:
 
 def _pieces(text: str, trace: Trace) -> Iterator[dict[str, Any]]:
     """The text in pieces, of which words that call an image up have a strength from 0 to 1, and how rare they are in words."""
-    end = 0
-    if (words := trace.words) is not None:
-        rare = word_rarities(trace)
-        for number, (start, after) in enumerate(places(text, words.words, words.text)):
-            yield {"text": text[end:start]}
-            yield {
-                "text": text[start:after],
-                "strength": _strength(words, number, trace.p_value_floor),
-                "rarity": rare[number],
-            }
-            end = after
-    yield {"text": text[end:]}
+    words, rare = trace.words, word_rarities(trace)
+    pieces = [text] if words is None else marked(text, words.words, words.text)
+    for place, piece in enumerate(pieces):
+        number, is_word = divmod(place, 2)
+        if words is None or not is_word:
+            yield {"text": piece}
+        else:
+            yield {"text": piece, "strength": _strength(words, number, trace.p_value_floor), "rarity": rare[number]}
 
 
 def _strength(words: Words, number: int, floor: float | None) -> float:

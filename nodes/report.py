@@ -156,8 +156,7 @@ class MemorizationGate(io.ComfyNode):
         for number, one in enumerate(judged):
             passes = one.verdict == "stable"
             passes |= one.verdict == "unscored" and pass_unscored
-            left_out = one.words is not None and one.words.left_out
-            passes |= bool(one.mitigated.any()) and (pass_corrected == "all" or (pass_corrected != "none" and left_out))
+            passes |= bool(one.mitigated.any()) and (pass_corrected == "all" or (pass_corrected != "none" and one.left_out))
             if not passes:
                 reasons[number] = _reason(one)
         lines = [f"Image {number + 1} held back: {reason}." for number, reason in reasons.items()]

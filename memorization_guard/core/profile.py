@@ -19,7 +19,7 @@ from ..files import MAX_NAME, parse_json, write_whole
 from .errors import GuardError
 from .noise_level import NoiseLevel
 from .reference import Reference
-from .settings import RunSettings
+from .settings import RunSettings, is_count
 from .signals import Signals
 
 FORMAT = "memorization-guard.profile"
@@ -369,7 +369,7 @@ class StabilityProfile:
 
 def _counts(data: Any) -> dict[str, int]:
     """Numbers of runs by reason, as they stand in a file."""
-    if not isinstance(data, dict) or not all(type(count) is int and 0 <= count < 2**31 for count in data.values()):
+    if not isinstance(data, dict) or not all(map(is_count, data.values())):
         raise ValueError("left_out does not count runs by reason")
     return data
 

@@ -40,7 +40,7 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
-def _is_count(value: Any) -> bool:
+def is_count(value: Any) -> bool:
     """Whether it is a whole number that a size in memory can be."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
 
@@ -56,9 +56,9 @@ def _is_level(value: Any) -> bool:
 
 #: What stands in the fields of :class:`RunSettings`, or in their lists, where it is no text.
 _KINDS: Mapping[str, Callable[[Any], bool]] = {
-    "steps": _is_count,
+    "steps": is_count,
     "guidance_scale": _is_finite,
-    "latent_shape": _is_count,
+    "latent_shape": is_count,
     "sigmas": _is_level,
     "end_sigma": _is_level,
 }

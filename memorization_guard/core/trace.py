@@ -15,7 +15,7 @@ import numpy as np
 from .noise_level import MAX_SIGMA, NoiseLevel
 from .profile import Norms
 from .reference import OPEN_SIGMA
-from .settings import MODES, VERDICTS, Mode, RunSettings, Thresholds, Verdict
+from .settings import MODES, VERDICTS, Mode, RunSettings, Thresholds, Verdict, is_count
 from .words import Words
 
 FORMAT = "memorization-guard.trace"
@@ -143,6 +143,11 @@ class Trace:
     def mitigated(self) -> np.ndarray:
         """``[steps]`` bool, the steps that were corrected."""
         return self.steps.mitigated
+
+    @property
+    def left_out(self) -> bool:
+        """Whether the image was sampled without the words that call the copy up."""
+        return self.words is not None and self.words.left_out
 
     @property
     def score(self) -> float | None:
@@ -273,7 +278,7 @@ class Trace:
         if trace.asked is not None and not (isinstance(trace.asked, (int, float)) and 0 <= trace.asked < 1e300):
             raise ValueError(f"the trace's asked is {trace.asked!r:.60}; it is a size")
         count = trace.reference_count
-        if count is not None and not (type(count) is int and 0 <= count < 2**31):
+        if count is not None and not is_count(count):
             raise ValueError(f"the trace's reference_count is {count!r:.60}; it is a number of runs")
         for name in ("trigger_step", "nonfinite_step"):
             step = getattr(trace, name)
@@ -312,8 +317,7 @@ def worst(traces: Iterable[Trace]) -> Trace:
 
     def weight(trace: Trace) -> tuple[float, ...]:
         p_value = 1.0 if trace.p_value is None else trace.p_value
-        left_out = trace.words is not None and trace.words.left_out
-        return _WEIGHT[trace.verdict], not left_out, -p_value, trace.joint_score or 0.0
+        return _WEIGHT[trace.verdict], not trace.left_out, -p_value, trace.joint_score or 0.0
 
     return max(traces, key=weight)
 

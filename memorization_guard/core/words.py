@@ -189,6 +189,19 @@ def places(text: str, words: Sequence[str], without: str) -> list[tuple[int, int
     return [spans[i] for i in ways.get(len(words), ())]
 
 
+def marked(prompt: str, words: Sequence[str] | None, without: str | None) -> list[str]:
+    """A prompt in pieces, every second of which is one of the words that call an image up; in one piece where none were told.
+
+    Args:
+        words, without: as :func:`places` has them.
+    """
+    pieces, end = [], 0
+    for start, after in places(prompt, words or (), without or ""):
+        pieces += [prompt[end:start], prompt[start:after]]
+        end = after
+    return [*pieces, prompt[end:]]
+
+
 def _spans(text: str) -> list[tuple[int, int]]:
     """Where the words of a prompt are."""
     return [match.span() for match in _WORD.finditer(text) if match["word"]]

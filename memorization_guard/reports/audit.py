@@ -15,9 +15,10 @@ from ..audit.dataset import REPORT, mapping, read_traces
 from ..audit.summary import LEVELS, read
 from ..core.settings import TRIGGERED, VERDICTS
 from ..core.trace import rarity
+from ..core.words import marked
 from ..files import write_whole
 from . import charts
-from .pieces import audit_page, marked, run_summary, share, thumbnail
+from .pieces import audit_page, run_summary, share, thumbnail
 from .words import quoted, unusual
 
 #: Columns of the words that call an image up.

@@ -17,7 +17,6 @@ from PIL import Image
 
 from ..audit.dataset import facts
 from ..core.trace import Trace
-from ..core.words import places
 from ..files import path_inside
 from ..pictures import opened
 from . import charts
@@ -51,19 +50,6 @@ def thumbnail(folder: Path, file: str | None) -> Thumbnail | str:
     buffer = io.BytesIO()
     small.save(buffer, "JPEG", quality=82)
     return Thumbnail(small.width, small.height, base64.b64encode(buffer.getvalue()).decode())
-
-
-def marked(prompt: str, words: Sequence[str] | None, without: str | None) -> list[str]:
-    """A prompt in pieces, every second of which is one of the words that call an image up; in one piece where none were told.
-
-    Args:
-        words, without: as :func:`memorization_guard.core.words.places` has them.
-    """
-    pieces, end = [], 0
-    for start, after in places(prompt, words or (), without or ""):
-        pieces += [prompt[end:start], prompt[start:after]]
-        end = after
-    return [*pieces, prompt[end:]]
 
 
 def run_summary(trace: Trace | None) -> str | None:

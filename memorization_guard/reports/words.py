@@ -17,7 +17,7 @@ def summary(trace: Trace, title: str = "Image 1") -> str:
     if trace.rarity is not None:
         parts.append(unusual(trace.rarity))
     if trace.words is not None:
-        parts.append(called_up(trace.words.words) + (", left out" if trace.words.left_out else ""))
+        parts.append(called_up(trace.words.words) + (", left out" if trace.left_out else ""))
     if corrected := int(trace.mitigated.sum()):
         parts.append(f"{count(corrected, 'step')} corrected")
     if trace.nonfinite_step is not None:
@@ -77,7 +77,7 @@ def mitigated(trace: Trace, copied: bool | None) -> str:
         return "still a copy"
     if not trace.mitigated.any():
         return "the same image: nothing to correct"
-    if trace.words is not None and trace.words.left_out:
+    if trace.words is not None and trace.left_out:
         return f"another image, without {quoted(trace.words.words)}"
     return f"another image: {count(int(trace.mitigated.sum()), 'step')} corrected"
 

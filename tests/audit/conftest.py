@@ -118,6 +118,22 @@ def make_row(image, prompt, trace, *, seed=None, kind=None, file=None):
     }
 
 
+class MadeUp:
+    """Workers of an audit that make up their rows, for tests to add how."""
+
+    count = 1
+
+    def describe(self):
+        about = {"pipeline": "None", "components": {}, "files": {}, "loras": [], "scheduler": {}, "dtype": "float32"}
+        return about | {"device": "cpu", "versions": {}}
+
+    def trial(self, job, profile):
+        pass
+
+    def close(self):
+        pass
+
+
 @pytest.fixture(scope="session")
 def audits(tmp_path_factory):
     """``audits(rows, manifest changes..., pictures={file: colour}, part=rows a part)`` writes an audit, returns its folder."""

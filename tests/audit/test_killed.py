@@ -20,26 +20,19 @@ from memorization_guard.audit.store import PNG, Store
 from memorization_guard.audit.worker import Recipe
 from memorization_guard.core.profile import Norms
 
+from .conftest import MadeUp
+
 resource = pytest.importorskip("resource")
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked and killed")
 
 IMAGES, BATCH = 300, 4
 
 
-class Quick:
+class Quick(MadeUp):
     """Workers that make up their rows, and write down for which images they were asked."""
-
-    count = 1
 
     def __init__(self, log):
         self._log = log
-
-    def describe(self):
-        about = {"pipeline": "None", "components": {}, "files": {}, "loras": [], "scheduler": {}, "dtype": "float32"}
-        return about | {"device": "cpu", "versions": {}}
-
-    def trial(self, job, profile):
-        pass
 
     def sample(self, batches, profile):
         for batch in batches:
@@ -50,9 +43,6 @@ class Quick:
                 log.write("".join(f"{job.image}\n" for job in batch.jobs))
             time.sleep(0.005)
             yield batch, [row(job) for job in batch.jobs]
-
-    def close(self):
-        pass
 
 
 def row(job):

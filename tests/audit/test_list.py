@@ -17,21 +17,14 @@ from memorization_guard.audit.worker import Recipe
 from memorization_guard.core.profile import Norms
 from memorization_guard.prompts import PromptListError
 
+from .conftest import MadeUp
 
-class Working:
+
+class Working(MadeUp):
     """Workers that make up their rows; ``meanwhile()`` happens once, after the first batch."""
-
-    count = 1
 
     def __init__(self, audits, meanwhile=lambda: None):
         self._audits, self._meanwhile = audits, meanwhile
-
-    def describe(self):
-        about = {"pipeline": "None", "components": {}, "files": {}, "loras": [], "scheduler": {}, "dtype": "float32"}
-        return about | {"device": "cpu", "versions": {}}
-
-    def trial(self, job, profile):
-        pass
 
     def sample(self, batches, profile):
         for batch in batches:
@@ -39,9 +32,6 @@ class Working:
             yield batch, made
             self._meanwhile()
             self._meanwhile = lambda: None
-
-    def close(self):
-        pass
 
 
 @pytest.fixture

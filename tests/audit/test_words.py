@@ -11,9 +11,9 @@ import pytest
 from memorization_guard import Trace, evidence, lab
 from memorization_guard.audit.comparison import CHANGES, compare
 from memorization_guard.audit.dataset import REPORT
+from memorization_guard.core.words import marked
 from memorization_guard.reports.audit import OPEN_WORDS, write_report
 from memorization_guard.reports.comparison import write_comparison
-from memorization_guard.reports.pieces import marked
 
 #: Words as nobody's prompt should have them, which are text all the same; beyond the sixteen bits that a script counts in.
 HOSTILE = "<img/src=x/onerror=\"document.title='broken'\">"
