@@ -17,7 +17,7 @@ from modules import script_callbacks
 from torch import Tensor
 
 from ..memorization_guard import NoiseLevel, StabilityMonitor
-from ..memorization_guard.core.asking import Prompts
+from ..memorization_guard.core.asking import Answer, Prompts
 from . import hosts
 from .calls import Predicted, called_back, tiling_kept, told
 from .prompts import OtherPrompts, Rows, Texts, picked
@@ -64,7 +64,10 @@ def _last_before_guidance(monitor: StabilityMonitor, predicted: Predicted, texts
                 return calc_cond_uncond_batch(model, cond, uncond, x, timestep, options)
 
             with told(monitor):
-                evaluate = functools.partial(network, cond, uncond)
+
+                def evaluate(x: Tensor, timestep: Tensor, *, alone: bool) -> Sequence[Tensor]:
+                    return network(cond, None if alone else uncond, x, timestep)
+
                 in_noise = functools.partial(_at_highest, model, monitor)
                 prompts = _forge_prompts(texts, network, cond, uncond, x, timestep, in_noise) if weight == 1 else None
                 alone = None if uncond is None else without
@@ -145,10 +148,11 @@ def _first_after_network(monitor: StabilityMonitor, predicted: Predicted) -> Cal
         prompted, without = args["conds_out"][:2]
         cond, uncond = args["conds"][:2]
 
-        def evaluate(x: Tensor, timestep: Tensor) -> Sequence[Tensor]:
+        def evaluate(x: Tensor, timestep: Tensor, *, alone: bool) -> Sequence[Tensor]:
             from ldm_patched.modules.samplers import calc_cond_uncond_batch
 
-            return calc_cond_uncond_batch(args["model"], cond, uncond, x, timestep, args["model_options"])
+            other = None if alone else uncond
+            return calc_cond_uncond_batch(args["model"], cond, other, x, timestep, args["model_options"])
 
         with told(monitor):
             _judge(monitor, predicted, args, prompted, None if uncond is None else without, _weight(cond), evaluate)
@@ -169,13 +173,14 @@ def _judge(
     prompted: Tensor,
     without: Tensor | None,
     weight: float,
-    evaluate: Callable[[Tensor, Tensor], Sequence[Tensor]],
+    evaluate: Callable[..., Sequence[Tensor]],
     prompts: Prompts | None = None,
 ) -> None:
     """Judges the prediction with the prompt, an average, at the weight that guidance gives it, and replaces it in place.
 
     Args:
-        evaluate: gives the predictions with and without the prompt for a latent and its noise level.
+        evaluate: gives the predictions with and without the prompt for a latent and its noise level; ``alone`` if the one
+            with the prompt is enough.
         prompts: has the network evaluate others.
     """
     sigma = args["sigma"]
@@ -183,15 +188,15 @@ def _judge(
     def at_weight(prompted: Tensor, without: Tensor | None) -> Tensor:
         return prompted if without is None or weight in (0.0, 1.0) else torch.lerp(without, prompted, weight)
 
-    def ask(noise: Tensor | None) -> tuple[Tensor, float, Tensor, Tensor | None]:
+    def ask(noise: Tensor | None, *, alone: bool = False) -> Answer:
         if noise is None:
             latent, level = args["input"], float(sigma[0])
         else:
             latent, level = _at_highest(args["model"], monitor, noise)
         with tiling_kept():
-            found, other = evaluate(latent, torch.full_like(sigma, level))
-        alone = None if without is None else other
-        return latent, level, at_weight(found, alone), alone
+            found, other = evaluate(latent, torch.full_like(sigma, level), alone=alone and weight == 1)
+        rest = None if without is None or (alone and weight == 1) else other
+        return latent, level, at_weight(found, rest), rest
 
     joined = at_weight(prompted, without)
     corrected = predicted(args["input"], sigma, joined, without, ask=ask, prompts=prompts)

@@ -15,6 +15,7 @@ from modules import script_callbacks, shared
 from torch import Tensor
 
 from ..memorization_guard import NoiseLevel, StabilityMonitor
+from ..memorization_guard.core.asking import Answer
 from ..memorization_guard.core.noise_level import resized
 from . import hosts
 from .calls import Predicted, called_back, tiling_kept, told
@@ -81,11 +82,12 @@ def _judge_rows(
     def in_noise(noise: Tensor) -> tuple[Tensor, float]:
         return _in_noise(denoiser.inner_model, monitor, noise)
 
-    def ask(noise: Tensor | None) -> tuple[Tensor, float, Tensor, Tensor]:
+    def ask(noise: Tensor | None, *, alone: bool = False) -> Answer:
         latent, level = (x, float(sigma[0])) if noise is None else in_noise(noise)
+        alone = alone and _unweighted(weights)
         with tiling_kept():
-            found = _rows(denoiser, given, owners, latent, level)
-        return latent, level, _joined(found, weights), _parts(found, weights)[1]
+            found = _rows(denoiser, given, owners, latent, level, alone=alone)
+        return latent, level, _joined(found, weights), None if alone else _parts(found, weights)[1]
 
     def asked(latent: Tensor, level: float, sample: int, text: Rows) -> Tensor:
         image = given.image_cond[owners.index(sample)]
@@ -121,18 +123,18 @@ def _in_noise(network: Any, monitor: StabilityMonitor, noise: Tensor) -> tuple[T
     return noise * NoiseLevel.from_model(level, monitor.settings.prediction_type).scale, level
 
 
-def _rows(denoiser: Any, given: Any, owners: Sequence[int], latent: Tensor, level: float) -> Tensor:
+def _rows(denoiser: Any, given: Any, owners: Sequence[int], latent: Tensor, level: float, *, alone: bool) -> Tensor:
     """What the network says of another latent, one of an image, in rows as the host has them.
 
     It is called as ``CFGDenoiser.forward`` calls it where memory is to be saved, a batch at a time, and for all rows, also
     those that the host leaves out at present. No callback hears of it, and no step is counted.
 
     Args:
-        owners: the image of each prompt.
+        owners: the image of each prompt. alone: whether the rows without a prompt are left out.
     """
     rows, images = [], _sized(given.image_cond, latent)
     texts = _padded(denoiser, given.text_cond, given.text_uncond)
-    for text, of in zip(texts, (owners, range(len(latent))), strict=True):
+    for text, of in zip(texts, (owners, range(0 if alone else len(latent))), strict=True):
         for start in range(0, len(of), len(latent)):
             x = latent[list(of[start : start + len(latent)])]
             part = picked(text, slice(start, start + len(x)))
@@ -173,9 +175,14 @@ def _parts(rows: Tensor, weights: list[list[float]]) -> tuple[Sequence[Tensor], 
     return prompted, rows[sum(map(len, weights)) :][: len(weights)]
 
 
+def _unweighted(weights: list[list[float]]) -> bool:
+    """Whether every image has one prompt, at its full weight."""
+    return all(each == [1.0] for each in weights)
+
+
 def _joined(rows: Tensor, weights: list[list[float]]) -> Tensor:
     """The prediction with the prompt, ``[B, ...]``; where prompts are joined by AND, at their weights."""
-    if all(each == [1.0] for each in weights):
+    if _unweighted(weights):
         return rows[: len(weights)]
     prompted, without = _parts(rows, weights)
     return torch.stack(

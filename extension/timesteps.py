@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..memorization_guard import NoiseLevel, StabilityMonitor
 from ..memorization_guard.adapters.kdiffusion import SamplerRun
-from ..memorization_guard.core.asking import Ask, Prompts
+from ..memorization_guard.core.asking import Answer, Ask, Prompts
 from ..memorization_guard.core.noise_level import widened
 
 
@@ -116,9 +116,9 @@ class TimestepRun(SamplerRun):
         assert self._last is not None
         signal, noise = self._last.alpha, self._last.beta
 
-        def asked(unit: Tensor | None) -> tuple[Tensor, Tensor | float, Tensor, Tensor | None]:
+        def asked(unit: Tensor | None, *, alone: bool = False) -> Answer:
             assert ask is not None
-            x, t, cond, uncond = ask(unit)
+            x, t, cond, uncond = ask(unit, alone=alone)
             level = self._level(float(t))
             return x, t, _denoised(x, level, cond), None if uncond is None else _denoised(x, level, uncond)
 

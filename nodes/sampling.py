@@ -35,6 +35,7 @@ from ..memorization_guard import (
     Thresholds,
 )
 from ..memorization_guard.adapters.kdiffusion import SamplerRun, watched
+from ..memorization_guard.core.asking import Answer
 from ..memorization_guard.core.monitor import STOPPED, Serves
 from .models import noise_levels, run_settings
 from .prompts import Encoder, OtherPrompts, RunConditioning
@@ -303,13 +304,15 @@ class Predictions:
                 finally:
                     Predictions.asking = False
 
-            def ask(noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-                latent, level, found = asked(noise, conds)
-                return latent, level, found[place], None if without is None else found[without]
+            def with_prompt(cond: Sequence[Any]) -> Sequence[Any]:
+                return [cond if i == place else None for i in range(len(conds))]
+
+            def ask(noise: Tensor | None, *, alone: bool = False) -> Answer:
+                latent, level, found = asked(noise, with_prompt(conds[place]) if alone else conds)
+                return latent, level, found[place], None if alone or without is None else found[without]
 
             def answer(noise: Tensor | None, other: Mapping[str, Any] | None) -> tuple[Tensor, Tensor, Tensor]:
-                alone = [[other] if i == place else None for i in range(len(conds))]
-                latent, level, found = asked(noise, conds if other is None else alone)
+                latent, level, found = asked(noise, conds if other is None else with_prompt([other]))
                 return latent, level, found[place]
 
             prompts = None if self._conditioning is None else OtherPrompts(self._conditioning, len(x), answer)

@@ -7,8 +7,8 @@ tensor is where a prediction is replaced.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -52,6 +52,18 @@ class Call:
         else:
             arguments[1] = timestep
         return answer(self.module.forward(*arguments, **keywords))
+
+    def part(self, number: int, parts: int) -> Call:
+        """The same call with one of the equal parts of its batch alone."""
+        x, _ = called_with(self.arguments, self.keywords)
+        # Some networks are given the prompts of a video once a frame.
+        lengths = (len(x), len(x) * x.shape[2]) if x.ndim == 5 else (len(x),)
+
+        def chosen(tensor: Tensor) -> Tensor:
+            return tensor.chunk(parts)[number] if tensor.ndim and len(tensor) in lengths else tensor
+
+        arguments, keywords = (mapped(given, chosen) for given in (self.arguments, self.keywords))
+        return replace(self, arguments=arguments, keywords=keywords)
 
 
 class Evaluation:
@@ -126,9 +138,12 @@ class Network:
         without = None if uncond is None else split[uncond]
         return Evaluation(number, x[:batch], split[cond], without, coefficients or self.schedule.coefficients[number])
 
-    def asked(self, call: Call, noise: Tensor | None) -> Evaluation:
+    def asked(self, call: Call, noise: Tensor | None, *, alone: bool = False) -> Evaluation:
         """What the network says in Gaussian noise ``[B, ...]``, of the run's size or another, at its highest noise level, with
         the prompts of ``call``, which is for as many images; with ``None`` what it says to the very call.
+
+        Args:
+            alone: whether it may be asked for the prediction with the prompt alone.
 
         Raises:
             ValueError: if that noise level is not known.
@@ -137,6 +152,10 @@ class Network:
         given, at = called_with(call.arguments, call.keywords)
         if noise is None:
             return self.read(0, given, call.again(given, at))
+        parts = len(given) // len(noise)
+        if alone and parts > 1 and not self._perturbed:  # which takes a batch apart in the network
+            call = call.part(self._order(parts)[0], parts)
+            given, at = called_with(call.arguments, call.keywords)
         x = resized(given, noise.shape[2:])
         every = noise.repeat(len(x) // len(noise), *(1,) * (noise.ndim - 1))
         own_part(x, every, self._own_tokens)[0].copy_(every)
@@ -205,6 +224,17 @@ def called_with(arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> tupl
     if not isinstance(x, Tensor) or not isinstance(timestep, (Tensor, float, int)):
         raise ValueError("this pipeline calls its network without a latent or a timestep that could be read")
     return x, timestep
+
+
+def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A nested argument with every tensor changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {name: mapped(one, change) for name, one in value.items()}
+    if isinstance(value, (tuple, list)) and type(value) in (tuple, list):
+        return type(value)(mapped(one, change) for one in value)
+    return value
 
 
 def number_of(timestep: Any) -> float:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .network import Call, Network, called_with
+from .network import Call, Network, called_with, mapped
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ class OtherPrompts:
                     picked[part * count : (part + 1) * count] = _given(made[which], tensor)
                 return picked
 
-            arguments, keywords = (_mapped(given, for_some) for given in (self._call.arguments, self._call.keywords))
+            arguments, keywords = (mapped(given, for_some) for given in (self._call.arguments, self._call.keywords))
             call = replace(self._call, arguments=arguments, keywords=keywords)
             found = self._network.asked(call, noise.expand(count, *noise.shape))
             latents.append(found.x)
@@ -136,7 +136,7 @@ class OtherPrompts:
         """The arguments of a call of the network, with the prompts that the run goes on with."""
         if not self._chosen or not self._places(keywords.get(PROMPT)):
             return keywords
-        return _mapped(keywords, self._with_chosen)
+        return mapped(keywords, self._with_chosen)
 
     def _with_chosen(self, tensor: Tensor) -> Tensor:
         places = self._places(tensor)
@@ -180,14 +180,3 @@ def _tensors(result: Any) -> list[Tensor | None]:
     """What a pipeline's encode_prompt gives, in its order; ``None`` for what is no tensor."""
     values = result if isinstance(result, (tuple, list)) else [result]
     return [value if isinstance(value, Tensor) else None for value in values]
-
-
-def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """A nested argument with every tensor changed."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, Mapping):
-        return {name: _mapped(one, change) for name, one in value.items()}
-    if isinstance(value, (tuple, list)) and type(value) in (tuple, list):
-        return type(value)(_mapped(one, change) for one in value)
-    return value

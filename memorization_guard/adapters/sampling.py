@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.asking import Answer
 from ..core.monitor import STOPPED, StabilityMonitor
 from ..core.noise_level import NoiseLevel
 from ..core.settings import RunSettings
@@ -110,8 +111,8 @@ class Sampling:
         cond = evaluation.denoised(evaluation.cond)
         uncond = None if evaluation.uncond is None else evaluation.denoised(evaluation.uncond)
 
-        def ask(noise: Tensor | None) -> tuple[Tensor, float, Tensor, Tensor | None]:
-            found = [network.asked(call, noise) for call in calls]
+        def ask(noise: Tensor | None, *, alone: bool = False) -> Answer:
+            found = [network.asked(call, noise, alone=alone) for call in (calls[:1] if alone else calls)]
             without = found[0].uncond if len(found) == 1 else found[1].cond
             denoised = found[0].denoised
             return found[0].x, -1.0, denoised(found[0].cond), None if without is None else denoised(without)

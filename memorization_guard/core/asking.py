@@ -6,7 +6,7 @@ detail comes from the prompt and not from the noise.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -18,10 +18,17 @@ from .judge import Judge
 from .signals import Meter
 from .words import Memory, Words
 
-#: Evaluates Gaussian noise ``[B, ...]`` at a model's highest noise level, or with ``None`` the run's present latent once more:
-#: gives latent, noise level, and the predictions with and without the prompt, each as ``StabilityMonitor.predicted`` takes
-#: them.
-Ask = Callable[[Tensor | None], tuple[Tensor, Tensor | float, Tensor, Tensor | None]]
+#: Latent, noise level, and the predictions with and without the prompt, each as ``StabilityMonitor.predicted`` takes them.
+Answer = tuple[Tensor, Tensor | float, Tensor, Tensor | None]
+
+
+class Ask(Protocol):
+    """What a host offers that can have the network evaluate something beside a run."""
+
+    def __call__(self, noise: Tensor | None, /, *, alone: bool = False) -> Answer:
+        """Evaluates Gaussian noise ``[B, ...]`` at the model's highest noise level, or with ``None`` the run's present latent
+        once more; ``alone`` if the prediction with the prompt is enough, so that the other one need not be made."""
+        ...
 
 
 #: What this process has found.
@@ -59,9 +66,9 @@ def undisturbed(device: torch.device) -> Iterator[None]:
         yield
 
 
-def answered(ask: Ask, noise: Tensor) -> tuple[Tensor, Tensor | float, Tensor, Tensor | None]:
+def answered(ask: Ask, noise: Tensor, *, alone: bool) -> Answer:
     """As ``ask`` gives it, the mean of the predictions in the noise ``[B, ...]`` and in its negative."""
-    (x, sigma, *first), (_, _, *second) = ask(noise), ask(-noise)
+    (x, sigma, *first), (_, _, *second) = ask(noise, alone=alone), ask(-noise, alone=alone)
     cond, uncond = (None if a is None or b is None else (a + b) / 2 for a, b in zip(first, second, strict=True))
     assert cond is not None
     return x, sigma, cond, uncond

@@ -225,7 +225,10 @@ class StabilityMonitor:
         try:
             noise = asking.noise(self._run.reference_shape or like.shape[1:], like)
             with asking.undisturbed(like.device):
-                x, sigma, cond, uncond = asking.answered(ask, noise.expand(len(like), *noise.shape))
+                # Of a reference the prediction with the prompt is enough, at half the cost. Of other runs the network is asked
+                # in the batches that it has been prepared for, as by a compiler.
+                every = noise.expand(len(like), *noise.shape)
+                x, sigma, cond, uncond = asking.answered(ask, every, alone=self._serves is not None)
                 if self._serves is None:
                     # What notes what the network saw last, as self-attention guidance does, is to note the run's own latent.
                     ask(None)

@@ -203,7 +203,7 @@ def spoken_run(world, mode, texts=("a cat by wosol", "a cat by wosol", "a cat"),
     cond, uncond = world.predictions(x, 14.0, (503,) * len(texts), factors)
     prompts = Spoken(world, texts, x, **more)
 
-    def ask(noise):
+    def ask(noise, alone=False):
         prompts.latest = "own" if noise is None else "noise"
         noise = x / 14.0 if noise is None else noise
         return noise * 14.0, 14.0, *world.predictions(noise * 14.0, 14.0, (503,) * len(texts), factors)

@@ -278,8 +278,11 @@ def test_the_network_is_asked_about_noise_for_every_row(modules, predictions, we
         before(given)
         after(types.SimpleNamespace(x=rows))
         noise = latents(2, 4)
-        asked, own = monitor.ask(noise), monitor.ask(None)
+        asked, own, alone = monitor.ask(noise), monitor.ask(None), monitor.ask(noise, alone=True)
     assert monitor.errors == []
+    # One prompt at its full weight needs no other prediction; where weights are given, it has a part.
+    assert (alone[3] is None) == (weights == ONE_EACH)
+    assert torch.allclose(alone[2], asked[2], atol=1e-5)
     assert torch.equal(own[0], given.x[-2:])
     assert own[1] == 3.0
     latent, level, *_ = asked
@@ -501,6 +504,9 @@ def asked_in(monitor, weight, guided):
     """Checks what the network was asked in Forge or reForge."""
     noise = latents(2, 4)
     latent, level, cond, uncond = monitor.ask(noise)
+    alone = monitor.ask(noise, alone=True)
+    assert torch.equal(alone[2], cond)
+    assert (alone[3] is None) == (not guided or weight == 1.0)
     assert level == pytest.approx(HIGHEST)
     assert torch.allclose(latent, noise * math.hypot(1, HIGHEST))
     said, without = torch.tanh(latent) + weight, -torch.tanh(latent)

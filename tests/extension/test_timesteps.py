@@ -207,7 +207,7 @@ def test_what_is_asked_is_put_in_clean_latents(timesteps, level, monkeypatch):
         denoiser(x, TIMESTEPS[-1:].expand(2))
     eps, evaluations = torch.tanh(x), Denoiser()
 
-    def ask(unit):
+    def ask(unit, alone=False):
         evaluations(unit, torch.full((2,), 999))  # not one of the run's
         return unit, 999.0, eps, None if guided is False else 0.5 * eps
 

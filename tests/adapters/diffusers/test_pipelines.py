@@ -67,6 +67,9 @@ def check(pipe, *, guided=True, halves=lambda outputs: outputs[0].chunk(2)[::-1]
     changed, corrected, record = watched(profile_around(traces[0], 0.01), "mitigate")
     assert corrected.error is None
     assert all(trace.verdict == "corrected" and trace.trigger_step == 0 for trace in corrected.traces)
+    # References are asked with the prompt alone, other runs in their own batches: the answer is the same.
+    asked = [trace.asked for trace in corrected.traces]
+    assert asked == pytest.approx([trace.asked for trace in traces], rel=1e-4)
     assert not torch.equal(torch.as_tensor(changed), torch.as_tensor(plain))
     mask = corrected.traces[0].evaluations.corrected
     assert mask[0]
