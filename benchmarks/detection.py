@@ -16,9 +16,11 @@ from typing import Any
 
 import numpy as np
 import peers
+import shots
 import torch
-from peers import Calls, Shot, Watched
+from peers import Watched
 from samplers import lab_arguments, sampled_lab, write_result
+from shots import Calls, Shot
 from torch import Tensor
 from tqdm import tqdm
 
@@ -129,8 +131,8 @@ def verdicts(pipe: Any, profile: StabilityProfile, images: Sequence[Shot], how: 
 
     values, calls = [], []
     for shot in tqdm(images, desc=VERDICT, unit="image"):
-        with peers.counted(pipe) as counted, guard(pipe, profile) as run, replaced(pipe, "encode_prompt", encode):
-            peers.latents_of(pipe, [shot], **how, callback_on_step_end=interrupt)
+        with shots.counted(pipe) as counted, guard(pipe, profile) as run, replaced(pipe, "encode_prompt", encode):
+            shots.latents_of(pipe, [shot], **how, callback_on_step_end=interrupt)
         if run.error is not None:
             raise run.error
         (trace,) = run.traces
@@ -146,9 +148,9 @@ def peer_scores(pipe: Any, images: Sequence[Shot], how: dict[str, Any], batch: i
     for start in tqdm(range(0, len(images), batch), desc="peers", unit="batch"):
         part = images[start : start + batch]
         with peers.watched(pipe, part) as run:
-            peers.latents_of(pipe, part, **how)
+            shots.latents_of(pipe, part, **how)
         for name, scored in found.items():
-            with peers.counted(pipe) as calls:
+            with shots.counted(pipe) as calls:
                 values = PEERS[name].score(run)
             scored.values = np.concatenate([scored.values, values.double().numpy()])
             scored.calls += [calls] * len(part)
@@ -193,7 +195,7 @@ def main() -> None:
     lab, pipe, steps = sampled_lab(arguments)
     how = {"num_inference_steps": steps, "guidance_scale": arguments.guidance}
     counts = dict(zip(IMAGES, arguments.images, strict=True))
-    images = [shot for group, count in counts.items() for shot in peers.shots(lab, arguments.split, [group], count)]
+    images = [shot for group, count in counts.items() for shot in shots.shots(lab, arguments.split, [group], count)]
     left_out = inapplicable(pipe)
     references = lab.prompts("reference")
     profile = calibrate(pipe, references, batch_size=arguments.batch, **how)

@@ -16,11 +16,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import countermeasures
 import diffusers
 import numpy as np
 import peers
+import shots
 import torch
-from peers import Shot
+from shots import Shot
 from tqdm import tqdm
 
 from memorization_guard import StabilityProfile, Thresholds
@@ -46,40 +48,46 @@ def methods(pipe: Any, stability: Any, steps: int) -> dict[str, Method]:
     scale = (latent / peers.PUBLISHED_LATENT["epsilon"]) ** 0.5
 
     def plain(part: list[Shot]) -> np.ndarray:
-        return peers.sample(pipe, part, steps)
+        return shots.sample(pipe, part, steps)
 
     def ours(part: list[Shot], thresholds: Thresholds) -> np.ndarray:
         with guard(pipe, stability, "mitigate", thresholds):
-            return peers.sample(pipe, part, steps)
+            return shots.sample(pipe, part, steps)
 
     def first_step(part: list[Shot]) -> tuple[Any, ...]:
         """Pipeline, latents, timestep and embeddings that a run starts with."""
         pipe.scheduler.set_timesteps(steps)
         with torch.no_grad():
-            uncond, cond = peers.embeddings(pipe, part)
-        return pipe, peers.starting_latents(pipe, part), int(pipe.scheduler.timesteps[0]), uncond, cond
+            uncond, cond = shots.embeddings(pipe, part)
+        return pipe, shots.starting_latents(pipe, part), int(pipe.scheduler.timesteps[0]), uncond, cond
 
     def wen(part: list[Shot], target: float) -> np.ndarray:
         start = first_step(part)
-        cond = peers.optimised_prompt(*start, target=target * scale)
-        return peers.sample(pipe, part, steps, prompt=None, prompt_embeds=cond, negative_prompt_embeds=start[3])
+        cond = countermeasures.optimised_prompt(*start, target=target * scale)
+        return shots.sample(pipe, part, steps, prompt=None, prompt_embeds=cond, negative_prompt_embeds=start[3])
 
     def jeon(part: list[Shot]) -> np.ndarray:
-        latents = peers.sail(*first_step(part), threshold=SAIL_THRESHOLD * scale, weight=SAIL_WEIGHT)
-        return peers.sample(pipe, part, steps, latents=latents)
+        latents = countermeasures.sail(*first_step(part), threshold=SAIL_THRESHOLD * scale, weight=SAIL_WEIGHT)
+        return shots.sample(pipe, part, steps, latents=latents)
 
-    def jain(part: list[Shot], new_rule: Callable[[], peers.GuidanceRule]) -> np.ndarray:
-        with peers.guided_by(pipe, new_rule()):
-            return peers.sample(pipe, part, steps)
+    def jain(part: list[Shot], new_rule: Callable[[], countermeasures.GuidanceRule]) -> np.ndarray:
+        with countermeasures.guided_by(pipe, new_rule()):
+            return shots.sample(pipe, part, steps)
+
+    def ren(part: list[Shot]) -> np.ndarray:
+        with countermeasures.attention_masked(pipe, part):
+            return shots.sample(pipe, part, steps)
 
     return {
         "plain": plain,
-        "ours": functools.partial(ours, thresholds=Thresholds()),
+        "ours, prompt kept": functools.partial(ours, thresholds=Thresholds()),
+        "ours, steered": functools.partial(ours, thresholds=Thresholds(correction="steer")),
         "published (Huang)": functools.partial(ours, thresholds=Thresholds(method="published")),
         **{f"Wen, prompt optimised to {target:g}": functools.partial(wen, target=target) for target in WEN_TARGETS},
         "Jeon, SAIL": jeon,
-        "Jain, static transition": functools.partial(jain, new_rule=peers.static_transition),
-        "Jain, dynamic transition": functools.partial(jain, new_rule=peers.dynamic_transition),
+        "Jain, static transition": functools.partial(jain, new_rule=countermeasures.static_transition),
+        "Jain, dynamic transition": functools.partial(jain, new_rule=countermeasures.dynamic_transition),
+        "Ren, attention masked": ren,
     }
 
 
@@ -115,18 +123,18 @@ def print_figures(result: dict[str, Any]) -> None:
     for group, row in result["groups"].items():
         cost = result["costs"].get(group)
         for name, values in row["methods"].items():
-            cells = [peers.interval(values["copies"], "mean"), f"{values['median_copy_score']:.2f}"]
-            cells.append(peers.interval(values["fidelity"], "mean") if "fidelity" in values else "not measured")
-            cells += [peers.interval(values["similarity_to_plain"], "mean"), f"{values['unchanged']['mean']:.3f}"]
-            rows.append([group, name, *cells, *(peers.describe(cost[name]) if cost else [""] * 3)])
+            cells = [shots.interval(values["copies"], "mean"), f"{values['median_copy_score']:.2f}"]
+            cells.append(shots.interval(values["fidelity"], "mean") if "fidelity" in values else "not measured")
+            cells += [shots.interval(values["similarity_to_plain"], "mean"), f"{values['unchanged']['mean']:.3f}"]
+            rows.append([group, name, *cells, *(shots.describe(cost[name]) if cost else [""] * 3)])
     head = ["group", "method", "copies", "median copy score", "fidelity", "similarity to plain", "share unchanged"]
-    peers.print_table([*head, "extra network calls", "time / plain", "extra memory"], rows)
+    shots.print_table([*head, "extra network calls", "time / plain", "extra memory"], rows)
     print()
     for group, cost in result["costs"].items():
         plain = cost["plain"]
         print(f"{group}: plain takes {plain['seconds']:.3f} s and {plain['memory'] / 2**20:.1f} MiB an image, ", end="")
-        print(f"a second time {peers.describe(cost['plain again'])[1]} of it")
-    peers.print_counts(result["groups"])
+        print(f"a second time {shots.describe(cost['plain again'])[1]} of it")
+    shots.print_counts(result["groups"])
 
 
 def set_up(lab: Lab, scheduler: str, steps: int) -> tuple[Any, StabilityProfile]:
@@ -136,7 +144,7 @@ def set_up(lab: Lab, scheduler: str, steps: int) -> tuple[Any, StabilityProfile]
         return pipe, lab.profile()
     pipe.scheduler = getattr(diffusers, f"{scheduler}Scheduler").from_config(pipe.scheduler.config)
     texts = lab.prompts("reference")[:50]
-    return pipe, calibrate(pipe, texts, batch_size=10, num_inference_steps=steps, guidance_scale=peers.GUIDANCE)
+    return pipe, calibrate(pipe, texts, batch_size=10, num_inference_steps=steps, guidance_scale=shots.GUIDANCE)
 
 
 def main() -> None:
@@ -168,7 +176,7 @@ def main() -> None:
         "costs": {},
     }
     for group in arguments.groups:
-        members = peers.shots(lab, arguments.split, [group], arguments.per_group)
+        members = shots.shots(lab, arguments.split, [group], arguments.per_group)
         parts = [members[start : start + arguments.batch] for start in range(0, len(members), arguments.batch)]
         images = {
             name: np.concatenate([way(part) for part in tqdm(parts, desc=f"{group}, {name}")]) for name, way in ways.items()
@@ -180,7 +188,7 @@ def main() -> None:
         }
         if group in ("exact", "ordinary"):
             timed = ways | {"plain again": ways["plain"]}
-            result["costs"][group] = peers.costs(pipe, timed, members[: arguments.turns])
+            result["costs"][group] = shots.costs(pipe, timed, members[: arguments.turns])
         if arguments.json:
             write_whole(arguments.json, json.dumps(result, indent=1) + "\n")
     print_figures(result)

@@ -1,4 +1,4 @@
-"""What other methods compute, written from their papers, and how the benchmarks of this folder sample and measure.
+"""How other methods tell copies: their scores, written from their papers, and what of a run they are computed from.
 
 Shapes: ``B`` images, latents and noise predictions ``[B, C, H, W]``, embeddings of prompts ``[B, tokens, width]``, one number
 an image ``[B]``. ``eps_u`` and ``eps_c`` are the noise predicted without and with the prompt, whatever the network puts out.
@@ -14,35 +14,24 @@ Where a paper leaves something to its code, the docstring says what was taken, a
 from __future__ import annotations
 
 import functools
-import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 (the name the whole field uses)
+from shots import Shot
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.profiler import ProfilerActivity, profile
 
-from memorization_guard.adapters.hooks import replaced
 from memorization_guard.adapters.network import Call, answer, called_with, denoisers
 from memorization_guard.core.noise_level import NoiseLevel, Timesteps, sample_norm
-from memorization_guard.lab import Lab
-from memorization_guard.lab.evaluate import FIRST_SEED
-
-GUIDANCE = 7.5
 
 #: Numbers in a latent of Stable Diffusion 1 and 2 at the sizes the published constants were chosen at, by prediction type.
 #: The norm of a noise prediction grows with the root of this count, and so must a constant that it is held against.
 PUBLISHED_LATENT = {"epsilon": 4 * 64 * 64, "v_prediction": 4 * 96 * 96}
-
-
-# Formulas.
 
 
 #: What the network predicts of latents without and with the prompt, ``eps_u`` and ``eps_c``, at one timestep.
@@ -184,140 +173,6 @@ def anisotropy(norm: Tensor, cosine: Tensor, weights: tuple[float, float]) -> Te
 ANISOTROPY_WEIGHTS = {"epsilon": (1.0, 2.0), "v_prediction": (1.0, 0.1)}
 
 
-def optimised_prompt(
-    pipe: Any, x: Tensor, t: int, uncond: Tensor, cond: Tensor, *, target: float, iterations: int = 10, lr: float = 0.05
-) -> Tensor:
-    """Embeddings with a smaller guidance norm at the first step (Wen et al., ICLR 2024, mitigation at inference).
-
-    AdamW on the embedding of each image for itself, at most ``iterations`` steps, none once its norm is at ``target`` or
-    below; the first token gets no gradient, only the optimiser's slight decay. Their code takes one norm of all images of a
-    prompt together.
-    """
-    embedding = cond.detach().clone().requires_grad_()
-    optimizer = torch.optim.AdamW([embedding], lr=lr)
-    above = torch.ones(len(x), dtype=torch.bool, device=x.device)
-    for _ in range(iterations):
-        with torch.enable_grad():
-            norm = guidance_norm(*noise_predictions(pipe, x, t, uncond, embedding))
-        above &= norm.detach() > target
-        if not above.any():
-            break
-        (embedding.grad,) = torch.autograd.grad(norm.sum(), embedding)
-        embedding.grad[:, 0] = 0
-        before = embedding.detach().clone()
-        optimizer.step()
-        with torch.no_grad():
-            embedding.copy_(torch.where(above.view(-1, 1, 1), embedding, before))
-    return embedding.detach()
-
-
-def sail_loss(pipe: Any, x: Tensor, t: int, uncond: Tensor, cond: Tensor, weight: float) -> Tensor:
-    """``|delta(x + delta(x) / |delta(x)|)| + weight |x|``, ``[B]``, with ``delta = eps_c - eps_u`` (Jeon et al., Algorithm 2).
-
-    The first term stands for the sharpness at ``x``, the second keeps ``x`` a likely noise. As in their code, but for the
-    direction: theirs stays that of the latent before the first iteration, this one follows the latent.
-    """
-
-    def delta(latent: Tensor) -> Tensor:
-        eps_u, eps_c = noise_predictions(pipe, latent, t, uncond, cond)
-        return eps_c - eps_u
-
-    direction = delta(x)
-    direction = direction / sample_norm(direction).view(-1, 1, 1, 1)
-    return sample_norm(delta(x + direction)) + weight * sample_norm(x)
-
-
-def sail(
-    pipe: Any,
-    x: Tensor,
-    t: int,
-    uncond: Tensor,
-    cond: Tensor,
-    *,
-    threshold: float,
-    weight: float,
-    steps: int = 10,
-    lr: float = 0.05,
-) -> Tensor:
-    """A starting latent of less sharpness (SAIL, Jeon et al., ICML 2025, Algorithm 2).
-
-    Adam on each image's latent, at most ``steps`` steps, none once :func:`sail_loss` is at ``threshold`` or below. Their code
-    goes on with other noises and a higher threshold until every image has got there; this keeps what it has after ``steps``,
-    so that a seed stays that seed.
-    """
-    latent = x.detach().clone().requires_grad_()
-    optimizer = torch.optim.Adam([latent], lr=lr)
-    above = torch.ones(len(x), dtype=torch.bool, device=x.device)
-    for _ in range(steps):
-        with torch.enable_grad():
-            loss = sail_loss(pipe, latent, t, uncond, cond, weight)
-        above &= loss.detach() > threshold
-        if not above.any():
-            break
-        (latent.grad,) = torch.autograd.grad(loss.sum(), latent)
-        before = latent.detach().clone()
-        optimizer.step()
-        with torch.no_grad():
-            latent.copy_(torch.where(above.view(-1, 1, 1, 1), latent, before))
-    return latent.detach()
-
-
-#: Decides on the guidance scales ``[B]`` of one call from its timestep and guidance norms ``[B]``.
-GuidanceRule = Callable[[int, Tensor], Tensor]
-
-
-def static_transition(*, until: int = 500, before: float = 0.0, after: float = GUIDANCE) -> GuidanceRule:
-    """Guidance ``before`` above timestep ``until``, then ``after`` (Jain et al., CVPR 2025, static transition point)."""
-    return lambda t, norms: torch.full_like(norms, before if t > until else after)
-
-
-def dynamic_transition(*, before: float = 1.0, after: float = GUIDANCE) -> GuidanceRule:
-    """Guidance ``before`` until the guidance norm has passed a local minimum, then ``after`` (Jain et al., CVPR 2025).
-
-    The rule serves one run. PNDM evaluates one timestep twice; only the second evaluation counts, since the two could form a
-    minimum by themselves.
-    """
-    history: dict[int, Tensor] = {}
-
-    def rule(t: int, norms: Tensor) -> Tensor:
-        history[t] = norms
-        passed = local_minimum_passed(torch.stack(list(history.values())))
-        return torch.where(passed, after, before)
-
-    return rule
-
-
-def local_minimum_passed(norms: Tensor) -> Tensor:
-    """Whether a series has a local minimum before its last value: ``[steps, B] -> [B]`` bool."""
-    falls, rises = norms[1:-1] < norms[:-2], norms[1:-1] < norms[2:]
-    return (falls & rises).any(0)
-
-
-# Changing and recording a pipeline's run.
-
-
-@contextmanager
-def guided_by(pipe: Any, rule: GuidanceRule) -> Iterator[None]:
-    """Every guided prediction in the block is made with the scales that ``rule`` gives, instead of the pipeline's own.
-
-    The conditional prediction is moved so that the pipeline's own scale gives what the rule's scale would give. Where both
-    scales are the same, nothing changes, not even by rounding.
-    """
-
-    def hook(_module: Any, arguments: Any, output: Any) -> Any:
-        t = int(arguments[1])
-        norms = guidance_norm(*as_noise(pipe.scheduler, arguments[0].chunk(2)[0], t, output[0]))
-        share = (rule(t, norms) / pipe.guidance_scale).view(-1, 1, 1, 1)
-        uncond, cond = output[0].chunk(2)
-        return (torch.cat([uncond, torch.where(share == 1, cond, uncond + share * (cond - uncond))]), *output[1:])
-
-    handle = pipe.unet.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
 @dataclass(frozen=True)
 class Evaluation:
     """One call of the network in a run.
@@ -400,168 +255,3 @@ def watched(pipe: Any, part: Sequence[Shot]) -> Iterator[Watched]:
             hooks.callback(hook.remove)
         hooks.callback(network.register_forward_hook(called, with_kwargs=True).remove)
         yield run
-
-
-# What the benchmarks share: which images, how they are sampled, and what a way of sampling costs.
-
-#: Images a prompt, by group.
-IMAGES = {"exact": 8, "template": 12, "rare": 4, "ordinary": 2, "settled": 2}
-
-
-@dataclass(frozen=True)
-class Shot:
-    """One image to be sampled."""
-
-    group: str
-    prompt: str
-    seed: int
-
-
-def shots(lab: Lab, split: str, groups: Sequence[str], per_group: int | None = None) -> list[Shot]:
-    """Images of every prompt, seeds counted up from those of ``lab.evaluate``. With a limit a group, as many prompts as
-    possible come first."""
-    result = []
-    for group in groups:
-        count = IMAGES[group]
-        first = FIRST_SEED[split] + 10_000 * list(IMAGES).index(group)
-        texts = lab.prompts(group, split)
-        members = [Shot(group, text, first + i * count + j) for j in range(count) for i, text in enumerate(texts)]
-        result += members[:per_group]
-    return result
-
-
-def starting_latents(pipe: Any, part: Sequence[Shot]) -> Tensor:
-    """The noise that a pipeline draws for these seeds: ``[B, C, H, W]``, drawn on the CPU so that devices agree."""
-    config = denoisers(pipe)[0].config
-    shape = (1, config.in_channels, config.sample_size, config.sample_size)
-    noise = [torch.randn(shape, generator=torch.Generator().manual_seed(shot.seed)) for shot in part]
-    return torch.cat(noise).to(pipe.device)
-
-
-def embeddings(pipe: Any, part: Sequence[Shot]) -> tuple[Tensor, Tensor]:
-    """The empty prompt's and the prompts' embeddings, as the pipeline makes them."""
-    cond, uncond = pipe.encode_prompt([shot.prompt for shot in part], pipe.device, 1, True)
-    return uncond, cond
-
-
-def latents_of(pipe: Any, part: Sequence[Shot], **options: Any) -> Tensor:
-    """Samples without decoding: the latents ``[B, C, H, W]`` that the pipeline hands on."""
-    prompts = [shot.prompt for shot in part]
-    return pipe(prompts, latents=starting_latents(pipe, part), output_type="latent", **options).images
-
-
-def sample(pipe: Any, part: Sequence[Shot], steps: int, **instead: Any) -> np.ndarray:
-    """Images ``[B, H, W, 3]`` uint8; ``instead`` are arguments of the pipeline to use instead."""
-    arguments = {"prompt": [shot.prompt for shot in part], "latents": starting_latents(pipe, part)} | instead
-    images = pipe(num_inference_steps=steps, guidance_scale=GUIDANCE, output_type="np", **arguments).images
-    return (images * 255).round().astype(np.uint8)
-
-
-@dataclass
-class Calls:
-    """Calls of the network: evaluations alone, products of its Jacobian with a vector, and passes backwards through it."""
-
-    forward: int = 0
-    jvp: int = 0
-    backward: int = 0
-
-
-@contextmanager
-def counted(pipe: Any) -> Iterator[Calls]:
-    """Counts the calls in a block. Two prompts in one batch, as guidance has them, are one call, and so is a whole batch."""
-    (network,) = denoisers(pipe)
-    forward, calls = network.forward, Calls()
-
-    def passed_back(_gradient: Tensor) -> None:
-        calls.backward += 1
-
-    def counting(*arguments: Any, **keywords: Any) -> Any:
-        output = forward(*arguments, **keywords)
-        if forward_ad.unpack_dual(output[0]).tangent is not None:
-            calls.jvp += 1
-        else:
-            calls.forward += 1
-        if output[0].requires_grad:
-            output[0].register_hook(passed_back)
-        return output
-
-    # Not a hook: whoever has the network answer once more goes past the hooks.
-    with replaced(network, "forward", counting):
-        yield calls
-
-
-def peak_memory(call: Callable[[], object]) -> int:
-    """The peak size of all CPU tensors during ``call``, in bytes, beyond those that existed before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        call()
-    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
-    return int(held.max(initial=0))
-
-
-def costs(pipe: Any, ways: dict[str, Callable[[list[Shot]], object]], images: Sequence[Shot]) -> dict[str, dict[str, Any]]:
-    """What each way of sampling costs beyond the way named ``"plain"``, one image at a time.
-
-    All ways take their turn at each image, in another order each time, so that other load on the machine affects all alike.
-
-    Returns:
-        By way ``time_ratio``, the median ratio to plain, and ``time_ratio_95``, its bootstrap interval over the images;
-        ``extra_calls``, means an image; ``extra_memory``, of the first image, in bytes.
-    """
-    names = list(ways)
-    for way in ways.values():
-        way([images[0]])
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    calls: dict[str, list[Calls]] = {name: [] for name in names}
-    for turn, shot in enumerate(images):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            with counted(pipe) as count:
-                start = time.perf_counter()
-                ways[name]([shot])
-                seconds[name].append(time.perf_counter() - start)
-            calls[name].append(count)
-    memory = {name: peak_memory(lambda way=way: way([images[0]])) for name, way in ways.items()}
-    rng = np.random.default_rng(0)
-    result: dict[str, dict[str, Any]] = {}
-    for name in names:
-        ratios = np.array(seconds[name]) / np.array(seconds["plain"])
-        drawn = np.median(ratios[rng.integers(len(ratios), size=(400, len(ratios)))], axis=1)
-        result[name] = {
-            "time_ratio": float(np.median(ratios)),
-            "time_ratio_95": np.quantile(drawn, [0.025, 0.975]).tolist(),
-            "extra_calls": {
-                kind: statistics.fmean(getattr(c, kind) for c in calls[name])
-                - statistics.fmean(getattr(c, kind) for c in calls["plain"])
-                for kind in ("forward", "jvp", "backward")
-            },
-            "extra_memory": memory[name] - memory["plain"],
-        }
-    result["plain"]["seconds"] = statistics.median(seconds["plain"])
-    result["plain"]["memory"] = memory["plain"]
-    return result
-
-
-def describe(cost: dict[str, Any]) -> list[str]:
-    """The cells of a table: extra calls, time, extra memory."""
-    named = {"forward": "", "jvp": " JVP", "backward": " backward"}
-    calls = [f"{count:.4g}{named[kind]}" for kind, count in cost["extra_calls"].items() if count]
-    low, high = cost["time_ratio_95"]
-    memory = max(0, cost["extra_memory"]) / 2**20
-    return [", ".join(calls) or "0", f"{cost['time_ratio']:.3f} ({low:.3f}-{high:.3f})", f"{memory:.1f} MiB"]
-
-
-def print_counts(groups: dict[str, dict[str, Any]]) -> None:
-    """How many images and prompts the figures rest on."""
-    print(", ".join(f"{group}: {row['images']} images of {row['prompts']} prompts" for group, row in groups.items()))
-
-
-def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table in Markdown."""
-    for row in (head, ["---"] * len(head), *rows):
-        print("| " + " | ".join(row) + " |")
-
-
-def interval(values: dict[str, Any], name: str, digits: int = 3) -> str:
-    """A figure of ``memorization_guard.statistics`` with its interval, as text."""
-    low, high = values[f"{name}_95"]
-    return f"{values[name]:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"

@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from peers import interval, print_table
 from samplers import SAMPLERS, texts_of
+from shots import interval, print_table
 from tqdm import tqdm
 
 from memorization_guard import Mode, StabilityProfile, Thresholds, Trace

@@ -20,9 +20,11 @@ from memorization_guard.evaluation.signals import SIGNALS
 from memorization_guard.lab.evaluate import FIRST_SEED
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-peers, detection, mitigation, verdict = map(importlib.import_module, ("peers", "detection", "mitigation", "verdict"))
+peers, shots, countermeasures, detection, mitigation, verdict = map(
+    importlib.import_module, ("peers", "shots", "countermeasures", "detection", "mitigation", "verdict")
+)
 
-SHOTS = [peers.Shot("exact", "a red cat on a mat", 3), peers.Shot("ordinary", "a blue dog in the sun", 4)]
+SHOTS = [shots.Shot("exact", "a red cat on a mat", 3), shots.Shot("ordinary", "a blue dog in the sun", 4)]
 STEPS = 4
 
 
@@ -30,8 +32,8 @@ STEPS = 4
 def start(tiny_pipe):
     """Pipeline, latents, timestep and embeddings of the first step of two images."""
     with torch.no_grad():
-        uncond, cond = peers.embeddings(tiny_pipe, SHOTS)
-    return tiny_pipe, peers.starting_latents(tiny_pipe, SHOTS), 981, uncond, cond
+        uncond, cond = shots.embeddings(tiny_pipe, SHOTS)
+    return tiny_pipe, shots.starting_latents(tiny_pipe, SHOTS), 981, uncond, cond
 
 
 @pytest.fixture
@@ -67,8 +69,8 @@ def tiny_flow(tokenizer):
 
 def sampled_latents(pipe, part=SHOTS):
     texts = [shot.prompt for shot in part]
-    noise = peers.starting_latents(pipe, part)
-    return pipe(texts, latents=noise, num_inference_steps=STEPS, guidance_scale=peers.GUIDANCE, output_type="latent").images
+    noise = shots.starting_latents(pipe, part)
+    return pipe(texts, latents=noise, num_inference_steps=STEPS, guidance_scale=shots.GUIDANCE, output_type="latent").images
 
 
 def delta(pipe, x, t, uncond, cond):
@@ -143,7 +145,7 @@ def test_attention_is_that_of_the_pass_with_the_prompt(tiny_pipe):
     given = []
     hook = layer.register_forward_pre_hook(lambda _, args, kwargs: given.append((args[0], kwargs)), with_kwargs=True)
     with peers.watched(tiny_pipe, SHOTS) as run:
-        peers.latents_of(tiny_pipe, SHOTS, num_inference_steps=STEPS, guidance_scale=peers.GUIDANCE)
+        shots.latents_of(tiny_pipe, SHOTS, num_inference_steps=STEPS, guidance_scale=shots.GUIDANCE)
     hook.remove()
     places, text = given[0][0][2:], given[0][1]["encoder_hidden_states"][2:]
     query, key = (part.unflatten(2, (layer.heads, -1)) for part in (layer.to_q(places), layer.to_k(text)))
@@ -185,7 +187,7 @@ def test_an_optimised_prompt_has_a_smaller_norm_and_leaves_the_weights_alone(sta
     # Between both, so that one image is optimised and the other is not.
     high, low = int(before.argmax()), int(before.argmin())
     target = float(before.mean())
-    found = peers.optimised_prompt(*start, target=target, iterations=3, lr=0.02)
+    found = countermeasures.optimised_prompt(*start, target=target, iterations=3, lr=0.02)
     with torch.no_grad():
         after = delta(pipe, x, t, uncond, found).flatten(1).norm(dim=1)
     assert after[high] < before[high]
@@ -194,18 +196,20 @@ def test_an_optimised_prompt_has_a_smaller_norm_and_leaves_the_weights_alone(sta
     torch.testing.assert_close(found[high, 0], cond[high, 0], rtol=1e-3, atol=0)
     assert (found[high, 1:] - cond[high, 1:]).abs().max() > 0.01
     assert all(weight.grad is None for weight in pipe.unet.parameters())
-    alone = peers.optimised_prompt(pipe, x[[high]], t, uncond[[high]], cond[[high]], target=target, iterations=3, lr=0.02)
+    alone = countermeasures.optimised_prompt(
+        pipe, x[[high]], t, uncond[[high]], cond[[high]], target=target, iterations=3, lr=0.02
+    )
     torch.testing.assert_close(found[[high]], alone)
 
 
 def test_sail_lowers_its_loss_and_leaves_latents_that_are_low_enough(start):
     pipe, x, t, uncond, cond = start
     with torch.no_grad():
-        before = peers.sail_loss(*start, 0.05)
+        before = countermeasures.sail_loss(*start, 0.05)
     high, low = int(before.argmax()), int(before.argmin())
-    found = peers.sail(*start, threshold=float(before.mean()), weight=0.05, steps=3)
+    found = countermeasures.sail(*start, threshold=float(before.mean()), weight=0.05, steps=3)
     with torch.no_grad():
-        after = peers.sail_loss(pipe, found, t, uncond, cond, 0.05)
+        after = countermeasures.sail_loss(pipe, found, t, uncond, cond, 0.05)
     assert after[high] < before[high]
     torch.testing.assert_close(found[low], x[low], rtol=0, atol=0)
     assert all(weight.grad is None for weight in pipe.unet.parameters())
@@ -213,38 +217,63 @@ def test_sail_lowers_its_loss_and_leaves_latents_that_are_low_enough(start):
 
 def test_guidance_switched_on_from_the_start_is_the_ordinary_path(tiny_pipe):
     plain = sampled_latents(tiny_pipe)
-    for rule in (peers.static_transition(until=1000), peers.dynamic_transition(before=peers.GUIDANCE)):
-        with peers.guided_by(tiny_pipe, rule):
+    for rule in (countermeasures.static_transition(until=1000), countermeasures.dynamic_transition(before=shots.GUIDANCE)):
+        with countermeasures.guided_by(tiny_pipe, rule):
             torch.testing.assert_close(sampled_latents(tiny_pipe), plain, rtol=0, atol=0)
     assert not tiny_pipe.unet._forward_hooks
 
 
 def test_guidance_that_never_comes_is_the_path_without_a_prompt(tiny_pipe):
-    with peers.guided_by(tiny_pipe, peers.static_transition(until=-1)):
+    with countermeasures.guided_by(tiny_pipe, countermeasures.static_transition(until=-1)):
         without = sampled_latents(tiny_pipe)
-    empty = sampled_latents(tiny_pipe, [peers.Shot(shot.group, "", shot.seed) for shot in SHOTS])
+    empty = sampled_latents(tiny_pipe, [shots.Shot(shot.group, "", shot.seed) for shot in SHOTS])
     torch.testing.assert_close(without, empty, rtol=0, atol=1e-4)
     assert (without - sampled_latents(tiny_pipe)).abs().max() > 1e-2
 
 
 def test_dynamic_guidance_waits_for_a_local_minimum_and_takes_a_repeated_timestep_once():
-    rule = peers.dynamic_transition()
+    rule = countermeasures.dynamic_transition()
     # The second image never falls. At 961 the first look would make a minimum of the first image, the second does not.
     series = [(981, 3.0, 1.0), (961, 2.0, 1.0), (961, 2.5, 1.0), (941, 2.2, 2.0), (921, 2.3, 3.0), (901, 1.0, 4.0)]
     scales = [rule(t, torch.tensor([first, second])).tolist() for t, first, second in series]
     assert scales == [[1.0, 1.0]] * 4 + [[7.5, 1.0]] * 2
 
 
+def test_masked_attention_is_that_of_the_public_code(tiny_pipe):
+    """No weight on the padding, and the begin token's logits 1.25 times as large in the pass with the prompt; and afterwards
+    the network's own attention again."""
+    layer = next(module for name, module in tiny_pipe.unet.named_modules() if name.endswith("attn2"))
+    places, text = torch.randn(4, 6, layer.to_q.in_features), torch.randn(4, 12, layer.to_k.in_features)
+    own = layer(places, encoder_hidden_states=text)
+    lengths = [len(tiny_pipe.tokenizer(shot.prompt).input_ids) for shot in SHOTS]
+    assert max(lengths) < 12
+    with countermeasures.attention_masked(tiny_pipe, SHOTS):
+        found = layer(places, encoder_hidden_states=text)
+    expected = []
+    for row, (x, tokens) in enumerate(zip(places, text, strict=True)):
+        query, key, value = (
+            part.unflatten(-1, (layer.heads, -1)) for part in (layer.to_q(x), layer.to_k(tokens), layer.to_v(tokens))
+        )
+        logits = torch.einsum("qhd,khd->hqk", query, key) * layer.scale
+        logits[:, :, lengths[row % 2] :] = -torch.inf
+        if row >= 2:
+            logits[:, :, 0] *= 1.25
+        expected.append(layer.to_out[0](torch.einsum("hqk,khd->qhd", logits.softmax(-1), value).flatten(1)))
+    torch.testing.assert_close(found, torch.stack(expected))
+    torch.testing.assert_close(layer(places, encoder_hidden_states=text), own)
+    assert not torch.allclose(found, own)
+
+
 def test_watching_sees_the_norms_that_the_trace_has(tiny_pipe):
     with guard(tiny_pipe) as run, peers.watched(tiny_pipe, SHOTS) as seen:
-        peers.sample(tiny_pipe, SHOTS, STEPS)
+        shots.sample(tiny_pipe, SHOTS, STEPS)
     norms = torch.stack([evaluation.norm for evaluation in seen.steps])
     assert norms.shape == (STEPS, 2)
     # PNDM evaluates its second timestep twice, and the second evaluation counts.
     np.testing.assert_allclose(norms.T, [np.delete(trace.guidance_norm, 1) for trace in run.traces], rtol=1e-3)
     np.testing.assert_allclose(seen.mean_norm(2), norms[:2].mean(0))
     first = seen.steps[0]
-    torch.testing.assert_close(first.x, peers.starting_latents(tiny_pipe, SHOTS))
+    torch.testing.assert_close(first.x, shots.starting_latents(tiny_pipe, SHOTS))
     # Asked once more, the network says the same.
     with torch.no_grad():
         torch.testing.assert_close(seen.predicting(first.t)(first.x), (first.eps_u, first.eps_c))
@@ -254,49 +283,49 @@ def test_latents_are_those_that_the_seeds_give_in_a_pipeline(tiny_pipe):
     generators = [torch.Generator().manual_seed(shot.seed) for shot in SHOTS]
     prompts = [shot.prompt for shot in SHOTS]
     images = tiny_pipe(prompts, generator=generators, num_inference_steps=STEPS, guidance_scale=7.5, output_type="np").images
-    np.testing.assert_array_equal(peers.sample(tiny_pipe, SHOTS, STEPS), (images * 255).round().astype(np.uint8))
+    np.testing.assert_array_equal(shots.sample(tiny_pipe, SHOTS, STEPS), (images * 255).round().astype(np.uint8))
 
 
 def test_fewer_images_are_still_of_all_prompts_with_the_seeds_of_the_figures():
-    every = peers.shots(lab.BUNDLED, "tuning", ["exact", "template"])
+    every = shots.shots(lab.BUNDLED, "tuning", ["exact", "template"])
     assert len(every) == 10 * 8 + 6 * 12
     assert len({(shot.prompt, shot.seed) for shot in every}) == len({shot.seed for shot in every}) == len(every)
-    few = peers.shots(lab.BUNDLED, "tuning", ["exact", "template"], 12)
+    few = shots.shots(lab.BUNDLED, "tuning", ["exact", "template"], 12)
     assert {shot.prompt for shot in few} == {shot.prompt for shot in every}
     assert set(few) < set(every)
     # Seeds are counted up over the prompts, each repeated.
     prompt = lab.prompts("exact", "tuning")[2]
     seeds = {shot.seed for shot in every if shot.prompt == prompt}
-    assert seeds == {FIRST_SEED["tuning"] + 2 * peers.IMAGES["exact"] + i for i in range(8)}
+    assert seeds == {FIRST_SEED["tuning"] + 2 * shots.IMAGES["exact"] + i for i in range(8)}
 
 
 def test_costs_count_what_was_called(start):
     pipe, x, t, uncond, cond = start
 
     def with_sharpness(part):
-        peers.sample(pipe, part, STEPS)
+        shots.sample(pipe, part, STEPS)
         peers.sharpness(lambda latent: peers.noise_predictions(pipe, latent, t, uncond, cond), x, x, 1.0)
 
     def with_prompt(part):
-        embedding = peers.optimised_prompt(*start, target=0.0, iterations=2)
+        embedding = countermeasures.optimised_prompt(*start, target=0.0, iterations=2)
         kept = torch.empty(1 << 20)
-        peers.sample(pipe, part, STEPS)
+        shots.sample(pipe, part, STEPS)
         return embedding, kept
 
-    ways = {"plain": lambda part: peers.sample(pipe, part, STEPS), "sharpness": with_sharpness, "prompt": with_prompt}
-    costs = peers.costs(pipe, ways, SHOTS)
+    ways = {"plain": lambda part: shots.sample(pipe, part, STEPS), "sharpness": with_sharpness, "prompt": with_prompt}
+    costs = shots.costs(pipe, ways, SHOTS)
     assert costs["plain"]["extra_calls"] == {"forward": 0, "jvp": 0, "backward": 0}
     assert costs["sharpness"]["extra_calls"] == {"forward": 0, "jvp": 1, "backward": 0}
     assert costs["prompt"]["extra_calls"] == {"forward": 2, "jvp": 0, "backward": 2}
     assert costs["plain"]["time_ratio"] == 1
     assert 4 << 20 <= costs["prompt"]["extra_memory"] < 8 << 20
-    with peers.counted(pipe) as calls:
-        peers.sample(pipe, SHOTS, STEPS)
+    with shots.counted(pipe) as calls:
+        shots.sample(pipe, SHOTS, STEPS)
     assert calls.forward == STEPS + 1  # PNDM looks twice at its second timestep
 
 
 def scores_of(pipe, batch, names=tuple(detection.PEERS)):
-    how = {"num_inference_steps": STEPS, "guidance_scale": peers.GUIDANCE}
+    how = {"num_inference_steps": STEPS, "guidance_scale": shots.GUIDANCE}
     return detection.peer_scores(pipe, SHOTS, how, batch, names)
 
 
@@ -321,7 +350,7 @@ def test_scores_of_a_rectified_flow_are_those_of_its_velocity(tiny_flow):
     scores = scores_of(tiny_flow, 2, names)
     assert all(np.isfinite(scored.values).all() and (scored.values != 0).all() for scored in scores.values())
     with peers.watched(tiny_flow, SHOTS) as run:
-        peers.latents_of(tiny_flow, SHOTS, num_inference_steps=STEPS, guidance_scale=peers.GUIDANCE)
+        shots.latents_of(tiny_flow, SHOTS, num_inference_steps=STEPS, guidance_scale=shots.GUIDANCE)
     first = run.steps[0]
     assert (first.t, first.attention, peers.level_at(tiny_flow.scheduler, first.t).noise) == (1000, {}, 1)
     # x = (1 - t) x0 + t eps and v = eps - x0, so that eps = x + (1 - t) v.
@@ -332,10 +361,10 @@ def test_scores_of_a_rectified_flow_are_those_of_its_velocity(tiny_flow):
 
 
 def test_the_verdict_is_of_the_first_step_and_asks_where_it_is_suspicious(tiny_pipe):
-    how = {"num_inference_steps": STEPS, "guidance_scale": peers.GUIDANCE}
+    how = {"num_inference_steps": STEPS, "guidance_scale": shots.GUIDANCE}
     profile = calibrate(tiny_pipe, [f"a cat {number}" for number in range(9)], progress=False, **how)
     texts = [*(f"a cat {number}" for number in range(6)), "a dog in the sun"]
-    images = [peers.Shot("ordinary", text, 100 + number) for number, text in enumerate(texts)]
+    images = [shots.Shot("ordinary", text, 100 + number) for number, text in enumerate(texts)]
     found = detection.verdicts(tiny_pipe, profile, images, how)
     for value, calls in zip(found.values, found.calls, strict=True):
         assert calls.forward in (0, 3)  # a noise, its negative, and the run's own latent once more
@@ -345,8 +374,8 @@ def test_the_verdict_is_of_the_first_step_and_asks_where_it_is_suspicious(tiny_p
 
 def test_figures_are_of_each_group_against_the_ordinary_images():
     scores = {
-        "first": detection.Scored(np.array([1.0, 0.0]), [peers.Calls(), peers.Calls()]),
-        "second": detection.Scored(np.array([0.0, 1.0]), [peers.Calls(forward=3), peers.Calls()]),
+        "first": detection.Scored(np.array([1.0, 0.0]), [shots.Calls(), shots.Calls()]),
+        "second": detection.Scored(np.array([0.0, 1.0]), [shots.Calls(forward=3), shots.Calls()]),
     }
     found = detection.figures(scores, SHOTS)
     rows = found["exact"]["scores"]
