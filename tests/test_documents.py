@@ -79,7 +79,7 @@ def words_rows(docs):
     for title, found in measured(docs, "words").items():
         for group, row in found["groups"].items():
             for way in ("unguarded", "steered", "kept"):
-                if way in row:
+                if row.get(way):  # the classifier of attributes knows the bundled world alone
                     copies, seen = row[way].get("copies"), row[way].get("attributes_seen")
                     cells = [title, group, way, copies and count_with_interval(copies), seen and with_interval(seen)]
                     yield "".join(f"| {cell} " if cell else "| " for cell in cells) + "|"
