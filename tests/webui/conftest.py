@@ -1,10 +1,11 @@
 """The real hosts for the tests in this folder: one server each, asked over its API.
 
     A1111_PATH=/path/to/stable-diffusion-webui A1111_PYTHON=/path/to/its/python \\
-    FORGE_PATH=/path/to/forge FORGE_PYTHON=/path/to/its/python pytest tests/webui
+    FORGE_PATH=/path/to/forge FORGE_PYTHON=/path/to/its/python \\
+    REFORGE_PATH=/path/to/reForge REFORGE_PYTHON=/path/to/its/python pytest tests/webui
 
-Without the path of a host its tests are skipped. The WebUI samples the lab model, which has memorized some images; Forge,
-which tells models by their layout, one of random weights. ``docs/development.md`` says what a host needs without a GPU.
+Without the path of a host its tests are skipped. The WebUI samples the lab model, which has memorized some images; Forge and
+reForge, which tell models by their layout, one of random weights, which is made with Forge's classes for both. ``docs/development.md`` says what a host needs without a GPU.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ START_TIMEOUT = 240.0
 HOSTS = {
     "webui": ("A1111_PATH", "A1111_PYTHON", ["--use-cpu", "all", "--no-half", "--no-half-vae"]),
     "forge": ("FORGE_PATH", "FORGE_PYTHON", ["--always-cpu", "--all-in-fp32", "--attention-pytorch"]),
+    "reforge": ("REFORGE_PATH", "REFORGE_PYTHON", ["--always-cpu", "--all-in-fp32", "--attention-pytorch"]),
 }
 ARGUMENTS = [
     "--skip-prepare-environment", "--skip-torch-cuda-test", "--skip-python-version-check", "--skip-version-check",
@@ -144,10 +146,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if HERE in item.path.parents:
             # By its parameters: the name of a test that gives each of them an id does not have the host's.
             parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
-            kind = "forge" if "forge" in parameters else "webui"
+            kind = next((kind for kind in HOSTS if kind in parameters), "webui")
             item.add_marker(pytest.mark.xdist_group(f"host-{kind}"))
-            if not os.environ.get(HOSTS[kind][0]):
-                item.add_marker(pytest.mark.skip(reason=f"{HOSTS[kind][0]} is not set: no host to run in"))
+            for name in (HOSTS[kind][0], *(["FORGE_PATH"] if kind == "reforge" else [])):
+                if not os.environ.get(name):
+                    item.add_marker(pytest.mark.skip(reason=f"{name} is not set: no host to run in"))
 
 
 def lab_module() -> ModuleType:
@@ -178,8 +181,9 @@ def start(kind: str, folder: Path, *arguments: str, extensions: dict[str, Path] 
         usual = {"width": 128, "height": 128, "steps": 10, "cfg_scale": 7.5}
     else:
         file = checkpoints / "random-sd15.safetensors"
+        forge = os.environ.get(HOSTS["forge"][1], sys.executable)
         subprocess.run(
-            [python, str(HERE / "random_checkpoint.py"), str(file)], env=environment, check=True, capture_output=True
+            [forge, str(HERE / "random_checkpoint.py"), str(file)], env=environment, check=True, capture_output=True
         )
         usual = {"width": 64, "height": 64, "steps": 6, "cfg_scale": 5, "hr_additional_modules": ["Use same choices"]}
     settings = {"auto_launch_browser": "Disable", "CLIP_stop_at_last_layers": 1, "samples_save": False, "grid_save": False}

@@ -21,7 +21,7 @@ LIVE = "/memorization-guard/live"
 PANEL = "#{}_gallery_container + div section"
 STEPS = 100  # so that there is something to see in between
 REFERENCES = lab.prompts("reference")[:12]
-LONG = {"webui": {"steps": 150, "width": 384, "height": 384}, "forge": {"steps": 150}}
+LONG = {"webui": {"steps": 150, "width": 384, "height": 384}, "forge": {"steps": 150}, "reforge": {"steps": 150}}
 
 
 @pytest.fixture(scope="module")
