@@ -4,8 +4,9 @@
     FORGE_PATH=/path/to/forge FORGE_PYTHON=/path/to/its/python \\
     REFORGE_PATH=/path/to/reForge REFORGE_PYTHON=/path/to/its/python pytest tests/webui
 
-Without the path of a host its tests are skipped. The WebUI samples the lab model, which has memorized some images; Forge and
-reForge, which tell models by their layout, one of random weights, which is made with Forge's classes for both. ``docs/development.md`` says what a host needs without a GPU.
+Without the path of a host its tests are skipped. The WebUI samples the lab model, which has memorized some images. Forge and
+reForge tell models by their layout; they sample a model of random weights, which is made with Forge's classes for both.
+``docs/development.md`` says what a host needs without a GPU.
 """
 
 from __future__ import annotations
