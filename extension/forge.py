@@ -28,7 +28,7 @@ from .timesteps import changed
 def judged_in_patcher(denoiser: Any, monitor: StabilityMonitor, predicted: Predicted) -> Iterator[None]:
     texts = Texts(denoiser)
     # Functions, since a patcher that is cloned copies its options deeply, but not those: all clones have the same one.
-    forge, reforge = _last_before_guidance(monitor, predicted, texts), _first_after_network(monitor, predicted)
+    forge, reforge = (place(monitor, predicted, texts) for place in (_last_before_guidance, _first_after_network))
 
     def before(params: Any) -> None:
         if params.denoiser is denoiser:
@@ -58,6 +58,11 @@ def _last_before_guidance(monitor: StabilityMonitor, predicted: Predicted, texts
         def guide(args: dict[str, Any]) -> Any:
             prompted, without = args["cond_denoised"], args["uncond_denoised"]
 
+            def conditions(rows: Rows) -> Any:
+                from backend.sampling.condition import compile_conditions
+
+                return compile_conditions(rows)
+
             def network(cond: Any, uncond: Any, x: Tensor, timestep: Tensor) -> Sequence[Tensor]:
                 from backend.sampling.sampling_function import calc_cond_uncond_batch
 
@@ -68,8 +73,8 @@ def _last_before_guidance(monitor: StabilityMonitor, predicted: Predicted, texts
                 def evaluate(x: Tensor, timestep: Tensor, *, alone: bool) -> Sequence[Tensor]:
                     return network(cond, None if alone else uncond, x, timestep)
 
-                in_noise = functools.partial(_at_highest, model, monitor)
-                prompts = _forge_prompts(texts, network, cond, uncond, x, timestep, in_noise) if weight == 1 else None
+                given = conditions, network, cond, uncond, x, timestep, functools.partial(_at_highest, model, monitor)
+                prompts = _other_prompts(texts, *given) if weight == 1 else None
                 alone = None if uncond is None else without
                 _judge(monitor, predicted, args, prompted, alone, weight, evaluate, prompts)
             if chosen is not None:
@@ -82,8 +87,9 @@ def _last_before_guidance(monitor: StabilityMonitor, predicted: Predicted, texts
     return before_network
 
 
-def _forge_prompts(
+def _other_prompts(
     texts: Texts,
+    conditions: Callable[[Rows], list[dict[str, Any]]],
     network: Callable[[Any, Any, Tensor, Tensor], Sequence[Tensor]],
     cond: Any,
     uncond: Any,
@@ -91,9 +97,10 @@ def _forge_prompts(
     timestep: Tensor,
     in_noise: Callable[[Tensor], tuple[Tensor, float]],
 ) -> OtherPrompts | None:
-    """Other prompts in the place of those that Forge's network is given; ``None`` where AND joins several.
+    """Other prompts in the place of those that the network is given; ``None`` where AND joins several.
 
     Args:
+        conditions: the host's form of a prompt's rows.
         network: gives the predictions with and without the prompt, from conditions, latent and noise level.
     """
     if len(cond) != 1:
@@ -102,9 +109,7 @@ def _forge_prompts(
 
     def with_rows(rows: Rows, images: list[int]) -> list[dict[str, Any]]:
         """The condition for these images, with other rows."""
-        from backend.sampling.condition import compile_conditions
-
-        (other,) = compile_conditions(rows)
+        (other,) = conditions(rows)
         kept = {
             name: type(part)(part.cond[images]) if isinstance(part.cond, Tensor) and len(part.cond) == len(x) else part
             for name, part in present["model_conds"].items()
@@ -141,21 +146,33 @@ class _Guided:
         return self._denoised
 
 
-def _first_after_network(monitor: StabilityMonitor, predicted: Predicted) -> Callable[..., Any]:
+def _first_after_network(monitor: StabilityMonitor, predicted: Predicted, texts: Texts) -> Callable[..., Any]:
     """reForge's pre-CFG functions, as ComfyUI's, are called with the predictions."""
 
     def after_network(args: dict[str, Any]) -> Any:
         prompted, without = args["conds_out"][:2]
         cond, uncond = args["conds"][:2]
 
-        def evaluate(x: Tensor, timestep: Tensor, *, alone: bool) -> Sequence[Tensor]:
+        weight = _weight(cond)
+
+        def conditions(rows: Rows) -> Any:
+            from modules_forge.forge_sampler import cond_from_a1111_to_patched_ldm
+
+            return cond_from_a1111_to_patched_ldm(rows)
+
+        def network(cond: Any, uncond: Any, x: Tensor, timestep: Tensor) -> Sequence[Tensor]:
             from ldm_patched.modules.samplers import calc_cond_uncond_batch
 
-            other = None if alone else uncond
-            return calc_cond_uncond_batch(args["model"], cond, other, x, timestep, args["model_options"])
+            return calc_cond_uncond_batch(args["model"], cond, uncond, x, timestep, args["model_options"])
+
+        def evaluate(x: Tensor, timestep: Tensor, *, alone: bool) -> Sequence[Tensor]:
+            return network(cond, None if alone else uncond, x, timestep)
 
         with told(monitor):
-            _judge(monitor, predicted, args, prompted, None if uncond is None else without, _weight(cond), evaluate)
+            given = args["input"], args["sigma"], lambda noise: _at_highest(args["model"], monitor, noise)
+            prompts = _other_prompts(texts, conditions, network, cond, uncond, *given) if weight == 1 else None
+            alone = None if uncond is None else without
+            _judge(monitor, predicted, args, prompted, alone, weight, evaluate, prompts)
         return args["conds_out"]
 
     return after_network

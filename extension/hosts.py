@@ -58,30 +58,43 @@ def text_encoders(sd_model: Any, shape: Sequence[int]) -> Iterator[None]:
     Args:
         shape: of the latents that are sampled.
     """
-    if not HAS_UNET_PATCHER:
-        from modules.sd_hijack import model_hijack
+    unet = sd_model.forge_objects.unet if HAS_UNET_PATCHER else None
+    with _notes_kept(unet), contextlib.nullcontext() if unet is None else _networks_kept(unet, shape):
+        yield
 
-        noted = list(model_hijack.comments), dict(model_hijack.extra_generation_params)
+
+@contextlib.contextmanager
+def _notes_kept(unet: Any) -> Iterator[None]:
+    if unet is not None and is_forge(unet):
+        from backend.text_processing import classic_engine
+
+        noted, classic_engine.last_extra_generation_params = classic_engine.last_extra_generation_params, {}
         try:
             yield
         finally:
-            model_hijack.comments, model_hijack.extra_generation_params = noted
+            classic_engine.last_extra_generation_params = noted
         return
-    from backend import memory_management
-    from backend.text_processing import classic_engine
+    from modules.sd_hijack import model_hijack
 
-    unet = sd_model.forge_objects.unet
-    needed = unet.model_options.get("memory_peak_estimation_modifier", unet.memory_required)
-    loaded, notes = (
-        [each.model for each in memory_management.current_loaded_models],
-        classic_engine.last_extra_generation_params,
-    )
-    classic_engine.last_extra_generation_params = {}
+    notes = list(model_hijack.comments), dict(model_hijack.extra_generation_params)
     try:
         yield
     finally:
-        classic_engine.last_extra_generation_params = notes
-        memory_management.load_models_gpu(loaded, memory_required=needed([2 * shape[0], *shape[1:]]))
+        model_hijack.comments, model_hijack.extra_generation_params = notes
+
+
+@contextlib.contextmanager
+def _networks_kept(unet: Any, shape: Sequence[int]) -> Iterator[None]:
+    if is_forge(unet):
+        from backend import memory_management as memory
+    else:
+        from ldm_patched.modules import model_management as memory
+    needed = unet.model_options.get("memory_peak_estimation_modifier", unet.memory_required)
+    loaded = [each.model for each in memory.current_loaded_models]
+    try:
+        yield
+    finally:
+        memory.load_models_gpu(loaded, memory_required=needed([2 * shape[0], *shape[1:]]))
 
 
 def weights(sd_model: Any) -> dict[str, torch.Tensor]:

@@ -556,7 +556,7 @@ def test_reforge_the_network_is_asked_with_the_prompts_and_options_of_the_run(fo
     monitor, network = Monitor(), model("reforge")
     conds = [[{"strength": weight}], [{}] if guided else None]
     args = {"conds": conds, "conds_out": [latents(2, 1), latents(2, 2)], "input": X, "sigma": SIGMA, "cond_scale": CFG}
-    after_network = beside(predictions, "forge")._first_after_network(monitor, monitor.predicted)
+    after_network = beside(predictions, "forge")._first_after_network(monitor, monitor.predicted, predictions.Texts(None))
     after_network({**args, "model": network, "model_options": OPTIONS})
     assert monitor.errors == []
     asked_in(monitor, weight, guided)

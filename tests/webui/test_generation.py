@@ -735,9 +735,9 @@ def test_the_refiner_goes_on_without_the_words(webui):
     assert close(answer, webui.make(**settings | {"prompt": answer.trace.words.text}))
 
 
-@pytest.mark.parametrize("host", ["forge"], indirect=True)
+@pytest.mark.parametrize("host", ["forge", "reforge"], indirect=True)
 @pytest.mark.parametrize("sampler", ["Euler", "DDIM"])
-def test_forge_goes_on_without_words_and_the_other_image_keeps_every_bit(host, profile, sampler):
+def test_a_fork_goes_on_without_words_and_the_other_image_keeps_every_bit(host, profile, sampler):
     # Of a model of random weights, which words these are says nothing; that an image is that of the other prompt does.
     guard = "mitigate", profile, *host.constants(Thresholds(false_positive_rate=0.3))
     settings = {"sampler_name": sampler, "seed": 3}
@@ -840,8 +840,8 @@ def test_a_second_pass_has_the_verdict_of_the_first(webui, lab_profile, sampler)
     ids=lambda value: value if isinstance(value, str) else " ".join(value) or "none",
 )
 def test_asking_the_network_disturbs_nothing(host, profile, options, sampler):
-    if host.kind == "forge" and "hypertile_enable_unet" in options:
-        pytest.skip("Forge has no such option")
+    if host.kind != "webui" and "hypertile_enable_unet" in options:
+        pytest.skip("the forks have no such option")
     settings = {"init_images": init_images(host), "denoising_strength": 0.5, "batch_size": 2, "sampler_name": sampler}
     with host.options(**options):
         for prompt in ("word " * 90, "a fox AND a red disc :0.5 AND a blue cross :-0.2"):
