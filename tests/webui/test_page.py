@@ -21,6 +21,7 @@ LIVE = "/memorization-guard/live"
 PANEL = "#{}_gallery_container + div section"
 STEPS = 100  # so that there is something to see in between
 REFERENCES = lab.prompts("reference")[:12]
+ENABLED = "#memorization_guard_{}_accordion_enabled-visible-checkbox:checked"
 LONG = {"webui": {"steps": 150, "width": 384, "height": 384}, "forge": {"steps": 150}, "reforge": {"steps": 150}}
 
 
@@ -228,8 +229,7 @@ def test_an_image_that_is_sent_takes_the_guard_along(page, host, where):
     text = page.page.locator("#html_info_txt2img").first.inner_text()
     assert "Memorization Guard: mitigate" in text
     page.page.click(f"#txt2img_send_to_{where}")
-    page.page.wait_for_timeout(2000)
-    assert page.page.is_checked("#memorization_guard_img2img_accordion_enabled-visible-checkbox")
+    page.page.wait_for_selector(ENABLED.format("img2img"), state="attached")
     assert page.control("mode", "img2img").locator("input:checked").get_attribute("value") == "mitigate"
     assert page.control("profile", "img2img").locator("input").input_value() == "sent & used"
     # So does an infotext, in place of what is set.
@@ -237,8 +237,7 @@ def test_an_image_that_is_sent_takes_the_guard_along(page, host, where):
     page.page.uncheck("#memorization_guard_txt2img_accordion_enabled-visible-checkbox")
     page.page.fill("#txt2img_prompt textarea", text.replace("mitigate", "stop"))
     page.page.click("#paste")
-    page.page.wait_for_timeout(2000)
-    assert page.page.is_checked("#memorization_guard_txt2img_accordion_enabled-visible-checkbox")
+    page.page.wait_for_selector(ENABLED.format("txt2img"), state="attached")
     assert page.control("mode").locator("input:checked").get_attribute("value") == "stop"
     assert page.control("profile").locator("input").input_value() == "sent & used"
 
@@ -290,6 +289,7 @@ def test_two_pages_of_a_browser_draw_each_its_own(page, context, host):
     other.page.wait_for_timeout(1000)
     assert other.points() == 0  # it waits for the first one
     page.see_end()
+    other.see(39)
     other.see_end()
     assert (page.points(), other.points()) == (150, 40)
     assert page.is_quiet()
