@@ -24,9 +24,7 @@ myst_heading_anchors = 4
 
 # A name in a docstring that is nobody's is an error.
 nitpicky = True
-nitpick_ignore_regex = [
-    ("py:.*", r"(torch|numpy|np|npt|PIL|collections|typing|os|pathlib|optional|default|safetensors)(\..*)?")
-]
+nitpick_ignore_regex = [("py:.*", r"(torch|numpy|np|npt|PIL|collections|typing|os|pathlib|optional|default)(\..*)?")]
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 python_use_unqualified_type_names = True

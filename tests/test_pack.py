@@ -1,8 +1,11 @@
 """The repository as a ComfyUI pack: example workflows, help pages and registry metadata. Needs no ComfyUI."""
 
+import ast
+import inspect
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -141,6 +144,30 @@ def test_a_node_has_a_help_page_that_names_all_of_its_inputs(node_id):
     assert [name for name in inputs if f"`{name}`" not in page] == []
     if node_id != "MemorizationGuardLoadLabModel":
         assert inputs
+
+
+@pytest.mark.parametrize("newer", [False, True])
+def test_search_aliases_are_given_to_a_comfyui_that_has_them(newer):
+    class Schema:
+        if newer:
+
+            def __init__(self, node_id, search_aliases=None): ...
+
+        else:
+
+            def __init__(self, node_id): ...
+
+    source = ast.parse((REPOSITORY / "nodes" / "guard.py").read_text(encoding="utf-8"))
+    (function,) = (node for node in source.body if isinstance(node, ast.FunctionDef) and node.name == "also_found_as")
+    names = {"inspect": inspect, "io": SimpleNamespace(Schema=Schema)}
+    exec(compile(ast.Module([function], []), "guard.py", "exec"), names)
+    assert names["also_found_as"]("a", "b") == ({"search_aliases": ["a", "b"]} if newer else {})
+
+
+def test_nodes_are_found_by_what_people_search_for():
+    for node_id in ("MemorizationGuard", "MemorizationGuardExplainPrompt", "MemorizationGuardReport", "MemorizationGuardGate"):
+        (words,) = re.findall(r"\*\*also_found_as\((.*)\)", NODES[node_id])
+        assert {"duplicate", "plagiarism", "overfit", "copyright"} <= set(re.findall(r'"([\w ]+)"', words))
 
 
 def test_there_is_no_help_page_without_a_node():
