@@ -1,10 +1,15 @@
-"""The words of the ComfyUI nodes and settings in other languages; tests/comfyui/test_locales.py has the real nodes."""
+"""The words of the ComfyUI nodes and settings and of the WebUI in other languages; tests/comfyui has the real nodes."""
 
+import ast
+import configparser
 import json
 import re
 from pathlib import Path
 
 import pytest
+
+from memorization_guard.core.calibration import MIN_RUNS
+from memorization_guard.core.settings import HOST_CONSTANTS
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "locales"
@@ -73,3 +78,39 @@ def test_settings_are_those_of_the_page():
     ids = re.findall(r'^const \w+ = "(MemorizationGuard\.\w+)";$', page, re.MULTILINE)
     assert sorted(read("zh", "settings")) == sorted(name.replace(".", "_") for name in ids)
     assert list(read("zh", "main")["settingsCategories"]) == re.findall(r'GROUP = \["Memorization Guard", "(.+)"\]', page)
+
+
+# The WebUI
+
+
+WEBUI = sorted((ROOT / "localizations").glob("*.json"))
+
+
+def texts_of_the_webui():
+    """What its controls say, as the page has it."""
+    found = {field.metadata["about"] for field in HOST_CONSTANTS}
+    found |= {field.name.replace("_", " ").capitalize() for field in HOST_CONSTANTS}
+    for node in ast.walk(ast.parse((ROOT / "extension" / "controls.py").read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == "_ABOUT":
+            modes = [value.value for value in node.value.values]
+            found |= {f"{'; '.join(some)}." for some in (modes, modes[:3])}  # the dropdown's, and the accordion's
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.add(re.sub("<.*?>", "", node.value))
+        elif isinstance(node, ast.JoinedStr):
+            found.add("".join(part.value if isinstance(part, ast.Constant) else str(MIN_RUNS) for part in node.values))
+    return found
+
+
+def test_the_languages_of_the_webui_have_the_same_entries_and_translate_what_is_said():
+    assert [path.stem for path in WEBUI] == ["es_ES", "fr_FR", "ja_JP", "ko_KR", "ru_RU", "zh_CN"]
+    first, *others = (json.loads(path.read_text(encoding="utf-8")) for path in WEBUI)
+    said = texts_of_the_webui()
+    assert set(first) <= said
+    assert all(other.keys() == first.keys() for other in others)
+    assert all(text.strip() == text != "" for one in (first, *others) for text in one.values())
+
+
+def test_the_webui_knows_the_extension_by_the_projects_name():
+    metadata = configparser.ConfigParser()
+    metadata.read(ROOT / "metadata.ini", encoding="utf-8")
+    assert dict(metadata["Extension"]) == {"name": "memorization-guard"}

@@ -33,7 +33,7 @@ CORE = {
     "VAEDecode",
 }
 NOTES = {"MarkdownNote"}
-NAMES = {"quick_start", "mitigation_side_by_side", "calibrate_and_save", "report_and_gate", "sd15", "sdxl"}
+NAMES = {"quick_start", "side_by_side", "stability_profile", "report_and_gate", "sd15", "sdxl"}
 
 
 def test_the_workflows_are_all_there():
@@ -59,11 +59,36 @@ def test_a_workflow_names_only_our_nodes_and_comfyuis_own(workflow):
 
 
 def test_a_workflow_carries_nothing_of_the_machine_it_was_made_on(workflow):
+    for node in workflow["nodes"]:
+        for model in node["properties"].pop("models", ()):
+            # As in ComfyUI's own templates: the page offers it to somebody who lacks the file.
+            assert model["url"].startswith("https://huggingface.co/")
+            assert f"/{model['name']}" in model["url"]
+            assert model["name"] in node["widgets_values"]
+            assert model["directory"] == "checkpoints"
     text = json.dumps(workflow)
     assert not re.search(
         r"stability_(runs|state|quantity|explanation)|/tmp/|/work/|/home/|\\\\\\\\|https?://|127\.0\.0\.1", text
     )
     assert all(node["mode"] == 0 for node in workflow["nodes"])
+
+
+def test_nodes_say_which_pack_they_are_from(workflow):
+    for node in workflow["nodes"]:
+        if node["type"] not in NOTES:
+            pack = ("memorization-guard", __version__) if node["type"] in NODES else ("comfy-core", "0.3.64")
+            assert (node["properties"]["cnr_id"], node["properties"]["ver"]) == pack
+
+
+def test_quick_start_is_the_first_where_names_are_sorted():
+    assert min(NAMES) == "quick_start"
+
+
+def test_a_checkpoint_is_offered_where_one_is_needed():
+    for name in ("sd15", "sdxl"):
+        nodes = read(REPOSITORY / "example_workflows" / f"{name}.json")["nodes"]
+        (loader,) = (node for node in nodes if node["type"] == "CheckpointLoaderSimple")
+        assert len(loader["properties"]["models"]) == 1
 
 
 def test_links_lead_from_an_output_to_an_input(workflow):
@@ -115,7 +140,7 @@ def test_no_prompt_of_the_evaluation_split_is_used(workflow):
 def test_the_lab_is_calibrated_on_its_reference_prompts():
     calibrate = next(
         node
-        for node in read(REPOSITORY / "example_workflows/api/calibrate_and_save.json").values()
+        for node in read(REPOSITORY / "example_workflows/api/stability_profile.json").values()
         if node["class_type"] == "MemorizationGuardCalibrate"
     )["inputs"]
     assert calibrate["text"].splitlines() == lab.prompts("reference")
