@@ -80,6 +80,22 @@ def test_nodes_say_which_pack_they_are_from(workflow):
             assert (node["properties"]["cnr_id"], node["properties"]["ver"]) == pack
 
 
+def test_a_workflow_opens_with_its_note_in_sight_and_large_enough_to_be_read(workflow):
+    view = workflow["extra"]["ds"]
+    # Below 0.6 ComfyUI draws no text.
+    assert view["scale"] >= 0.7
+    (note,) = (node for node in workflow["nodes"] if node["type"] in NOTES)
+    (x, y), (width, height) = (
+        [view["scale"] * (a + b) for a, b in zip(note["pos"], view["offset"], strict=True)],
+        [view["scale"] * side for side in note["size"]],
+    )
+    # Between the host's bars, of a small window.
+    assert x >= 60
+    assert y >= 80
+    assert x + width <= 1200
+    assert y + height <= 700
+
+
 def test_quick_start_is_the_first_where_names_are_sorted():
     assert min(NAMES) == "quick_start"
 

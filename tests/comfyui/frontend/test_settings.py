@@ -57,6 +57,14 @@ def test_new_graphs_have_the_height_that_was_chosen(page, chosen):
     assert height == pytest.approx(430, abs=40)
 
 
+def test_advanced_inputs_are_folded_until_somebody_wants_them(page):
+    node = page.evaluate(NEW)
+    shown = """id => mg.node(id).widgets.filter((each) => each.options?.advanced && mg.node(id).isWidgetVisible(each)).length"""
+    assert page.evaluate(shown, node["id"]) == 0
+    page.evaluate("id => mg.node(id).toggleAdvanced()", node["id"])
+    assert page.evaluate(shown, node["id"]) == 4
+
+
 def test_the_settings_are_in_the_hosts_dialog(page):
     page.evaluate("() => app.extensionManager.command.execute('Comfy.ShowSettingsDialog')")
     dialog = page.locator(".p-dialog, [role=dialog]").last
