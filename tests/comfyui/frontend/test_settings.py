@@ -59,7 +59,10 @@ def test_new_graphs_have_the_height_that_was_chosen(page, chosen):
 
 def test_advanced_inputs_are_folded_until_somebody_wants_them(page):
     node = page.evaluate(NEW)
-    shown = """id => mg.node(id).widgets.filter((each) => each.options?.advanced && mg.node(id).isWidgetVisible(each)).length"""
+    shown = """id => {
+      const node = mg.node(id);
+      return node.widgets.filter((each) => each.options?.advanced && node.isWidgetVisible(each)).length;
+    }"""
     assert page.evaluate(shown, node["id"]) == 0
     page.evaluate("id => mg.node(id).toggleAdvanced()", node["id"])
     assert page.evaluate(shown, node["id"]) == 4
