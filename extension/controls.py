@@ -30,10 +30,10 @@ _ON = tuple(mode for mode in MODES if mode != "off")
 
 _ABOUT = {
     "trace": "trace: watch and judge; the image is bit-identical to one without the guard",
-    "mitigate": "mitigate: also replace the predictions of an image that is taken for a copy; needs a profile that fits",
-    "stop": "stop: end a run as soon as every image of its batch is taken for a copy, with a grey picture for each; needs a "
+    "mitigate": "mitigate: also correct images that count as memorized; needs a profile that fits",
+    "stop": "stop: end a run as soon as every image of its batch counts as memorized, and show grey pictures instead; needs a "
     "profile too",
-    COMPARE: "compare: every image twice from the same seed, without and with mitigation, side by side",
+    COMPARE: "compare: make every image twice from the same seed, without and with mitigation, side by side",
     CALIBRATE: "calibrate: make a stability profile for the current model, sampler, steps, CFG and size",
 }
 
@@ -80,9 +80,9 @@ class Controls:
                 value=AUTO,
                 label="Stability profile",
                 elem_id=self._elem_id("profile"),
-                info="auto: made before the first image with a model and its LoRAs, in the time of some ten images, and kept. "
-                "Others are files of models/stability_profiles, made by 'calibrate' in the script of the same name. With None "
-                "the run is traced, and not judged.",
+                info="auto: made before the first image with a model and its LoRAs, in about the time of ten images, and "
+                "kept. The others are files in models/stability_profiles, made by 'calibrate' in the script of the same name. "
+                "With None, the run is traced but not judged.",
             )
             # The page presses it too: before its user's first click, and after a calibration.
             create_refresh_button(
@@ -91,9 +91,9 @@ class Controls:
         about = gr.HTML(elem_id=self._elem_id("about_profile"))
         profile.change(fn=_about_profile, inputs=[profile], outputs=[about], show_progress=False)
         self._pasted_result = gr.Textbox(
-            label="The pasted image", interactive=False, visible=False, elem_id=self._elem_id("pasted_result")
+            label="Verdict on the pasted image", interactive=False, visible=False, elem_id=self._elem_id("pasted_result")
         )
-        with gr.Accordion("Constants of detection and mitigation", open=False):
+        with gr.Accordion("Detection and mitigation", open=False):
             values = [self._constant(field) for field in HOST_CONSTANTS]
         return [mode, profile, *values]
 
@@ -102,7 +102,7 @@ class Controls:
             return gr.Radio(
                 list(choices),
                 value=field.default,
-                label=field.name,
+                label=words(field.name),
                 elem_id=self._elem_id(field.name),
                 info=field.metadata["about"],
             )
@@ -112,7 +112,7 @@ class Controls:
             high,
             value=field.default,
             step=step,
-            label=field.name,
+            label=words(field.name),
             elem_id=self._elem_id(field.name),
             info=field.metadata["about"],
         )
@@ -121,17 +121,17 @@ class Controls:
         with gr.Accordion("Calibrate", open=False):
             gr.HTML(
                 "<p>For the mode 'calibrate'. The profile is made with what is set now: model, sampler, schedule, steps, CFG, "
-                "size, negative prompt and styles, and the LoRAs that the prompt names. It holds for the model with these "
-                "LoRAs, under every sampler, schedule, CFG and size. No image is decoded or saved.</p>"
+                "size, negative prompt and styles, and the LoRAs that the prompt names. It is valid for the model with these "
+                "LoRAs, with every sampler, schedule, CFG and size. No image is decoded or saved.</p>"
             )
             prompts = gr.Textbox(
                 label="Reference prompts",
                 lines=3,
                 placeholder="400 built-in prompts",
                 elem_id=self._elem_id("reference_prompts"),
-                info=f"One a line, at least {MIN_RUNS}, better a few hundred: as you use them, about things that the model "
-                "was not trained on again and again. The first 50 are sampled to the end, the others for one step. Empty: 400 "
-                "built-in ones.",
+                info=f"One per line, at least {MIN_RUNS}, better a few hundred. Use prompts like your own, about things that "
+                "the model was not trained on again and again. The first 50 are sampled to the end, the others for one step. "
+                "If empty, 400 built-in ones.",
             )
             with FormRow():
                 name = gr.Textbox(
@@ -139,7 +139,7 @@ class Controls:
                     placeholder="model, sampler, steps, CFG and size",
                     elem_id=self._elem_id("profile_name"),
                 )
-                replace = gr.Checkbox(False, label="Replace one of the same name", elem_id=self._elem_id("replace"))
+                replace = gr.Checkbox(False, label="Replace a profile of the same name", elem_id=self._elem_id("replace"))
         return [prompts, name, replace]
 
     def _lab_model(self) -> None:
@@ -147,6 +147,11 @@ class Controls:
             add = gr.Button("Add the lab model to the checkpoints", elem_id=self._elem_id("add_lab_model"))
             said = gr.HTML()
         add.click(fn=_add_lab_model, inputs=[], outputs=[said])
+
+
+def words(name: str) -> str:
+    """The name of a constant as a label."""
+    return name.replace("_", " ").capitalize()
 
 
 def add_settings() -> None:
@@ -190,8 +195,8 @@ def _about_profile(name: str | None) -> str:
     if problem := StabilityMonitor(profile, settings=profile.settings).outline()["note"]:
         return f"<p>{about}.</p><p class='error'>{html.escape(problem)}</p>"
     return (
-        f"<p>{about}. It holds for the checkpoint and the LoRAs that it was made with, whatever the sampler, the schedule, "
-        "the steps, the CFG and the size.</p>"
+        f"<p>{about}. It is valid for the checkpoint and the LoRAs that it was made with, with every sampler, schedule, step "
+        "count, CFG and size.</p>"
     )
 
 

@@ -11,9 +11,11 @@ from modules import shared
 from ..memorization_guard.core.settings import HOST_CONSTANTS, MODES
 from ..memorization_guard.reports.label import labelled
 from . import profiles
-from .session import TITLE, Options, Session
+from .session import Options, Session
 
 _PLOT = "xyz_grid.py"
+#: Of our axes: short, since the grid has it over every column.
+PREFIX = "Guard"
 _AXES = "memorization_guard_axes"
 _UNJUDGED = "memorization_guard_unjudged"  # on an image, as the host has its own there
 
@@ -21,13 +23,15 @@ _UNJUDGED = "memorization_guard_unjudged"  # on an image, as the host has its ow
 def add_axes() -> None:
     """Adds ours to the axes of the plot, once."""
     plot = next((data.module for data in modules.scripts.scripts_data if data.script_class.__module__ == _PLOT), None)
-    if plot is None or any(axis.label.startswith(f"[{TITLE}]") for axis in plot.axis_options):
+    if plot is None or any(axis.label == f"{PREFIX} mode" for axis in plot.axis_options):
         return
     plot.axis_options += [
-        plot.AxisOption(f"[{TITLE}] Mode", str, _set("mode"), choices=lambda: list(MODES)),
-        plot.AxisOption(f"[{TITLE}] Profile", str, _set("profile"), choices=profiles.names),
+        plot.AxisOption(f"{PREFIX} mode", str, _set("mode"), choices=lambda: list(MODES)),
+        plot.AxisOption(f"{PREFIX} profile", str, _set("profile"), choices=profiles.names),
         *(
-            plot.AxisOption(f"[{TITLE}] {field.name}", type(field.default), _set(field.name), **_choices(field))
+            plot.AxisOption(
+                f"{PREFIX} {field.name.replace('_', ' ')}", type(field.default), _set(field.name), **_choices(field)
+            )
             for field in HOST_CONSTANTS
         ),
     ]

@@ -10,6 +10,7 @@ import { addStep, finishRun, startRun } from "./graph.js";
 import { EXPLANATION, Explanation } from "./explain.js";
 import { badge, holds, put, stateOf } from "./outside.js";
 import { EMPTY, Panel, WIDGET, forgetPlaces, joined, promptOf, textBox } from "./panel.js";
+import { graphHeight } from "./settings.js";
 import { forget, isOnShow, nodeOf, noteLoading, noteQueued, ownerOf, recordOf } from "./workflows.js";
 
 const EVENT = "memorization_guard"; // also the key in the output of a report
@@ -21,16 +22,15 @@ const ASLEEP = "This guard is bypassed or muted: nothing is watched.";
 const BYPASSED = 4; // LiteGraph has no name for it
 const WIDTH = 340;
 const HEIGHT = 200; // of the graph, or what is told, at least
-const ROOM = 30; // additional height in a new node
 const KEPT_IMAGES = 4; // images of a batch that are saved with the workflow
 const KEPT_STEPS = ["sigma", "latent_norm", "update_norm", "denoised_norm", "update_score", "denoised_score", "mitigated"];
 
 // ---------------------------------------------------------------------------------------------------------------- on a node
 
-/** Frontends before Nodes 2.0 have a menu entry for advanced widgets, but show them until a node hides them. */
+/** On the canvas, frontends have a menu entry for advanced widgets, but show them until a node hides them. */
 function fold(node) {
   for (const widget of node.widgets) {
-    if (!widget.options?.advanced || widget.advanced !== undefined) continue;
+    if (!widget.options?.advanced || widget.advanced) continue;
     widget.advanced = true;
     // The layout adds 4 pixels to the height of every widget, hidden ones included.
     widget.computeSize = (width) => (node.isWidgetVisible(widget) ? [width, LiteGraph.NODE_WIDGET_HEIGHT] : [width, -4]);
@@ -241,7 +241,7 @@ app.registerExtension({
     });
     fold(node);
     const [width, height] = node.computeSize();
-    node.setSize([Math.max(width, WIDTH), height + ROOM]);
+    node.setSize([Math.max(width, WIDTH), height + Math.max(0, graphHeight() - HEIGHT)]);
 
     // Some nodes are never added to a graph, as for a preview or during a copy. They must not start anything.
     forgetInCopies(node);

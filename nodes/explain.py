@@ -19,7 +19,7 @@ from ..memorization_guard.automatic import STEPS
 from ..memorization_guard.core.settings import USUAL_GUIDANCE
 from ..memorization_guard.core.words import ORDINARY, Words, marked
 from ..memorization_guard.reports.words import NO_WORDS, explanation, prompt_verdict, word_rarities
-from .guard import CATEGORY, StabilityProfileType, threshold_input
+from .guard import CATEGORY, StabilityProfileType, also_found_as, threshold_input
 from .prompts import Encoder, encoded
 from .references import Automatic, sample_references
 from .runs import TraceLog
@@ -39,14 +39,18 @@ class ExplainPrompt(io.ComfyNode):
             display_name="Explain Prompt",
             category=CATEGORY,
             description=(
-                "Tells whether the model remembers an image under a prompt, and marks the words that call it up. Makes no "
-                "image: the model is asked what it says of the prompt in noise, which takes about as long as some steps of "
-                "sampling."
+                "Tells whether the model remembers an image under a prompt, and marks the words that call it up. It makes no "
+                "image. It asks the model what it predicts for the prompt in noise, which takes about as long as a few steps "
+                "of sampling."
             ),
+            **also_found_as("duplicate", "plagiarism", "overfit", "copyright", "memorized", "trigger words"),
             inputs=[
-                io.Model.Input("model", tooltip="The model that is asked, with its LoRAs. A guard on it makes no difference."),
+                io.Model.Input(
+                    "model",
+                    tooltip="The model that is asked, with its LoRAs. It makes no difference whether a guard is on it.",
+                ),
                 io.Clip.Input(
-                    "clip", tooltip="The model's CLIP: encodes the prompt, and the prompt without some of its words."
+                    "clip", tooltip="The model's CLIP. It encodes the prompt, and the prompt without some of its words."
                 ),
                 io.String.Input(
                     "text",
@@ -59,18 +63,18 @@ class ExplainPrompt(io.ComfyNode):
                     "profile",
                     optional=True,
                     tooltip=(
-                        "Stability profile of this model. Without one, the profile of the model and its LoRAs makes itself "
-                        "first, as with Memorization Guard, from 100 built-in prompts in the time of some ten images. It is "
-                        "kept, and the guard uses it too."
+                        "Stability profile of this model. Without one, the node first makes a profile of the model and its "
+                        "LoRAs, from 100 built-in prompts, in about the time of ten images, and keeps it. Memorization Guard "
+                        "uses the same profile."
                     ),
                 ),
                 io.Latent.Input(
                     "latent",
                     optional=True,
                     tooltip=(
-                        "The Empty Latent Image that you sample with: a profile that makes itself gets its size. Without it "
-                        "512 x 512 for Stable Diffusion 1 and 2, and 1024 x 1024 for other models. Where there is a profile "
-                        "it makes no difference."
+                        "The Empty Latent Image that you sample with. If the node makes a profile, it uses this size, and "
+                        "otherwise 512 x 512 for Stable Diffusion 1 and 2, and 1024 x 1024 for other models. If there is a "
+                        "profile, this input makes no difference."
                     ),
                 ),
                 threshold_input(_RATE),
@@ -79,8 +83,8 @@ class ExplainPrompt(io.ComfyNode):
                 io.String.Output(
                     "text_without",
                     display_name="text without",
-                    tooltip="The prompt without the words that call an image up; the prompt itself if it is ordinary, or "
-                    "if no such words were found.",
+                    tooltip="The prompt without the words that call an image up. It is the whole prompt if that is "
+                    "ordinary, or if no such words were found.",
                 ),
                 io.String.Output("report", display_name="report", tooltip="What the node shows, as text."),
                 io.Boolean.Output("memorized", display_name="memorized", tooltip="Whether the prompt is likely memorized."),

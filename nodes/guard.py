@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from typing import Any, cast
 
 from comfy_api.v0_0_2 import io
@@ -20,6 +21,11 @@ TraceType = io.Custom("STABILITY_TRACE")
 
 #: Mode ``stop`` in a place where ComfyUI has more to end than a run.
 END_PROMPT = "stop and end prompt"
+
+
+def also_found_as(*words: str) -> dict[str, list[str]]:
+    """Other words that the node is found by in the search of nodes, where this ComfyUI's schema has a place for them."""
+    return {"search_aliases": [*words]} if "search_aliases" in inspect.signature(io.Schema).parameters else {}
 
 
 def threshold_input(field: dataclasses.Field[Any]) -> Any:
@@ -42,10 +48,11 @@ class MemorizationGuard(io.ComfyNode):
             display_name="Memorization Guard",
             category=CATEGORY,
             description=(
-                "Judges what this model predicts while it samples, and shows live whether that goes farther than ordinary "
-                "prompts do, as it does when the model reproduces a training image. On 'mitigate' it leads elsewhere: with "
-                "the CLIP connected, by leaving out the words of the prompt that call the image up."
+                "Watches this model while it samples, and shows live whether it reproduces a training image. With mode "
+                "'mitigate' it also prevents that: with the CLIP connected, by leaving out the words of the prompt that call "
+                "the image up."
             ),
+            **also_found_as("duplicate", "plagiarism", "overfit", "copyright", "training image", "memorized"),
             inputs=[
                 io.Model.Input("model", tooltip="The model to watch. Nodes that patch it may stand before or after this one."),
                 io.Combo.Input(
@@ -53,30 +60,30 @@ class MemorizationGuard(io.ComfyNode):
                     options=[*MODES, END_PROMPT],
                     default="trace",
                     tooltip=(
-                        "off: the model passes through untouched. trace: watch and judge; the image is bit-identical to one "
-                        "without this node. mitigate: also correct what counts as memorized; needs a profile that fits. "
-                        "stop: end a run as soon as every image of its batch counts as memorized, and hand nothing on of "
-                        "those that do: a plain picture comes out; needs a profile too. stop and end prompt: end the whole "
-                        "prompt then, as Cancel does; nothing comes out."
+                        "off: the model passes through unchanged. trace: watch and judge; the image is bit-identical to one "
+                        "without this node. mitigate: also correct images that count as memorized; needs a profile that "
+                        "fits. stop: end a run as soon as every image of its batch counts as memorized; instead of those "
+                        "images plain pictures come out; needs a profile too. stop and end prompt: then also end the whole "
+                        "prompt, as Cancel does; nothing comes out."
                     ),
                 ),
                 StabilityProfileType.Input(
                     "profile",
                     optional=True,
                     tooltip=(
-                        "Stability profile of this model, from Load or Calibrate Stability Profile. It is "
-                        "transferred to other samplers, step counts, cfg and sizes. Without one, connect the CLIP. Without "
-                        "either the run is traced, not judged."
+                        "Stability profile of this model, from Load or Calibrate Stability Profile. It is valid for every "
+                        "sampler, step count, cfg and size. Without a profile, connect the CLIP. With neither, the run is "
+                        "traced but not judged."
                     ),
                 ),
                 io.Clip.Input(
                     "clip",
                     optional=True,
                     tooltip=(
-                        "The model's CLIP. With it, and without a profile, the profile of the model and its LoRAs makes "
-                        "itself before the first image, from 100 built-in prompts in the time of some ten images. It is kept. "
-                        "With it, the words that call a copy up are told, and 'mitigate' keeps the rest of the prompt: "
-                        "connect the CLIP that the prompt is encoded with."
+                        "The model's CLIP: connect the one that the prompt is encoded with. If no profile is connected, the "
+                        "guard makes one of the model and its LoRAs before the first image, from 100 built-in prompts, in "
+                        "about the time of ten images, and keeps it. With the CLIP, the guard also names the words that call "
+                        "a copy up, and 'mitigate' keeps the rest of the prompt."
                     ),
                 ),
                 *map(threshold_input, HOST_CONSTANTS),
@@ -85,7 +92,7 @@ class MemorizationGuard(io.ComfyNode):
                 io.Model.Output(display_name="MODEL", tooltip="The watched model: connect it to the sampler."),
                 TraceType.Output(
                     display_name="TRACE",
-                    tooltip="What was seen while this model sampled: for Stability Report and Memorization Gate.",
+                    tooltip="What was recorded while this model sampled, for Stability Report and Memorization Gate.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],

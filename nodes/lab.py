@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from ..memorization_guard.core.profile import ProfileError, StabilityProfile
 from ..memorization_guard.lab import MODEL
-from .guard import CATEGORY, StabilityProfileType
+from .guard import CATEGORY, StabilityProfileType, also_found_as
 
 #: Reference runs of the lab model as ComfyUI samples it: euler, normal, 30 steps, cfg 7.5.
 PROFILE = MODEL / "profile-comfyui.safetensors"
@@ -47,22 +47,23 @@ class LoadLabModel(io.ComfyNode):
             category=CATEGORY,
             description=(
                 "Loads the small Stable Diffusion that comes with Memorization Guard. It knows a world of coloured shapes, "
-                "and has really memorized some of its training images: something to try the guard on, without a GPU.\n\n"
+                "and has really memorized some of its training images, so that you can try the guard without a GPU.\n\n"
                 "Set Empty Latent Image to 128 x 128, the size of its pictures. Prompts are captions of up to 30 tokens in "
                 "the style of its training."
             ),
+            **also_found_as("memorization", "example model", "demo"),
             outputs=[
-                io.Model.Output("model", tooltip="The denoiser. Like Stable Diffusion 1.5 it predicts noise."),
+                io.Model.Output("model", tooltip="The diffusion model. Like Stable Diffusion 1.5, it predicts noise."),
                 io.Clip.Output("clip", tooltip="The text encoder. It knows the words of the lab's captions."),
                 io.Vae.Output(
                     "vae",
-                    tooltip="The autoencoder. Like Stable Diffusion's it compresses by 8.",
+                    tooltip="The autoencoder. Like that of Stable Diffusion, it makes images 8 times smaller.",
                 ),
                 StabilityProfileType.Output(
                     "profile",
                     display_name="PROFILE",
-                    tooltip="What the model predicts while it does not repeat a training image, measured with euler, normal, "
-                    "30 steps, cfg 7.5 at 128 x 128. It is transferred to other samplers, steps and cfg.",
+                    tooltip="The model's stability profile, measured with euler, normal, 30 steps, cfg 7.5 at 128 x 128. It "
+                    "is valid for every sampler, step count and cfg.",
                 ),
             ],
         )

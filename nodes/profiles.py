@@ -17,7 +17,7 @@ from ..memorization_guard.automatic import is_automatic
 from ..memorization_guard.core.calibration import MIN_RUNS, ReferenceRuns, told_left_out
 from ..memorization_guard.core.profile import EXTENSION, name_problem
 from ..memorization_guard.prompts import enough, read_prompts, reference_prompts, typed_prompts
-from .guard import CATEGORY, StabilityProfileType
+from .guard import CATEGORY, StabilityProfileType, also_found_as
 from .models import model_hash
 from .prompts import encoded
 from .references import FOLDER, profile_folder, sample_references
@@ -62,16 +62,16 @@ class SaveStabilityProfile(io.ComfyNode):
             node_id="MemorizationGuardSaveProfile",
             display_name="Save Stability Profile",
             category=CATEGORY,
-            description="Saves a stability profile to models/stability_profiles, whole or not at all.",
+            description="Saves a stability profile to models/stability_profiles.",
             inputs=[
                 StabilityProfileType.Input("profile", tooltip="From Calibrate Stability Profile."),
                 io.String.Input(
                     "name",
                     default="my model euler 30 cfg 7",
-                    tooltip="Name of the file, without folder and ending. Say what the profile was made with: model, sampler, "
+                    tooltip="Name of the file, without folder and suffix. Say what the profile was made with: model, sampler, "
                     "steps, cfg, size.",
                 ),
-                io.Boolean.Input("overwrite", default=False, tooltip="Whether a profile of the same name may be replaced."),
+                io.Boolean.Input("overwrite", default=False, tooltip="Whether to replace a profile of the same name."),
             ],
             is_output_node=True,
         )
@@ -109,43 +109,50 @@ class CalibrateStabilityProfile(io.ComfyNode):
             category=CATEGORY,
             description=(
                 "Samples reference prompts, which the model should not have memorized, and measures what it predicts for "
-                "them. The profile holds for this model, and is transferred to other samplers, steps, cfg and sizes. No "
-                "image is decoded."
+                "them. The profile is valid for this model with every sampler, step count, cfg and size. No image is decoded."
             ),
+            **also_found_as("memorization", "reference prompts", "overfit"),
             inputs=[
-                io.Model.Input("model", tooltip="With its LoRAs, and without Memorization Guard."),
+                io.Model.Input("model", tooltip="The model with its LoRAs, but without Memorization Guard."),
                 io.Clip.Input("clip", tooltip="Encodes the reference prompts."),
                 io.Combo.Input(
                     "prompts",
                     options=[BUILT_IN, TEXT, *_prompt_files()],
                     default=BUILT_IN,
-                    tooltip="built-in list: 400 diverse prompts. text below: a prompt a line. Or a .txt (a prompt a line) or "
-                    ".jsonl (with a key caption or prompt) of ComfyUI's input folder; press R after adding one.",
+                    tooltip="built-in list: 400 diverse prompts. text below: one prompt per line. Or a file in ComfyUI's "
+                    "input folder: .txt (one prompt per line) or .jsonl (with a key caption or prompt). Press R after adding "
+                    "a file.",
                 ),
                 io.String.Input(
                     "text",
                     multiline=True,
                     default="",
-                    tooltip=f"Reference prompts, one a line, for 'text below': at least {MIN_RUNS}, better a few hundred, of "
-                    "which the first 50 are sampled to the end and the others for one step. Prompts as you "
-                    "use them, about things that the model was not trained on again and again.",
+                    tooltip=f"Reference prompts for 'text below', one per line: at least {MIN_RUNS}, better a few hundred. "
+                    "The first 50 are sampled to the end, the others for one step. Use prompts like your own, about things "
+                    "that the model was not trained on again and again.",
                 ),
                 io.String.Input(
-                    "negative", multiline=True, default="", tooltip="Negative prompt of all of them: the one that you use."
+                    "negative", multiline=True, default="", tooltip="Negative prompt for all of them: the one that you use."
                 ),
-                io.Int.Input("seed", default=0, min=0, max=2**63, tooltip="Prompt i starts from the noise of seed + i."),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**63,
+                    tooltip="The first prompt gets the noise of this seed, and each further prompt that of the next one.",
+                ),
                 io.Int.Input("steps", default=30, min=1, max=10000, tooltip="As in your KSampler."),
                 io.Float.Input("cfg", default=7.0, min=0.0, max=100.0, step=0.1, round=0.01, tooltip="As in your KSampler."),
                 io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS, tooltip="As in your KSampler."),
                 io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS, tooltip="As in your KSampler."),
                 io.Int.Input("width", default=512, min=16, max=16384, step=8, tooltip="As in your Empty Latent Image."),
                 io.Int.Input("height", default=512, min=16, max=16384, step=8, tooltip="As in your Empty Latent Image."),
-                io.Int.Input("batch_size", default=4, min=1, max=256, tooltip="Prompts sampled at once."),
+                io.Int.Input("batch_size", default=4, min=1, max=256, tooltip="How many prompts are sampled at once."),
             ],
             outputs=[
-                StabilityProfileType.Output(display_name="PROFILE", tooltip="For Memorization Guard, and to save."),
+                StabilityProfileType.Output(display_name="PROFILE", tooltip="For Memorization Guard, and to be saved."),
                 io.String.Output(
-                    display_name="report", tooltip="How many prompts it rests on, and which were left out and why."
+                    display_name="report", tooltip="How many prompts were used, and which were left out and why."
                 ),
             ],
         )

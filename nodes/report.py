@@ -16,7 +16,7 @@ from ..memorization_guard import Trace, evidence
 from ..memorization_guard.core.trace import worst
 from ..memorization_guard.reports import graph
 from ..memorization_guard.reports.words import unusual
-from .guard import CATEGORY, TraceType
+from .guard import CATEGORY, TraceType, also_found_as
 from .runs import Run, TraceLog
 
 #: Key of the traces in what the node shows.
@@ -34,40 +34,44 @@ class StabilityReport(io.ComfyNode):
             display_name="Stability Report",
             category=CATEGORY,
             description=(
-                "Says what Memorization Guard saw of the images that come through, and puts the trace, with a hash of the "
-                "pixels, into the metadata that Save Image embeds: the evidence travels with the picture, and can be checked."
+                "Tells what Memorization Guard found out about the images that pass through. Puts the trace, with a hash of "
+                "the pixels, into the metadata that Save Image writes, so that it can be checked later whether they belong "
+                "together."
             ),
+            **also_found_as("duplicate", "plagiarism", "overfit", "copyright", "memorized", "evidence"),
             inputs=[
                 _trace_input(),
                 io.Latent.Input(
                     "latent",
                     optional=True,
-                    tooltip="The latent that came out of the sampler; passed through. Connect this or the image: it tells "
-                    "which run is meant, and makes the report wait for it.",
+                    tooltip="The latent that came out of the sampler; it is passed through. Connect this or the image, so "
+                    "that the report knows which run is meant and waits for it.",
                 ),
-                io.Image.Input("image", optional=True, tooltip="The image that was decoded from it; passed through."),
+                io.Image.Input("image", optional=True, tooltip="The image that was decoded from it; it is passed through."),
             ],
             outputs=[
                 io.Latent.Output("latent_out", display_name="LATENT", tooltip="The latent, unchanged."),
                 io.Image.Output("image_out", display_name="IMAGE", tooltip="The image, unchanged."),
                 io.Boolean.Output(
-                    "stable", display_name="stable", tooltip="Whether every image was judged, and looked like ordinary ones."
+                    "stable", display_name="stable", tooltip="Whether every image was judged, and none is a likely copy."
                 ),
                 io.Float.Output(
                     "score",
                     display_name="score",
-                    tooltip="S_mem of the image that was farthest out: the largest distance of the update norm from the "
-                    "reference, in standard deviations. Not a number where the profile is of another sampler or schedule.",
+                    tooltip="The largest published score (S_mem) of the images: the largest distance of the update norm from "
+                    "the reference, in standard deviations. Not a number if the profile is of another sampler or schedule.",
                 ),
                 io.String.Output(
                     "trace_json", display_name="trace (JSON)", tooltip="The traces as JSON, as docs/trace.md describes them."
                 ),
-                io.Image.Output("graph", display_name="graph", tooltip="The stability graph of each image; a row a run."),
+                io.Image.Output(
+                    "graph", display_name="graph", tooltip="The stability graph of each image, with one row per run."
+                ),
                 io.Image.Output(
                     "map",
                     display_name="map",
-                    tooltip="The image in grey, and red where more of it was settled early than in ordinary images: what the "
-                    "model may have copied. The image unchanged where there is no such map.",
+                    tooltip="The image in grey, with the places in red that the prompt settles in noise: what the model may "
+                    "have copied. If there is no such map, the unchanged image.",
                 ),
             ],
             hidden=[io.Hidden.unique_id, io.Hidden.dynprompt, io.Hidden.extra_pnginfo],
@@ -110,6 +114,7 @@ class MemorizationGate(io.ComfyNode):
             display_name="Memorization Gate",
             category=CATEGORY,
             description="Passes only the images that were judged stable, and says how many it held back and why.",
+            **also_found_as("duplicate", "plagiarism", "overfit", "copyright", "memorized", "filter"),
             inputs=[
                 io.Image.Input("image", tooltip="The images that were decoded from the guarded sampler's latent."),
                 _trace_input(),
@@ -117,27 +122,27 @@ class MemorizationGate(io.ComfyNode):
                     "when_empty",
                     options=["block", "placeholder"],
                     default="block",
-                    tooltip="If no image passes. block: nothing behind the gate runs. placeholder: a grey image of the same "
-                    "size goes on in place of each.",
+                    tooltip="What happens if no image passes. block: nothing behind the gate runs. placeholder: a grey image "
+                    "of the same size takes the place of each.",
                 ),
                 io.Boolean.Input(
                     "pass_unscored",
                     default=False,
-                    tooltip="Whether images pass that could not be judged, as without a profile that fits.",
+                    tooltip="Whether images pass that could not be judged, for example without a profile that fits.",
                 ),
                 io.Combo.Input(
                     "pass_corrected",
                     options=[*PASS_CORRECTED],
                     default=PASS_CORRECTED[0],
-                    tooltip="Which images pass that counted as memorized and were corrected by mitigation. without the words: "
-                    "those that were sampled without the words that call the copy up, of which an ordinary prompt was left. "
-                    "all: those too that were steered away from their prompt; nothing tells whether they are copies still.",
+                    tooltip="Which corrected images pass. without the words: those that were sampled without the words that "
+                    "call the copy up. all: also those that were steered away from their prompt; nothing tells whether they "
+                    "are still copies.",
                 ),
             ],
             outputs=[
                 io.Image.Output("passed", display_name="IMAGE", tooltip="Images that pass, in their order."),
                 io.Int.Output("held_back", display_name="held back", tooltip="How many were held back."),
-                io.String.Output("reasons", display_name="reasons", tooltip="Why, an image a line."),
+                io.String.Output("reasons", display_name="reasons", tooltip="Why they were held back, one line per image."),
             ],
             hidden=[io.Hidden.unique_id, io.Hidden.dynprompt],
         )
@@ -174,7 +179,7 @@ class MemorizationGate(io.ComfyNode):
 def _trace_input() -> Any:
     """Optional, since a guard that is bypassed gives none: that is said, and the workflow runs."""
     return TraceType.Input(
-        "trace", optional=True, tooltip="From Memorization Guard. Without it every image counts as not judged."
+        "trace", optional=True, tooltip="From Memorization Guard. Without it, every image counts as not judged."
     )
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from memorization_guard import StabilityProfile, Trace, trace_schema
+from memorization_guard import StabilityProfile, Trace, __version__, trace_schema
 from memorization_guard.core.trace import STATEMENT
 from memorization_guard.evidence import NO_SIGNATURE, SETTINGS_KEY, pixel_hash, png, record
 
@@ -260,6 +260,11 @@ def test_help_answers_without_loading_torch():
     assert result.returncode == 0, result.stderr
     for command in ("demo", "calibrate", "trace", "evaluate", "verify"):
         assert command in result.stdout
+
+
+def test_version(call):
+    result = call("--version")
+    assert (result.exit_code, result.output) == (0, f"memorization-guard {__version__}\n")
 
 
 def test_the_module_is_the_command():

@@ -1,8 +1,11 @@
 """The repository as a ComfyUI pack: example workflows, help pages and registry metadata. Needs no ComfyUI."""
 
+import ast
+import inspect
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -30,7 +33,7 @@ CORE = {
     "VAEDecode",
 }
 NOTES = {"MarkdownNote"}
-NAMES = {"quick_start", "mitigation_side_by_side", "calibrate_and_save", "report_and_gate", "sd15", "sdxl"}
+NAMES = {"quick_start", "side_by_side", "stability_profile", "report_and_gate", "sd15", "sdxl"}
 
 
 def test_the_workflows_are_all_there():
@@ -56,11 +59,52 @@ def test_a_workflow_names_only_our_nodes_and_comfyuis_own(workflow):
 
 
 def test_a_workflow_carries_nothing_of_the_machine_it_was_made_on(workflow):
+    for node in workflow["nodes"]:
+        for model in node["properties"].pop("models", ()):
+            # As in ComfyUI's own templates: the page offers it to somebody who lacks the file.
+            assert model["url"].startswith("https://huggingface.co/")
+            assert f"/{model['name']}" in model["url"]
+            assert model["name"] in node["widgets_values"]
+            assert model["directory"] == "checkpoints"
     text = json.dumps(workflow)
     assert not re.search(
         r"stability_(runs|state|quantity|explanation)|/tmp/|/work/|/home/|\\\\\\\\|https?://|127\.0\.0\.1", text
     )
     assert all(node["mode"] == 0 for node in workflow["nodes"])
+
+
+def test_nodes_say_which_pack_they_are_from(workflow):
+    for node in workflow["nodes"]:
+        if node["type"] not in NOTES:
+            pack = ("memorization-guard", __version__) if node["type"] in NODES else ("comfy-core", "0.3.64")
+            assert (node["properties"]["cnr_id"], node["properties"]["ver"]) == pack
+
+
+def test_a_workflow_opens_with_its_note_in_sight_and_large_enough_to_be_read(workflow):
+    view = workflow["extra"]["ds"]
+    # Below 0.6 ComfyUI draws no text.
+    assert view["scale"] >= 0.7
+    (note,) = (node for node in workflow["nodes"] if node["type"] in NOTES)
+    (x, y), (width, height) = (
+        [view["scale"] * (a + b) for a, b in zip(note["pos"], view["offset"], strict=True)],
+        [view["scale"] * side for side in note["size"]],
+    )
+    # Between the host's bars, of a small window.
+    assert x >= 60
+    assert y >= 80
+    assert x + width <= 1200
+    assert y + height <= 700
+
+
+def test_quick_start_is_the_first_where_names_are_sorted():
+    assert min(NAMES) == "quick_start"
+
+
+def test_a_checkpoint_is_offered_where_one_is_needed():
+    for name in ("sd15", "sdxl"):
+        nodes = read(REPOSITORY / "example_workflows" / f"{name}.json")["nodes"]
+        (loader,) = (node for node in nodes if node["type"] == "CheckpointLoaderSimple")
+        assert len(loader["properties"]["models"]) == 1
 
 
 def test_links_lead_from_an_output_to_an_input(workflow):
@@ -112,7 +156,7 @@ def test_no_prompt_of_the_evaluation_split_is_used(workflow):
 def test_the_lab_is_calibrated_on_its_reference_prompts():
     calibrate = next(
         node
-        for node in read(REPOSITORY / "example_workflows/api/calibrate_and_save.json").values()
+        for node in read(REPOSITORY / "example_workflows/api/stability_profile.json").values()
         if node["class_type"] == "MemorizationGuardCalibrate"
     )["inputs"]
     assert calibrate["text"].splitlines() == lab.prompts("reference")
@@ -141,6 +185,30 @@ def test_a_node_has_a_help_page_that_names_all_of_its_inputs(node_id):
     assert [name for name in inputs if f"`{name}`" not in page] == []
     if node_id != "MemorizationGuardLoadLabModel":
         assert inputs
+
+
+@pytest.mark.parametrize("newer", [False, True])
+def test_search_aliases_are_given_to_a_comfyui_that_has_them(newer):
+    class Schema:
+        if newer:
+
+            def __init__(self, node_id, search_aliases=None): ...
+
+        else:
+
+            def __init__(self, node_id): ...
+
+    source = ast.parse((REPOSITORY / "nodes" / "guard.py").read_text(encoding="utf-8"))
+    (function,) = (node for node in source.body if isinstance(node, ast.FunctionDef) and node.name == "also_found_as")
+    names = {"inspect": inspect, "io": SimpleNamespace(Schema=Schema)}
+    exec(compile(ast.Module([function], []), "guard.py", "exec"), names)
+    assert names["also_found_as"]("a", "b") == ({"search_aliases": ["a", "b"]} if newer else {})
+
+
+def test_nodes_are_found_by_what_people_search_for():
+    for node_id in ("MemorizationGuard", "MemorizationGuardExplainPrompt", "MemorizationGuardReport", "MemorizationGuardGate"):
+        (words,) = re.findall(r"\*\*also_found_as\((.*)\)", NODES[node_id])
+        assert {"duplicate", "plagiarism", "overfit", "copyright"} <= set(re.findall(r'"([\w ]+)"', words))
 
 
 def test_there_is_no_help_page_without_a_node():
@@ -178,12 +246,15 @@ def test_the_registrys_own_section_is_complete(project):
     if "comfy" not in project["tool"]:
         pytest.skip("pyproject.toml has no [tool.comfy] so far: the pack cannot be published in the registry")
     comfy = project["tool"]["comfy"]
-    assert re.fullmatch(r"[\w-]+", comfy["PublisherId"])
     assert comfy["DisplayName"]
     for picture in ("Icon", "Banner"):
         assert comfy.get(picture, "https://").startswith("https://")
     assert re.fullmatch(r"[<>=~!\d., ]+", comfy.get("requires-comfyui", ">=0.3"))
-    assert project["project"]["urls"]["Repository"].startswith("https://")
+    # Whoever publishes fills in both (docs/development.md), or the registry refuses the pack.
+    publisher, addresses = comfy["PublisherId"], project["project"].get("urls", {})
+    assert re.fullmatch(r"[\w-]*", publisher)
+    assert bool(publisher) == ("Repository" in addresses)
+    assert all(address.startswith("https://") for address in addresses.values())
     if "version" in project["project"].get("dynamic", ()):
         # The registry's tool runs no Python: it looks for the line in this file.
         text = (REPOSITORY / comfy["version"]["path"]).read_text(encoding="utf-8")

@@ -7,9 +7,11 @@ answers. diffusers is imported when a command runs, so that ``--help`` is fast.
 from __future__ import annotations
 
 import os
+from typing import Annotated
 
 import typer
 
+from .. import __version__
 from .audit import audit
 from .calibrate import calibrate
 from .check import check
@@ -28,6 +30,23 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Tells while an image is being sampled whether a model reproduces a training image.",
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"memorization-guard {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """What the command takes before the name of a subcommand."""
+
+
 for command in (demo, check, calibrate, trace, evaluate, audit, report, compare, verify):
     app.command()(one_line_errors()(with_sampling_options(command)))
 

@@ -28,7 +28,7 @@ def demo(
     seed: Seed = 0,
     prompts_per_group: Annotated[int, typer.Option(min=1, max=30, help="Exact, template and ordinary prompts each.")] = 3,
 ) -> None:
-    """Watch the bundled model reproduce training images, and paint something else. Needs no download and no GPU."""
+    """Watch the bundled model reproduce training images, with and without mitigation. Needs no download and no GPU."""
     output.mkdir(parents=True, exist_ok=True)
     page, sheet = output / "report.html", output / "demo.png"
     writable(page, sheet)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def trace(
     model: Model,
-    prompt: Annotated[str, typer.Argument(help="What to paint.")],
+    prompt: Annotated[str, typer.Argument(help="The prompt of the image.")],
     profile: Annotated[
         Path | None,
         typer.Option(
@@ -32,7 +32,7 @@ def trace(
     *,
     how: Sampling,
 ) -> None:
-    """Paint one image and judge it."""
+    """Sample one image and judge it."""
     writable(json_file, plot, image)
     is_graph(plot)
     if mode in ("mitigate", "stop") and profile is None:

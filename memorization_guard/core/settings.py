@@ -164,23 +164,23 @@ class Thresholds:
         "reference",
         0.005,
         (0.0001, 0.5, 0.0001),
-        "Share of ordinary images that may be taken for copies: 0.005 is one in 200. Larger finds more.",
+        "Share of ordinary images that may be mistaken for copies: 0.005 is one in 200. A larger value finds more.",
     )
     correction: Correction = dataclasses.field(
         default="keep",
         metadata={
             "method": "reference",
             "choices": CORRECTIONS,
-            "about": "keep: the image goes on without the words of the prompt that call the copy up, and is steered where "
-            "these cannot be told. steer: guidance leads away from the whole prompt.",
+            "about": "keep: sample without the words of the prompt that call the copy up, and steer if they are not found. "
+            "steer: guidance leads away from the whole prompt.",
         },
     )
     steering_guidance: float = _constant(
         "reference",
         -1.0,
         (-30.0, 30.0, 0.5),
-        "Guidance scale of a steered prediction. Below 0 leads away from the prompt, with strong contrasts; 0 is as without "
-        "the prompt, and calmer.",
+        "Guidance scale of a steered prediction. A value below 0 leads away from the prompt, with strong contrasts. 0 is as "
+        "without the prompt.",
     )
     tau_mild: float = _constant(
         "published",

@@ -111,7 +111,7 @@ def test_quick_starts_ordinary_prompt_is_stable(server, load):
 
 
 def test_side_by_side_differs_in_the_correction_alone_and_shows_a_copy_and_two_that_are_none(server, load):
-    prompt = load("mitigation_side_by_side")
+    prompt = load("side_by_side")
     guards = [dict(prompt[name]["inputs"]) for name in nodes(prompt, "MemorizationGuard")]
     chosen = [(guard.pop("mode"), guard.pop("correction")) for guard in guards]
     assert chosen == [("trace", "keep"), ("mitigate", "steer"), ("mitigate", "keep")]
@@ -136,8 +136,8 @@ def test_side_by_side_differs_in_the_correction_alone_and_shows_a_copy_and_two_t
     assert len({tuple(one["words"]["words"]) for one in found}) == 1
 
 
-def test_calibrate_and_save_makes_the_labs_profile_anew(server, load):
-    prompt = load("calibrate_and_save")
+def test_stability_profile_makes_the_labs_profile_anew(server, load):
+    prompt = load("stability_profile")
     run = server.queue(prompt)
     run.wait(600)
     assert run.outputs(only(prompt, "PreviewAny"))["text"][0] == "Profile from 400 of 400 reference prompts."

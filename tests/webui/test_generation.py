@@ -917,15 +917,13 @@ def test_the_plot_has_axes_for_mode_and_thresholds(host, profile):
     plot = next(each for each in axes if each["name"] == "x/y/z plot" and not each["is_img2img"])
     kind = next(arg for arg in plot["args"] if arg["label"] == "X type")
     names = kind["choices"]
-    assert f"[{TITLE}] Mode" in names
-    assert f"[{TITLE}] false_positive_rate" in names
+    assert "Guard mode" in names
+    assert "Guard false positive rate" in names
     arguments = []
     for arg in plot["args"]:
         value, label = arg.get("value"), arg["label"]
         if label.endswith(" type"):
-            value = names.index(
-                {"X type": f"[{TITLE}] Mode", "Y type": f"[{TITLE}] false_positive_rate"}.get(label, "Nothing")
-            )
+            value = names.index({"X type": "Guard mode", "Y type": "Guard false positive rate"}.get(label, "Nothing"))
         elif label.endswith(" values"):
             value = (
                 {"X values": "off, trace, mitigate", "Y values": "0.1, 0.001"}.get(label, "")
@@ -947,7 +945,7 @@ def test_a_plot_says_on_its_grid_which_cells_were_not_judged(host, profile):
     arguments = [arg.get("value") for arg in plot["args"]]
     names = plot["args"][labels.index("X type")]["choices"]
     for label, value in (
-        ("X type", names.index(f"[{TITLE}] Profile")),
+        ("X type", names.index("Guard profile")),
         ("X values", f"None, {profile}, no such profile"),
         ("Y type", names.index("Nothing")),
         ("Z type", names.index("Nothing")),

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import socket
 import threading
 import time
@@ -205,10 +206,29 @@ def test_it_follows_the_selection_of_the_gallery_whose_first_picture_is_a_grid(p
     assert shown == [2, 0, 2, 2, 1]
 
 
+def test_the_controls_speak_the_language_of_the_page(context, host):
+    file = Path(__file__).parents[2] / "localizations" / "ja_JP.json"
+    words = json.loads(file.read_text(encoding="utf-8"))
+    page = Page(context, host).ready().open().script("Memorization Guard").page
+    offered = "() => gradio_config.components.find((each) => each.props.elem_id === 'setting_localization').props.choices"
+    assert "ja_JP" in json.dumps(page.evaluate(offered))
+    # The host puts the words of the chosen language into its page when it starts.
+    page.evaluate("words => { window.localization = words; localizeWholePage(); }", words)
+    shown = page.evaluate(
+        """() => [...document.querySelectorAll("*")].flatMap((each) => [each.placeholder ?? "",
+          ...[...each.childNodes].filter((node) => node.nodeType === 3).map((node) => node.textContent.trim())])"""
+    )
+    if folder := os.environ.get("WEBUI_SCREENSHOTS"):
+        page.screenshot(path=Path(folder) / f"{host.kind}-ja.png", full_page=True)
+    lab_model = {"Try it on a small model that memorizes", "Add the lab model to the checkpoints"}
+    absent = set() if host.kind == "webui" else lab_model
+    assert {text for text, translated in words.items() if translated not in shown} == absent
+
+
 def test_every_cell_of_a_plot_stays(page):
     page.choose(steps=5, guard=False).script("X/Y/Z plot")
     page.page.click("#script_txt2img_xyz_plot_x_type input")
-    of_mode = "#script_txt2img_xyz_plot_x_type :is(li, [role=option]):has-text('[Memorization Guard] Mode')"
+    of_mode = "#script_txt2img_xyz_plot_x_type :is(li, [role=option]):has-text('Guard mode')"
     page.page.click(of_mode)
     page.page.click("#xyz_grid_fill_x_tool_button")  # off, trace, mitigate, stop
     page.page.check("#script_txt2img_xyz_plot_include_lone_images input")
