@@ -208,19 +208,19 @@ def _read_csv(path: Path, column: str | None) -> Iterator[ListedPrompt]:
 def _read_parquet(path: Path, column: str | None) -> Iterator[ListedPrompt]:
     try:
         import pyarrow as pa
-        import pyarrow.parquet as pq
+
+        from .parquet import open_parquet
     except ImportError:
         raise PromptListError(f'{path}: .parquet needs pyarrow: pip install "memorization-guard[audit]"') from None
     try:
-        # Opened here: pyarrow takes a name for an address, and no name that is not UTF-8.
-        with open(path, "rb") as stream, pq.ParquetFile(stream) as file:
+        with open_parquet(path) as file:
             schema, keys = file.schema_arrow, _Keys(file.schema_arrow.names, column)
             if keys.text is None:
                 raise PromptListError(_no_column(path, schema.names, column))
             columns = [name for name in keys if name is not None]
             texts = _check_growth(path, file, columns)
         # Texts come as numbers of the different ones, so that a long text in many rows is in memory once.
-        with open(path, "rb") as stream, pq.ParquetFile(stream, read_dictionary=texts, buffer_size=MAX_LINE) as file:
+        with open_parquet(path, read_dictionary=texts, buffer_size=MAX_LINE) as file:
             line, left = 0, MAX_TEXT + TEXT_A_BYTE * path.stat().st_size
             for batch in file.iter_batches(batch_size=1024, columns=columns):
                 left -= sum(_text_size(path, column) for column in batch.columns)

@@ -1,7 +1,9 @@
 """Tiny pipelines with random weights, and one thread, so that tests running side by side do not fight for cores."""
 
 import dataclasses
+import importlib.util
 import os
+import sys
 from pathlib import Path
 
 import hypothesis
@@ -118,6 +120,23 @@ def call():
     from memorization_guard.cli.app import app
 
     return lambda *arguments: CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def serving():
+    """The example service, as if it were an installed package; its modules are its attributes."""
+    pytest.importorskip("prometheus_client")
+    pytest.importorskip("uvicorn")
+    folder = Path(__file__).parents[1] / "examples" / "serving"
+    spec = importlib.util.spec_from_file_location("serving", folder / "__init__.py", submodule_search_locations=[str(folder)])
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["serving"] = module
+    spec.loader.exec_module(module)
+    for file in folder.glob("*.py"):
+        importlib.import_module(f"serving.{file.stem}")
+    yield module
+    for name in [name for name in sys.modules if name.split(".")[0] == "serving"]:
+        del sys.modules[name]
 
 
 @pytest.fixture(scope="module")

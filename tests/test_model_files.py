@@ -1,10 +1,8 @@
 """What is never run or unpickled: Python in a model's folder, and weights that are no safetensors."""
 
-import importlib.util
 import json
 import os
 import pickle
-import sys
 from pathlib import Path
 
 import pytest
@@ -134,15 +132,11 @@ def test_a_folder_that_would_run_code_is_refused_wherever_it_is_given(change, me
     assert message in result.stderr
 
 
-def test_the_service_refuses_it_too(model, code):
-    pytest.importorskip("fastapi")
-    spec = importlib.util.spec_from_file_location("serving_of_a_folder", ROOT / "examples" / "serving.py")
-    serving = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = serving  # Pydantic looks a class's annotations up in its module
-    spec.loader.exec_module(serving)
+def test_the_service_refuses_it_too(model, code, serving):
     _class_of_its_own(model, code)
-    with pytest.raises(serving.SettingsError, match="holds the Python file evilpipe"):
-        serving.Painter(serving.Settings(model=str(model), profile=str(PROFILE)), serving.Metrics())
+    settings = serving.settings.Settings(model=str(model), profile=str(PROFILE))
+    with pytest.raises(serving.settings.SettingsError, match="holds the Python file evilpipe"):
+        serving.painter.Painter(settings, serving.metrics.Metrics())
 
 
 NAMES = ("x.SAFETENSORS", "x.Safetensors", "x.pt", "x.PT", "x.bin", "x.ckpt", "x.safetensors", "x")

@@ -1,6 +1,7 @@
 """Prompt lists: every format, and what is wrong with a bad one."""
 
 import json
+import resource
 import time
 import tracemalloc
 from importlib import resources
@@ -153,6 +154,47 @@ def test_a_parquet_file_that_grows_without_bounds_is_refused(tmp_path):
             list(stream_prompts(path))
         assert pa.total_allocated_bytes() - before < 2**27, name
         assert time.perf_counter() - begun < 10, name
+
+
+def test_a_parquet_footer_that_promises_too_much_is_refused_before_there_is_room_for_it(tmp_path):
+    """Some hundred bytes that tell of a million columns, of a footer of gigabytes, or of columns up to the limit."""
+    pytest.importorskip("pyarrow")
+
+    def integer(number):
+        """A number as Thrift's compact form writes it."""
+        digits = bytearray()
+        while number > 127:
+            digits.append(number & 127 | 128)
+            number >>= 7
+        return bytes([*digits, number])
+
+    def many(number):
+        return b"\xfc" + integer(number)
+
+    def field(kind, number):
+        return kind + integer(2 * number)
+
+    root = b"\x48\x04root" + field(b"\x15", 1) + b"\0"
+    leaf = field(b"\x15", 6) + field(b"\x25", 0) + b"\x18\x06prompt\0"
+    start = field(b"\x15", 1) + b"\x19\x2c" + root + leaf + field(b"\x16", 1)
+    column = field(b"\x26", 0) + b"\0"
+    footers = {
+        "schema": field(b"\x15", 1) + b"\x19" + many(1_000_000) + bytes(400),
+        "groups": start + b"\x19" + many(1_000_000) + bytes(400),
+        "columns": start + b"\x19\x1c\x19" + many(1_000_000) + bytes(400),
+        "real columns": start + b"\x19\x1c\x19" + many(10_001) + column * 10_001 + field(b"\x16", 1) * 2 + b"\0\0",
+    }
+    path = tmp_path / "list.parquet"
+    for name, footer in footers.items():
+        path.write_bytes(b"PAR1" + footer + len(footer).to_bytes(4, "little") + b"PAR1")
+        before, begun = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+        with pytest.raises(ValueError, match=r"cannot be read as Parquet: .*limit"):
+            read_prompts(path)
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 60_000, name  # KB; 680 MB without the limit
+        assert time.perf_counter() - begun < 5, name
+    path.write_bytes(b"PAR1" + bytes(50) + (2**31).to_bytes(4, "little") + b"PAR1")
+    with pytest.raises(ValueError, match="its footer says that it has 2147483648 bytes"):
+        read_prompts(path)
 
 
 def test_a_parquet_file_with_damaged_pages_or_texts_is_refused(tmp_path):

@@ -3,7 +3,6 @@
 import base64
 import contextlib
 import dataclasses
-import importlib.util
 import io
 import json
 import logging
@@ -38,17 +37,6 @@ STEPS = 9
 
 
 @pytest.fixture(scope="module")
-def serving():
-    spec = importlib.util.spec_from_file_location("serving", ROOT / "examples" / "serving.py")
-    module = importlib.util.module_from_spec(spec)
-    # Pydantic looks a class's annotations up in its module.
-    sys.modules["serving"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["serving"]
-
-
-@pytest.fixture(scope="module")
 def pipe():
     return lab.pipeline()
 
@@ -56,11 +44,11 @@ def pipe():
 @pytest.fixture
 def serve(serving, pipe, monkeypatch):
     """Starts the service on the lab model, loaded once for all tests, and gives a client of it."""
-    monkeypatch.setattr(serving, "load_pipeline", lambda *_, **__: pipe)
+    monkeypatch.setattr(serving.painter, "load_pipeline", lambda *_, **__: pipe)
     with contextlib.ExitStack() as stack:
 
         def start(**settings):
-            app = serving.create_app(serving.Settings(**{"steps": STEPS} | settings))
+            app = serving.app.create_app(serving.settings.Settings(**{"steps": STEPS} | settings))
             return stack.enter_context(TestClient(app, raise_server_exceptions=False))
 
         yield start
@@ -146,7 +134,7 @@ def test_steps_and_guidance_scale_are_the_clients(serve):
         ({"prompt": ""}, "prompt"),
         ({"prompt": "secret" * 5}, "prompt: at most 20 characters"),
         ({"prompt": 5}, "prompt"),
-        ({"prompt": "\ud800"}, "prompt"),
+        ({"prompt": "\ud800"}, "JSON"),
         ({"prompt": "secret", "seed": -1}, "seed"),
         ({"prompt": "secret", "seed": 2**63}, "seed"),
         ({"prompt": "secret", "steps": 0}, "steps"),
@@ -160,20 +148,39 @@ def test_steps_and_guidance_scale_are_the_clients(serve):
 )
 def test_bad_input_is_refused_before_it_costs_anything(serve, body, named, monkeypatch):
     client = serve(max_prompt=20, max_steps=12)
-    monkeypatch.setattr("serving.guard", None)
+    monkeypatch.setattr("serving.painter.guard", None)
     answer = client.post("/images", content=json.dumps(body), headers={"Content-Type": "application/json"})
     assert answer.status_code == 400
     assert answer.json()["error"] == "invalid"
     assert named in answer.json()["message"]
     assert "secret" not in answer.text
-    assert client.post("/images", content="{", headers={"Content-Type": "application/json"}).status_code == 400
 
 
-def test_numbers_that_are_none_are_refused(serve):
-    client = serve()
-    for number in ("NaN", "Infinity", "1e999"):
-        body = f'{{"prompt": "a", "guidance_scale": {number}}}'
-        assert client.post("/images", content=body, headers={"Content-Type": "application/json"}).status_code == 400
+def test_every_error_has_one_form(serve, serving, monkeypatch):
+    """A word and a sentence in JSON, also for what is no JSON, no text, or too large to be either."""
+    client = serve(max_body=20_000)
+    start = b'{"prompt": "secret", '
+    bodies = {
+        **{number: start + b'"guidance_scale": %s}' % number for number in (b"NaN", b"Infinity", b"1e999", b"9" * 4000)},
+        **{b"seed " + number: start + b'"seed": %s}' % number for number in (b"9" * 4000, b"9" * 9000, b"1.5", b'"1"')},
+        **{b"text": b"secret", b"none": b"", b"null": b"null", b"half": b"{", b"form": b"prompt=secret"},
+        **{b"bytes": b"\xff\xfe", b"bytes in text": b'{"prompt": "\xff"}', b"utf-16": '{"prompt": "a"}'.encode("utf-16")},
+        **{b"deep": b"[" * 20_000, b"deep and whole": start + b'"seed": ' + b"[" * 9000 + b"]" * 9000 + b"}"},
+    }
+    answers = [client.post("/images", content=body) for body in bodies.values()]
+    assert [answer.status_code for answer in answers] == [400] * len(bodies)
+    answers += [client.get("/nowhere"), client.get("/images/"), client.get("/images"), client.delete("/metrics")]
+    answers += [client.post("/images", content=b" " * 20_001), client.post("/images", content=(b" " * 9000 for _ in range(9)))]
+    monkeypatch.setattr(serving.app, "_painted", lambda *_: 1 / 0)
+    answers += [ask(client, ORDINARY, steps=1)]
+    assert [answer.status_code for answer in answers[len(bodies) :]] == [404, 404, 405, 405, 413, 413, 500]
+    for answer in answers:
+        content = answer.json()
+        assert set(content) == {"error", "message"}
+        assert content["error"] == serving.app.ERRORS[answer.status_code]
+        assert "secret" not in content["message"]
+        assert 0 < len(content["message"]) < 500
+    assert answers[-4].headers["Allow"] == "GET"
 
 
 # --- policy -----------------------------------------------------------------------------------------------------------
@@ -231,7 +238,7 @@ def test_what_is_done_with_an_unscored_image(serve, action, status, monkeypatch)
 def test_mitigated_is_only_what_was_steered_and_watched_to_its_end(serving, corrected, planned, outcome):
     steps = Steps(sigma=np.ones(2), mitigated=np.array(corrected))
     trace = Trace(verdict="likely copy", steps=steps, settings=RunSettings(steps=planned))
-    assert serving.Policy(triggered="mitigate").decide(trace) == outcome
+    assert serving.settings.Policy(triggered="mitigate").decide(trace) == outcome
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------
@@ -253,35 +260,38 @@ def test_mitigated_is_only_what_was_steered_and_watched_to_its_end(serving, corr
         ('{"thresholds": {"false_positive_rate": 2}}', "thresholds: false_positive_rate is 2"),
         ('{"thresholds": {"false_alarms": 0.01}}', "thresholds: .*false_alarms"),
         ('{"steps": 200}', "raise max_steps"),
+        ('{"max_prompt": 10000}', "max_body: .* needs up to 121024"),
+        ('{"max_connections": 20}', "max_connections: .* need 26"),
+        ('{"send_seconds": 0}', "send_seconds: Input should be greater than 0"),
     ],
 )
 def test_settings_that_cannot_work_end_the_start_with_a_sentence(serving, tmp_path, monkeypatch, content, message):
     file = tmp_path / "settings.json"
     file.write_text(content)
-    monkeypatch.setattr(sys, "argv", ["serving.py", str(file)])
-    monkeypatch.setattr(serving.uvicorn, "run", lambda *_, **__: pytest.fail("the service started"))
+    monkeypatch.setattr(sys, "argv", ["serving", str(file)])
+    monkeypatch.setattr(serving.__main__.uvicorn.Server, "run", lambda *_, **__: pytest.fail("the service started"))
     with pytest.raises(SystemExit) as stopped:
-        serving.main()
+        serving.__main__.main()
     assert re.match("serving: .*" + message, str(stopped.value))
 
 
 def test_a_file_of_settings_that_is_not_there(serving):
-    with pytest.raises(serving.SettingsError, match=r"nowhere\.json cannot be read"):
-        serving.read_settings("nowhere.json")
+    with pytest.raises(serving.settings.SettingsError, match=r"nowhere\.json cannot be read"):
+        serving.settings.read_settings("nowhere.json")
 
 
 def test_a_profile_of_another_model_ends_the_start(serve, serving, tmp_path):
     profile = StabilityProfile.load(lab.PROFILE)
     other = dataclasses.replace(profile, settings=dataclasses.replace(profile.settings, model_hash="another"))
     path = other.save(tmp_path / "other.safetensors")
-    with pytest.raises(serving.SettingsError, match="no image could be scored with the profile"):
+    with pytest.raises(serving.settings.SettingsError, match="no image could be scored with the profile"):
         serve(profile=str(path))
 
 
 def test_a_shared_autoencoder_that_is_cast_to_decode_ends_the_start(serve, serving, pipe, monkeypatch):
     monkeypatch.setattr(type(pipe), "upcast_vae", lambda _: None, raising=False)
     monkeypatch.setattr(type(pipe.vae), "dtype", torch.float16)
-    with pytest.raises(serving.SettingsError, match="set concurrency to 1"):
+    with pytest.raises(serving.settings.SettingsError, match="set concurrency to 1"):
         serve(concurrency=2)
 
 
@@ -367,7 +377,7 @@ def listening(app):
 
 
 def test_a_client_that_leaves_gives_up_its_place_and_disturbs_nobody(serve, pipe, serving, monkeypatch):
-    monkeypatch.setattr(serving, "LOOK", 0.05)
+    monkeypatch.setattr(serving.app, "LOOK", 0.05)
     client = serve(concurrency=1, queue=2, steps=4)
     wanted = ask(client, ORDINARY, seed=1).content
     with listening(client.app) as address, ThreadPoolExecutor(3) as pool, held(pipe) as (inside, go):

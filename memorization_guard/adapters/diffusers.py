@@ -86,9 +86,7 @@ class GuardedRun:
 
         @functools.wraps(step)
         def watched_step(*args: Any, **kwargs: Any) -> Any:
-            if not self._runs:
-                self._begin()  # the timesteps were set before the block
-            run = self._runs[-1]
+            run = self._stepping()
             guided = kwargs["model_output"] if "model_output" in kwargs else args[guided_at]
             sample = kwargs["sample"] if "sample" in kwargs else args[sample_at]
             self._timed(run.before_step, guided, sample)
@@ -109,6 +107,16 @@ class GuardedRun:
 
         self._hooks.enter_context(replaced(scheduler, "step", watched_step))
         self._hooks.enter_context(replaced(scheduler, "set_timesteps", watched_set_timesteps))
+
+    def _stepping(self) -> Sampling:
+        """The run that the scheduler is about to step in."""
+        if not self._runs:
+            self._begin()
+            self._runs[-1].fail(ValueError("sampling had begun before the guard was entered: enter it first"))
+        elif threading.get_ident() != self._thread and self._runs[-1].failure is None:
+            message = "the pipeline is called in two threads at once: give each its own, of copy_sharing_weights"
+            self._runs[-1].fail(ValueError(message))
+        return self._runs[-1]
 
     def _begin(self) -> None:
         """The pipeline sets its timesteps: a new run begins, in this thread."""
@@ -162,12 +170,18 @@ def guard(
     """Watches everything ``pipe`` samples inside the block, and corrects it if asked to.
 
     Hooks the pipeline's UNet or transformer, whose output holds both predictions, and reads its scheduler's steps; all is as
-    before when the block is left, however it is left. Blocks can be nested. In mode ``trace`` the images are bit-identical to
-    unwatched ones. What could not be watched says so in the ``note`` of its trace.
+    before when the block is left, however it is left. Blocks can be nested, and left in any order. In mode ``trace`` the
+    images are bit-identical to unwatched ones. What could not be watched says so in the ``note`` of its trace.
 
     The block may be entered in one thread and the pipeline called in another; seen are the calls of the denoiser in the
     thread that set the scheduler's timesteps last, so that pipelines which share it can each be watched while they sample
-    side by side (see :func:`copy_sharing_weights`).
+    side by side (see :func:`copy_sharing_weights`). A call that is under way when the block is entered is not judged, and its
+    trace says so; the next one is. When the block is left in the middle of a call, that call goes on unwatched. If two threads
+    call the pipeline at once, neither call is judged.
+
+    A deep copy that is made inside the block is not watched, and warns when it is called. A pipeline that shares the scheduler
+    of the guarded one (``from_pipe``, ``copy.copy``) is watched with it. If it does not use guidance as the guarded one did
+    last, its image may come without a verdict, and the note says so.
 
     Args:
         pipe: a diffusers pipeline with a ``unet`` or ``transformer``.

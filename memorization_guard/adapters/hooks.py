@@ -24,18 +24,35 @@ log = logging.getLogger(__name__)
 
 
 class _Replacement:
-    """A function in the place of an object's method. A deep copy of the object has its class's own method again."""
+    """A function in the place of an object's method. A deep copy of the object has its class's own method again.
+
+    Its block may end while a later block still has the place, which then calls what was there before. The same goes for a
+    shallow copy of the object, which keeps the function.
+    """
 
     def __init__(self, owner: Any, name: str, function: Callable[..., Any]) -> None:
         functools.update_wrapper(self, function)
         self._owner, self._name, self._function = owner, name, function
+        #: What was there before, and whether it was the object's own attribute.
+        self._before, self._owned = getattr(owner, name), name in vars(owner)
+        self._ended = False
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
-        return self._function(*arguments, **keywords)
+        return (self._before if self._ended else self._function)(*arguments, **keywords)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         twin = memo.get(id(self._owner))
         return self if twin is None else getattr(type(twin), self._name).__get__(twin)
+
+    def end(self) -> None:
+        """Gives the place back, and with it those that ended before and could not."""
+        self._ended = True
+        own = vars(self._owner)
+        while isinstance(last := own.get(self._name), _Replacement) and last._ended:
+            if last._owned:
+                own[self._name] = last._before
+            else:
+                del own[self._name]
 
 
 def is_replaced(owner: Any, name: str) -> bool:
@@ -45,17 +62,13 @@ def is_replaced(owner: Any, name: str) -> bool:
 
 @contextmanager
 def replaced(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
-    """Puts a function in the place of one object's method for the time of a block."""
-    own = vars(owner)
-    had, before = name in own, own.get(name)
-    own[name] = _Replacement(owner, name, function)
+    """Puts a function in the place of one object's method for the time of a block. Blocks may end in any order."""
+    replacement = _Replacement(owner, name, function)
+    vars(owner)[name] = replacement
     try:
         yield
     finally:
-        if had:
-            own[name] = before
-        else:
-            own.pop(name, None)
+        replacement.end()
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from ..core.reference import p_value_floor as floor_of
 from ..core.settings import VERDICTS
 from ..core.trace import Trace
 from ..files import parse_json, read_whole, write_whole
+from ..parquet import open_parquet
 from . import AuditError
 
 FORMAT = "memorization-guard.audit"
@@ -173,8 +174,7 @@ def _opened(path: Path) -> Iterator[Any]:
         AuditError: if it is damaged, also if this turns out in the block.
     """
     try:
-        # Opened here, since pyarrow takes no name that is not UTF-8.
-        with open(path, "rb") as stream, pq.ParquetFile(stream) as file:
+        with open_parquet(path) as file:
             rows = file.metadata.num_rows
             if rows > MAX_ROWS or any(
                 file.metadata.row_group(number).total_byte_size > MAX_PART for number in range(file.num_row_groups)

@@ -115,7 +115,7 @@ def test_what_is_wrong_is_one_line(call, model, prompts, tmp_path, monkeypatch, 
 @pytest.mark.parametrize(
     ("error", "code", "message"),
     [
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), 2, "a smaller --batch-size needs less"),
+        (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), 2, "a smaller --batch-size needs less"),
         (
             OSError(errno.ENOSPC, "No space left on device", "part-000000.jsonl"),
             2,

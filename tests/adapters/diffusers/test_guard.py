@@ -1,6 +1,8 @@
 """What a guard leaves behind (nothing), what it says of runs that break off, and pipelines in threads."""
 
+import contextlib
 import copy
+import functools
 import inspect
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -147,6 +149,125 @@ def test_compiled_networks_are_watched(way):
     assert sampler.unet._compiled_call_impl is before
 
 
+@pytest.mark.parametrize("order", [(0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)])
+def test_guards_are_left_in_any_order(order):
+    """Each sees the calls while it is there, whichever of them has gone; the last one leaves nothing."""
+    sampler = Sampler(SCHEDULERS["Euler"]())
+    plain = sampler()
+    blocks = [guard(sampler) for _ in range(3)]
+    runs = [block.__enter__() for block in blocks]
+    assert torch.equal(sampler(), plain)
+    for left, number in enumerate(order):
+        blocks[number].__exit__(None, None, None)
+        assert torch.equal(sampler(), plain)
+        assert clean(sampler) == (left == 2)
+    for left, number in enumerate(order):
+        assert len(runs[number].traces) == 2 * (left + 1)
+        assert runs[number].error is None
+        assert {len(trace.steps) for trace in runs[number].traces} == {STEPS}
+
+
+def test_a_guard_that_is_left_first_takes_its_correction_with_it():
+    sampler = Sampler(SCHEDULERS["Euler"]())
+    plain = sampler()
+    with guard(sampler) as run:
+        sampler()
+    far = profile_around(run.traces[0], scale=0.1)
+    correcting, watching = guard(sampler, far, "mitigate"), guard(sampler, far)
+    with contextlib.ExitStack() as stack:
+        its = stack.enter_context(correcting)
+        watching.__enter__()
+        changed = sampler()
+    assert not torch.equal(changed, plain)
+    assert {trace.verdict for trace in its.traces} == {"corrected"}
+    assert torch.equal(sampler(), plain)
+    watching.__exit__(None, None, None)
+    assert clean(sampler)
+
+
+def test_a_function_that_somebody_else_put_there_comes_back():
+    sampler = Sampler(SCHEDULERS["Euler"]())
+    theirs = sampler.scheduler.step = functools.partial(sampler.scheduler.step)
+    first, second = guard(sampler), guard(sampler)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    second.__exit__(None, None, None)
+    assert sampler.scheduler.step is theirs
+
+
+class Held:
+    """A run of a pipeline in another thread, held in its third call of the network."""
+
+    def __init__(self, sampler):
+        self.there, self.go = threading.Event(), threading.Event()
+
+        def hold(*_):
+            if sampler.unet.calls == 3:
+                self.there.set()
+                assert self.go.wait(20)
+
+        self.hook = sampler.unet.register_forward_pre_hook(hold)
+        self.pool = ThreadPoolExecutor(1)
+        self.result = self.pool.submit(sampler)
+        assert self.there.wait(20)
+
+    def finish(self):
+        self.go.set()
+        found = self.result.result(20)
+        self.pool.shutdown()
+        self.hook.remove()
+        return found
+
+
+@pytest.mark.parametrize("mode", ["trace", "mitigate"])
+def test_a_guard_on_a_run_of_another_thread_says_that_it_came_late(mode):
+    """The image is what it would have been, and the next one is watched."""
+    sampler = Sampler(SCHEDULERS["Euler"]())
+    with guard(sampler) as run:
+        plain = sampler()
+    far = profile_around(run.traces[0], scale=0.1)
+    held = Held(sampler)
+    with guard(sampler, far, mode) as late:
+        assert torch.equal(held.finish(), plain)
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(sampler).result(20)
+    note = "Watching ended early: sampling had begun before the guard was entered: enter it first"
+    assert [(trace.verdict, trace.note) for trace in late.traces[:2]] == [("unscored", note)] * 2
+    assert {trace.verdict for trace in late.traces[2:]} == {"corrected" if mode == "mitigate" else "likely copy"}
+    assert clean(sampler)
+
+
+def test_a_guard_that_leaves_a_run_of_another_thread_says_that_it_saw_a_part():
+    sampler = Sampler(SCHEDULERS["Euler"]())
+    plain = sampler()
+    with guard(sampler) as run:
+        held = Held(sampler)
+    assert clean(sampler)
+    assert len(run.traces) == 2
+    for trace in run.traces:
+        assert trace.verdict == "unscored"
+        assert trace.note.startswith(f"The run ended early: 3 of {STEPS} evaluations were made")
+    assert torch.equal(held.finish(), plain)
+    assert len(run.traces) == 2
+
+
+def test_a_pipeline_that_two_threads_call_at_once_is_not_judged():
+    sampler = Sampler(SCHEDULERS["DDIM"]())
+    with guard(sampler) as run:
+        sampler()
+    with guard(sampler, profile_around(run.traces[0])) as both:
+        held = Held(sampler)
+        sampler.unet.calls = 10
+        for t in sampler.scheduler.timesteps[:2]:
+            x = torch.zeros(2, 4, 8, 8)
+            sampler.scheduler.step(x, t, x)
+        sampler.unet.calls = 3
+        held.finish()
+    assert [trace.verdict for trace in both.traces] == ["unscored"] * 2
+    assert "two threads at once" in both.traces[0].note
+
+
 def test_two_threads_on_one_denoiser_are_told_apart():
     samplers = [Sampler(SCHEDULERS["Euler"]()) for _ in range(2)]
     samplers[1].unet = shared = samplers[0].unet
@@ -241,6 +362,22 @@ def test_a_deep_copy_of_a_guarded_pipeline_is_whole_and_said_to_be_unwatched(tin
         assert caplog.text.count("does not watch a copy of a guarded pipeline") == 1
         assert np.array_equal(images_of(tiny_pipe), plain)
     assert len(run.traces) == len(plain)
+
+
+@pytest.mark.parametrize("share", [copy.copy, diffusers.AutoPipelineForText2Image.from_pipe])
+def test_a_pipeline_that_shares_the_scheduler_of_a_guarded_one_is_watched_with_it(tiny_pipe, share):
+    plain = images_of(tiny_pipe)
+    with guard(tiny_pipe) as run:
+        images_of(tiny_pipe)
+    with guard(tiny_pipe, profile_around(run.traces[0], scale=0.1), "mitigate") as run:
+        sharing = share(tiny_pipe)
+        changed = images_of(sharing)
+    assert not np.array_equal(changed, plain)
+    assert {trace.verdict for trace in run.traces} == {"corrected"}
+    np.testing.assert_array_equal(images_of(sharing), plain)
+    np.testing.assert_array_equal(images_of(tiny_pipe), plain)
+    assert len(run.traces) == len(plain)
+    assert not tiny_pipe.unet._forward_hooks
 
 
 def test_what_cannot_be_copied_is_refused_in_one_sentence(tiny_pipe):
