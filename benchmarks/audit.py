@@ -227,7 +227,7 @@ class InstantActor:
     def describe(self) -> dict[str, Any]:
         return self._instant.describe()
 
-    def sample(self, jobs: list[Job], profile: StabilityProfile) -> list[dict[str, Any]]:
+    def sample(self, jobs: list[Job], profile: StabilityProfile, screens: bool) -> list[dict[str, Any]]:
         return self._instant.rows(jobs)
 
 

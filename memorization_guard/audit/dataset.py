@@ -28,7 +28,7 @@ from ..files import parse_json, read_whole, write_whole
 from . import AuditError
 
 FORMAT = "memorization-guard.audit"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 #: Rows, and bytes of a row group in memory, of the largest part that is read; ours have 1,024 rows.
 MAX_ROWS, MAX_PART = 1_000_000, 512 * 2**20
@@ -54,10 +54,10 @@ _SETTINGS = pa.struct(
     ]
 )
 
-#: A row for each image. ``image`` counts the images of the audit from 0, ``row`` the prompts of the list; ``file`` is the
-#: saved image, relative to the folder; ``words`` are those that call the copy up, and ``prompt_without_words`` is the prompt
-#: without them, both null where none were told; ``settings`` are the trace's, and ``trace`` is its JSON form
-#: (``docs/trace.md``).
+#: A row for each image. ``image`` counts the images of the audit from 0, ``row`` the prompts of the list; ``screened_out``
+#: says that the image was judged by its first evaluation and not sampled; ``file`` is the saved image, relative to the folder;
+#: ``words`` are those that call the copy up, and ``prompt_without_words`` is the prompt without them, both null where none
+#: were told; ``settings`` are the trace's, and ``trace`` is its JSON form (``docs/trace.md``).
 SCHEMA = pa.schema(
     [
         pa.field("image", pa.int64(), nullable=False),
@@ -65,6 +65,7 @@ SCHEMA = pa.schema(
         pa.field("prompt", pa.string(), nullable=False),
         pa.field("kind", pa.string()),
         pa.field("seed", pa.int64(), nullable=False),
+        pa.field("screened_out", pa.bool_(), nullable=False),
         pa.field("verdict", pa.string(), nullable=False),
         pa.field("score", pa.float64()),
         pa.field("joint_score", pa.float64()),
