@@ -132,6 +132,11 @@ def is_finished(manifest: Mapping[str, Any], images: int) -> bool:
     return bool(manifest.get("finished")) and images >= (planned_images(manifest) or 0)
 
 
+def screens(manifest: Mapping[str, Any]) -> bool:
+    """Whether an audit samples only those images whose first evaluation is suspicious."""
+    return mapping(manifest.get("settings")).get("screen") is True
+
+
 def write_table(path: Path, rows: Sequence[Mapping[str, Any]], schema: pa.Schema = SCHEMA) -> None:
     """Writes rows with the columns of ``schema`` as Parquet, whole or not at all."""
     sink = pa.BufferOutputStream()
