@@ -313,6 +313,8 @@ def test_screening_meets_its_goals(docs):
     plan = found["plan"][0]
     assert f"{plan['seconds_of_a_suspicious_image']:.1f} s" in text
     assert f"{plan['gigabytes']:.0f} GB" in text
+    whole, screened = (ordinary[name]["predictions_per_image"] for name in ("whole", "screened"))
+    assert f"{whole:.1f} / {screened:.1f} at {found['steps']['ordinary']} steps" in text
 
 
 def test_what_is_said_of_the_peers_is_in_their_files(docs):
