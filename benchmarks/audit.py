@@ -4,13 +4,15 @@
     python benchmarks/audit.py cluster --output DIR [--seeds 2] [--steps 20] [--nodes 3]
     python benchmarks/audit.py throughput --output DIR [--workers 1 2 3]
     python benchmarks/audit.py driver --output DIR [--images 20000]
+    python benchmarks/audit.py screen --output DIR [--steps 50] [--json FILE]
 
 ``kill`` makes images of 500 prompts of the evaluation split and kills the process with SIGKILL at random moments; ``cluster``
 makes the same on nodes of one core each, kills a worker, takes a node away and adds one. Both print how long it took, how many
 images were kept at each kill, how many rows and different images there are at the end, and the rates by kind of prompt at the
 audit's own threshold and at others. ``throughput`` times 400 images of 10 steps on so many workers, and what one process does
 without Ray. ``driver`` times the one process that keeps the rows of all workers, with workers that take no time, and the
-reading of a list of ten million prompts.
+reading of a list of ten million prompts. ``screen`` audits 200 ordinary prompts and then a list with memorized ones, each
+once whole and once with ``--screen``, and says how fast both were and how much of what the whole audit found the other found.
 """
 
 from __future__ import annotations
@@ -37,16 +39,30 @@ from samplers import write_result
 
 from memorization_guard.audit import cluster
 from memorization_guard.audit.plan import Job, Plan
-from memorization_guard.audit.run import Batch, audit
+from memorization_guard.audit.run import AT_ONCE, Batch, Local, audit
 from memorization_guard.audit.summary import summarize
-from memorization_guard.audit.worker import Recipe, Worker
+from memorization_guard.audit.worker import NEAR, Recipe, Worker
+from memorization_guard.core import asking
 from memorization_guard.core.profile import StabilityProfile
+from memorization_guard.core.reference import p_value_floor
+from memorization_guard.core.settings import Thresholds
+from memorization_guard.core.words import Memory
 from memorization_guard.lab import PROFILE, prompts
 
 #: Prompts of each group; 500 of them.
 COUNTS = {"exact": 30, "template": 24, "rare": 30, "ordinary": 416}
 #: Thresholds that the rates are printed at.
 RATES = (0.0005, 0.001, 0.005, 0.01)
+
+#: Prompts of each group of the list that is audited whole and screened, beside that of ordinary prompts alone.
+SCREENED = {"exact": 30, "template": 24, "ordinary": 100}
+ORDINARY = 200
+#: Steps of the former, as in ``kill``: the verdict is that of the first evaluation.
+STEPS = 20
+#: P-values up to which images could be sampled whole.
+BOUNDS = (0.000125, 0.0005, 0.001, 0.0025, 0.005, 0.00625, 0.01, 0.02, 0.05, 0.1)
+#: Prompts of the list that is planned on paper.
+MANY = 10_000_000
 
 
 def lists(folder: Path) -> tuple[Path, Path]:
@@ -227,7 +243,7 @@ class InstantActor:
     def describe(self) -> dict[str, Any]:
         return self._instant.describe()
 
-    def sample(self, jobs: list[Job], profile: StabilityProfile) -> list[dict[str, Any]]:
+    def sample(self, jobs: list[Job], profile: StabilityProfile, screens: bool) -> list[dict[str, Any]]:
         return self._instant.rows(jobs)
 
 
@@ -260,22 +276,155 @@ def driver(folder: Path, images: int) -> None:
     large.unlink()
 
 
+class Timed(Local):
+    """The worker of this process, from its first batch to its last, with the predictions that its network made."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__(recipe)
+        self.took: dict[str, float] = {}
+        self._predictions = 0
+        unet = self._worker._pipe.unet
+        forward = unet.forward
+
+        def counted(sample: Any, *arguments: Any, **keywords: Any) -> Any:
+            self._predictions += len(sample)
+            return forward(sample, *arguments, **keywords)
+
+        unet.forward = counted
+
+    def sample(
+        self, batches: Iterator[Batch | None], profile: StabilityProfile
+    ) -> Iterator[tuple[Batch, list[dict[str, Any]]] | None]:
+        asking._memory = Memory()  # no words of an audit before
+        self._predictions, clock, processor = 0, time.perf_counter(), time.process_time()
+        yield from super().sample(batches, profile)
+        self.took = {"seconds": time.perf_counter() - clock, "processor_seconds": time.process_time() - processor}
+        self.took["predictions"] = self._predictions
+
+
+def timed(folder: Path, source: Path, steps: int, *, screens: bool) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """An audit of a list with the bundled profile: what it took an image, and its rows."""
+    recipe, plan = Recipe(model="lab", device="cpu", steps=steps, screen=screens), Plan.of(source)
+    place = folder / f"{source.stem}-{'screened' if screens else 'whole'}"
+    shutil.rmtree(place, ignore_errors=True)
+    hands = Timed(recipe)
+    audit(recipe, plan, place, lambda: hands, profile=PROFILE, progress=False)
+    columns = ["image", "prompt", "kind", "p_value", "trigger_step", "screened_out"]
+    rows = pq.read_table(place / "results", columns=columns).to_pylist()
+    size = sum(part.stat().st_size for part in (place / "results").iterdir())
+    found = {name: float(f"{value:.4g}") for name, value in hands.took.items()}
+    found["images"], found["sampled_whole"] = plan.images, sum(not row["screened_out"] for row in rows)
+    found["images_per_processor_second"] = plan.images / hands.took["processor_seconds"]
+    found["predictions_per_image"] = hands.took["predictions"] / plan.images
+    found["bytes_per_image"] = size / plan.images
+    print(f"{place.name}: {found}", flush=True)
+    return found, rows
+
+
+def screen(folder: Path, steps: int, file: Path | None) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    ordinary, mixed = folder / "ordinary.jsonl", folder / "mixed.jsonl"
+    texts = prompts("ordinary", "evaluation")
+    lines = [{"prompt": text, "kind": "ordinary"} for text in texts[:ORDINARY]]
+    ordinary.write_text("".join(json.dumps(row) + "\n" for row in lines), encoding="utf-8")
+    lines = [
+        {"prompt": text, "kind": group} for group, count in SCREENED.items() for text in prompts(group, "evaluation")[:count]
+    ]
+    random.Random(0).shuffle(lines)
+    mixed.write_text("".join(json.dumps(row) + "\n" for row in lines), encoding="utf-8")
+
+    speed, found, kinds, both = {}, {}, {}, []
+    for screens, name in ((True, "screened"), (False, "whole")):
+        speed[name], rows = timed(folder, ordinary, steps, screens=screens)
+        found[name], mixed_rows = timed(folder, mixed, STEPS, screens=screens)
+        both.append((rows, mixed_rows))
+    screened, whole = (rows + mixed_rows for rows, mixed_rows in both)
+    wanted = {id(row): full["trigger_step"] is not None for row, full in zip(screened, whole, strict=True)}
+    differences = [abs(row["p_value"] / full["p_value"] - 1) for row, full in zip(screened, whole, strict=True)]
+    for group in SCREENED:
+        own = [row for row in screened if row["kind"] == group]
+        kinds[group] = {
+            "images": len(own),
+            "whole": sum(wanted[id(row)] for row in own),
+            "screened": sum(wanted[id(row)] and row["trigger_step"] is not None for row in own),
+            "only_screened": sum(not wanted[id(row)] and row["trigger_step"] is not None for row in own),
+            "sampled_whole": sum(not row["screened_out"] for row in own),
+        }
+    times = speed["whole"]["predictions_per_image"] / speed["screened"]["predictions_per_image"]
+    curve = []
+    for bound in BOUNDS:
+        row: dict[str, Any] = {"p_value": bound}
+        for group in SCREENED:
+            own = [one for one in screened if one["kind"] == group]
+            triggers = [one for one in own if wanted[id(one)]]
+            row[group] = {
+                "sampled_whole": float(np.mean([one["p_value"] <= bound for one in own])),
+                "found": float(np.mean([one["p_value"] <= bound for one in triggers])) if triggers else None,
+            }
+        # A whole image costs what it costs in a whole audit, and a screened one costs that besides.
+        row["times_as_fast"] = 1 / (1 / times + row["ordinary"]["sampled_whole"])
+        curve.append(row)
+    result = {
+        "steps": {"ordinary": steps, "mixed": STEPS},
+        "batch_size": 4,
+        "screened_at_once": 4 * AT_ONCE,
+        "near": NEAR,
+        "ordinary": speed
+        | {
+            "times_by_processor": speed["whole"]["processor_seconds"] / speed["screened"]["processor_seconds"],
+            "times_by_clock": speed["whole"]["seconds"] / speed["screened"]["seconds"],
+            "times_by_predictions": times,
+        },
+        "mixed": found,
+        "kinds": kinds,
+        "largest_difference_of_p_values": max(differences),
+        "curve": curve,
+        "plan": plan_of(speed, found, steps),
+    }
+    write_result(result, file)
+
+
+def plan_of(speed: dict[str, Any], found: dict[str, Any], steps: int) -> list[dict[str, Any]]:
+    """What ten million ordinary prompts would take at these rates, for the usual false-positive rate and the lowest one."""
+    a_second = {name: row["images_per_processor_second"] for name, row in speed.items()}
+    mixed = found["screened"]
+    # What is sampled whole is mostly triggered here, so that words are searched for; of ordinary prompts that are near, not.
+    suspicious = (mixed["processor_seconds"] - mixed["images"] / a_second["screened"]) / mixed["sampled_whole"]
+    suspicious += (steps - STEPS) / steps / a_second["whole"]
+    rates = (Thresholds().false_positive_rate, p_value_floor(StabilityProfile.load(PROFILE).reference_prompts))
+    return [
+        {
+            "images": MANY,
+            "false_positive_rate": rate,
+            "sampled_whole": round(MANY * rate * NEAR),
+            "seconds_of_a_suspicious_image": suspicious,
+            "screening_hours": MANY / a_second["screened"] / 3600,
+            "suspicious_hours": MANY * rate * NEAR * suspicious / 3600,
+            "hours_of_a_whole_audit": MANY / a_second["whole"] / 3600,
+            "gigabytes": MANY * speed["screened"]["bytes_per_image"] / 1e9,
+        }
+        for rate in rates
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("kill", "cluster", "throughput", "driver"))
+    parser.add_argument("what", choices=("kill", "cluster", "throughput", "driver", "screen"))
     parser.add_argument("--output", type=Path, required=True, help="a new folder")
     parser.add_argument("--seeds", type=int, default=2, help="images of each prompt")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--json", type=Path, help="kill: where the figures go")
+    parser.add_argument("--steps", type=int, help="20, or for screen 50, as in an audit by default")
+    parser.add_argument("--json", type=Path, help="kill, screen: where the figures go")
     parser.add_argument("--kills", type=int, default=3)
     parser.add_argument("--nodes", type=int, default=3)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--images", type=int, default=20_000)
     options = parser.parse_args()
     if options.what == "kill":
-        kill(options.output, options.seeds, options.steps, options.kills, options.json)
+        kill(options.output, options.seeds, options.steps or 20, options.kills, options.json)
     elif options.what == "cluster":
-        on_cluster(options.output, options.seeds, options.steps, options.nodes)
+        on_cluster(options.output, options.seeds, options.steps or 20, options.nodes)
+    elif options.what == "screen":
+        screen(options.output, options.steps or Recipe.steps, options.json)
     elif options.what == "driver":
         driver(options.output, options.images)
     else:

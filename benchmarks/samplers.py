@@ -13,7 +13,7 @@ import diffusers
 import torch
 
 from memorization_guard import StabilityProfile, Trace
-from memorization_guard.core.monitor import Serves
+from memorization_guard.core.settings import Serves
 from memorization_guard.diffusers import guard
 from memorization_guard.files import write_whole
 from memorization_guard.lab import GROUPS, MODEL, Lab

@@ -26,8 +26,8 @@ from tqdm import tqdm
 from memorization_guard import NoiseLevel, Thresholds, Trace
 from memorization_guard.core.calibration import WHOLE_RUNS, ReferenceRuns
 from memorization_guard.core.judge import decided
-from memorization_guard.core.monitor import Serves
 from memorization_guard.core.reference import OPEN_SIGMA, Reference, Tail
+from memorization_guard.core.settings import Serves
 from memorization_guard.files import write_whole
 from memorization_guard.lab import MODEL, Lab
 from memorization_guard.lab.world import DATA

@@ -15,7 +15,7 @@ from modules import devices, processing, shared
 from ..memorization_guard import StabilityProfile, Trace
 from ..memorization_guard.automatic import AUTO, STEPS, guidance_of, profiles_in
 from ..memorization_guard.core.asking import undisturbed
-from ..memorization_guard.core.monitor import Serves
+from ..memorization_guard.core.settings import Serves
 from .profiles import FOLDER, networks_of, sample_references
 
 log = logging.getLogger(__name__)

@@ -12,8 +12,8 @@ from modules import paths, processing, shared
 from ..memorization_guard import CalibrationError, StabilityProfile, Trace
 from ..memorization_guard.automatic import AUTO, is_automatic
 from ..memorization_guard.core.calibration import ReferenceRuns, told_left_out
-from ..memorization_guard.core.monitor import Serves
 from ..memorization_guard.core.profile import EXTENSION, ProfileError, name_problem
+from ..memorization_guard.core.settings import Serves
 from ..memorization_guard.files import write_whole
 from ..memorization_guard.prompts import reference_prompts, typed_prompts
 from . import hosts, sampling

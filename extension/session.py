@@ -20,8 +20,7 @@ from ..memorization_guard import (
     Trace,
     evidence,
 )
-from ..memorization_guard.core.monitor import Serves
-from ..memorization_guard.core.settings import HOST_CONSTANTS, MODES
+from ..memorization_guard.core.settings import HOST_CONSTANTS, MODES, Serves
 from ..memorization_guard.files import write_whole
 from ..memorization_guard.reports import graph
 from ..memorization_guard.reports.words import summary

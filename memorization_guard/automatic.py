@@ -12,8 +12,8 @@ from typing import Literal
 import torch
 
 from .core.calibration import CalibrationError, ReferenceRuns
-from .core.monitor import Serves
 from .core.profile import EXTENSION, ProfileError, StabilityProfile
+from .core.settings import Serves
 from .core.trace import Trace
 from .fingerprint import content_hash
 from .prompts import reference_prompts

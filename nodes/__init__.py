@@ -9,6 +9,7 @@ from .guard import MemorizationGuard
 from .lab import LoadLabModel
 from .profiles import CalibrateStabilityProfile, LoadStabilityProfile, SaveStabilityProfile
 from .report import MemorizationGate, StabilityReport
+from .screen import ScreenPrompts
 
 
 class MemorizationGuardExtension(ComfyExtension):
@@ -16,6 +17,7 @@ class MemorizationGuardExtension(ComfyExtension):
         return [
             MemorizationGuard,
             ExplainPrompt,
+            ScreenPrompts,
             LoadStabilityProfile,
             SaveStabilityProfile,
             CalibrateStabilityProfile,

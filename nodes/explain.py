@@ -28,7 +28,8 @@ from .sampling import send, unguarded
 #: Key of what the node shows.
 SHOWN = "memorization_guard_prompt"
 
-_RATE = next(field for field in dataclasses.fields(Thresholds) if field.name == "false_positive_rate")
+#: The field of the constant that both nodes offer.
+FALSE_POSITIVE_RATE = next(field for field in dataclasses.fields(Thresholds) if field.name == "false_positive_rate")
 
 
 class ExplainPrompt(io.ComfyNode):
@@ -77,7 +78,7 @@ class ExplainPrompt(io.ComfyNode):
                         "profile, this input makes no difference."
                     ),
                 ),
-                threshold_input(_RATE),
+                threshold_input(FALSE_POSITIVE_RATE),
             ],
             outputs=[
                 io.String.Output(
@@ -102,9 +103,9 @@ class ExplainPrompt(io.ComfyNode):
         if clip is None:
             raise ValueError("this checkpoint has no CLIP: load the one that belongs to the model")
         model = unguarded(model)
-        size = _empty(model, latent)
+        size = empty_latent(model, latent)
         if profile is None:
-            profile = _automatic(model, clip, size, cls.hidden.unique_id)
+            profile = automatic_profile(model, clip, size, cls.hidden.unique_id)
         trace = _asked(model, clip, text, profile, size, Thresholds(**thresholds))
         told = {
             "verdict": prompt_verdict(trace),
@@ -121,7 +122,7 @@ class ExplainPrompt(io.ComfyNode):
         )
 
 
-def _automatic(model: ModelPatcher, clip: Any, latent: torch.Tensor, node: str) -> StabilityProfile:
+def automatic_profile(model: ModelPatcher, clip: Any, latent: torch.Tensor, node: str) -> StabilityProfile:
     """The profile of this model that makes itself, as before a guarded run of this size."""
     guider = comfy.samplers.CFGGuider(model)
     guider.set_cfg(USUAL_GUIDANCE)
@@ -164,7 +165,7 @@ def _asked(
     return traces[0]
 
 
-def _empty(model: ModelPatcher, latent: Any) -> torch.Tensor:
+def empty_latent(model: ModelPatcher, latent: Any) -> torch.Tensor:
     """An empty latent of the size of another; without one, of that which models of this kind are usually sampled at: ComfyUI
     knows no size of a model."""
     if latent is not None:

@@ -16,8 +16,8 @@ from comfy.model_patcher import ModelPatcher
 
 from ..memorization_guard import StabilityProfile, Thresholds, Trace
 from ..memorization_guard.automatic import AUTO, STEPS, AutomaticProfiles, guidance_of, profiles_in, prompts
-from ..memorization_guard.core.monitor import Serves
 from ..memorization_guard.core.profile import EXTENSION
+from ..memorization_guard.core.settings import Serves
 from .models import model_hash
 from .prompts import Encoder, encoded
 from .sampling import guard, unguarded

@@ -36,7 +36,8 @@ from ..memorization_guard import (
 )
 from ..memorization_guard.adapters.kdiffusion import SamplerRun, watched
 from ..memorization_guard.core.asking import Answer
-from ..memorization_guard.core.monitor import STOPPED, Serves
+from ..memorization_guard.core.monitor import STOPPED
+from ..memorization_guard.core.settings import Serves
 from .models import noise_levels, run_settings
 from .prompts import Encoder, OtherPrompts, RunConditioning
 from .runs import TraceLog

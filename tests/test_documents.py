@@ -167,6 +167,48 @@ def audit_threshold_rows(docs):
         yield f"| {rate} | {' | '.join(cells)} |"
 
 
+def screening(docs):
+    return json.loads((docs / "screening.json").read_text(encoding="utf-8"))
+
+
+def screening_rate_rows(docs):
+    """What an image of ordinary prompts takes, whole and screened."""
+    ordinary = screening(docs)["ordinary"]
+    for title, name in (("whole", "whole"), ("`--screen`", "screened")):
+        row = ordinary[name]
+        cells = [f"{row['images_per_processor_second']:.2f}", f"{row['images'] / row['seconds']:.2f}"]
+        yield f"| {title} | {' | '.join(cells)} | {row['predictions_per_image']:.1f} | {row['bytes_per_image']:,.0f} |"
+    times = [ordinary[f"times_by_{name}"] for name in ("processor", "clock", "predictions")]
+    yield f"| times | {' | '.join(f'{value:.0f}' for value in times)} | |"
+
+
+def screening_found_rows(docs):
+    """What a whole audit found, and what the screened one found of it."""
+    for kind, row in screening(docs)["kinds"].items():
+        share = f"{100 * row['screened'] / row['whole']:.0f} %" if row["whole"] else "-"
+        cells = [row["images"], row["whole"], row["screened"], share, row["only_screened"], row["sampled_whole"]]
+        yield f"| {kind} | {' | '.join(map(str, cells))} |"
+
+
+def screening_curve_rows(docs):
+    """What would be found, and how fast, if images were sampled whole up to another p-value."""
+    for row in screening(docs)["curve"]:
+        found = [f"{100 * row[kind]['found']:.0f} %" for kind in ("exact", "template")]
+        cells = [*found, f"{100 * row['ordinary']['sampled_whole']:.1f} %", f"{row['times_as_fast']:.1f}"]
+        yield f"| {row['p_value']:g} | {' | '.join(cells)} |"
+
+
+def screening_plan_rows(docs):
+    """What ten million prompts would take on one core."""
+    for row in screening(docs)["plan"]:
+        hours = [row[f"{name}_hours"] for name in ("screening", "suspicious")]
+        cells = [
+            f"{row['sampled_whole']:,}",
+            *(f"{value:,.0f}" for value in (*hours, sum(hours), row["hours_of_a_whole_audit"])),
+        ]
+        yield f"| {row['false_positive_rate']:g} | {' | '.join(cells)} |"
+
+
 def lab_figures(docs):
     return json.loads((docs / "lab.json").read_text(encoding="utf-8"))
 
@@ -250,6 +292,29 @@ def test_the_tables_of_the_audit_are_those_of_its_file(rows, docs):
     kept = [call["kept"] for call in found["calls"]]
     said = f"SIGKILL at {', '.join(map(str, kept[:-2]))} and {kept[-2]} images. After the fourth call there were"
     assert f"{said} {found['rows']:,} rows of {found['images']:,} different" in " ".join(text.split())
+
+
+@pytest.mark.parametrize("rows", [screening_rate_rows, screening_found_rows, screening_curve_rows, screening_plan_rows])
+def test_the_tables_of_screening_are_those_of_its_file(rows, docs):
+    text = (docs / "audit.md").read_text(encoding="utf-8")
+    assert [row for row in rows(docs) if row not in text] == []
+
+
+def test_screening_meets_its_goals(docs):
+    """Twenty times the prompts a second, 99 % of the exact and 95 % of the template prompts that a whole audit finds."""
+    found, text = screening(docs), " ".join((docs / "audit.md").read_text(encoding="utf-8").split())
+    ordinary, kinds = found["ordinary"], found["kinds"]
+    assert min(ordinary["times_by_processor"], ordinary["times_by_predictions"]) >= 20
+    assert ordinary["screened"]["images"] == ordinary["whole"]["images"]
+    assert kinds["exact"]["screened"] >= 0.99 * kinds["exact"]["whole"] > 0
+    assert kinds["template"]["screened"] >= 0.95 * kinds["template"]["whole"] > 0
+    assert f"differ by at most {found['largest_difference_of_p_values']:.1g}" in text
+    assert f"{found['near']:g} times the one that triggers" in text
+    plan = found["plan"][0]
+    assert f"{plan['seconds_of_a_suspicious_image']:.1f} s" in text
+    assert f"{plan['gigabytes']:.0f} GB" in text
+    whole, screened = (ordinary[name]["predictions_per_image"] for name in ("whole", "screened"))
+    assert f"{whole:.1f} / {screened:.1f} at {found['steps']['ordinary']} steps" in text
 
 
 def test_what_is_said_of_the_peers_is_in_their_files(docs):

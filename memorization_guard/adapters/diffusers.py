@@ -20,11 +20,11 @@ import torch
 
 from ..automatic import STEPS, profiles_in, user_folder
 from ..core.calibration import CalibrationError
-from ..core.monitor import Serves, StabilityMonitor
+from ..core.monitor import StabilityMonitor
 from ..core.noise_level import NoiseLevel
 from ..core.profile import StabilityProfile
 from ..core.run import StepEvent
-from ..core.settings import Mode, RunSettings, Thresholds
+from ..core.settings import Mode, RunSettings, Serves, Thresholds
 from ..core.trace import Trace
 from ..fingerprint import fingerprint
 from .hooks import calls_of, is_replaced, replaced
@@ -57,6 +57,11 @@ class GuardedRun:
         if self._runs:
             self._timed(self._runs[-1].end)
         return [trace for run in self._runs if run.monitor is not None for trace in run.monitor.traces]
+
+    @property
+    def settled(self) -> list[bool]:
+        """Of every image of ``traces``, which is to be read before: whether the network need not be asked about it."""
+        return [known for run in self._runs if run.monitor is not None for known in run.monitor.settled.tolist()]
 
     @property
     def error(self) -> Exception | None:

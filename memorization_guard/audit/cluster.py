@@ -19,7 +19,7 @@ from ..core.profile import StabilityProfile
 from ..pipelines import ModelError
 from . import AuditError
 from .plan import Job
-from .run import Batch
+from .run import Batch, made
 from .worker import Recipe, Worker
 
 log = logging.getLogger(__name__)
@@ -52,8 +52,8 @@ class _Actor:
     def trial(self, job: Job, profile: StabilityProfile) -> None:
         self._loaded().trial(job, profile)
 
-    def sample(self, jobs: Sequence[Job], profile: StabilityProfile) -> list[dict[str, Any]]:
-        return self._loaded().sample(jobs, profile)
+    def sample(self, jobs: Sequence[Job], profile: StabilityProfile, screens: bool) -> list[dict[str, Any]]:
+        return made(self._loaded(), jobs, profile, screens=screens)
 
 
 class Cluster:
@@ -142,7 +142,7 @@ class Cluster:
                         break
                 if batch is None:
                     break
-                flying[actor.sample.remote(batch.jobs, shared)] = actor, batch
+                flying[actor.sample.remote(batch.jobs, shared, batch.screens)] = actor, batch
             if not flying and not self._ready:
                 self._welcome()
                 continue

@@ -22,8 +22,8 @@ LISTED = 10_000
 #: How prompts are sorted, by whether an image of theirs triggers.
 CHANGES = ("became", "no_longer", "stays")
 
-#: Settings that change no image.
-_HARMLESS = ("images", "batch_size")
+#: Settings that change no image and no verdict.
+_HARMLESS = ("images", "batch_size", "screen")
 
 #: The setting that may be what is compared.
 _COMPARED = "mode"
@@ -35,9 +35,10 @@ def compare(a: Path, b: Path) -> dict[str, Any]:
     Some numbers of each image are kept in memory (under half a gigabyte for a million images a side); traces are not read.
 
     Returns:
-        ``"a"``, ``"b"``: ``{"folder", "model", "finished", "images", "prompts", "mode", "p_value_floor", "triggered",
-        "prompts_triggered", "corrected", "uncorrected"}``: the numbers of images and prompts are of the whole audit, the rates
-        (as ``statistics.clustered_rate`` gives them) of the pairs. ``corrected`` and ``uncorrected`` are paired images that
+        ``"a"``, ``"b"``: ``{"folder", "model", "finished", "images", "prompts", "screened_out", "mode", "p_value_floor",
+        "triggered", "prompts_triggered", "corrected", "uncorrected"}``: the numbers of images and prompts are of the whole
+        audit, and so are the images screened out (``None`` in an audit that does not screen); the rates (as
+        ``statistics.clustered_rate`` gives them) are of the pairs. ``corrected`` and ``uncorrected`` are paired images that
         triggered, with steps corrected or without.
         ``"pairs"``: ``{"images", "prompts", "unscored", "only_a", "only_b", "duplicates"}``: pairs of images that are both
         scored, and their prompts, which is what everything below is about; pairs left out because one is not scored;
@@ -60,14 +61,15 @@ def compare(a: Path, b: Path) -> dict[str, Any]:
         AuditError: if a manifest or a part cannot be read.
     """
     folders, manifests = (a, b), [dataset.read_manifest(folder) for folder in (a, b)]
-    images, unpaired = zip(*(_read(folder) for folder in folders), strict=True)
+    images, unpaired, screened_out = zip(*(_read(folder) for folder in folders), strict=True)
     paired = images[0].join(images[1], ["prompt", "seed"], join_type="inner", left_suffix="_a", right_suffix="_b")
     scored = paired.filter(pc.and_(paired["scored_a"], paired["scored_b"])).sort_by("image_a")
     prompts = _Prompts(scored)
     sorts = _changes(prompts.sums["triggered_a"] > 0, prompts.sums["triggered_b"] > 0)
 
     result: dict[str, Any] = {}
-    for name, folder, manifest, own, duplicates in zip("ab", folders, manifests, images, unpaired, strict=True):
+    sides = zip("ab", folders, manifests, images, unpaired, screened_out, strict=True)
+    for name, folder, manifest, own, duplicates, out in sides:
         events, corrected = prompts.sums[f"triggered_{name}"], int(prompts.sums[f"corrected_{name}"].sum())
         result[name] = {
             "folder": str(folder),
@@ -75,6 +77,7 @@ def compare(a: Path, b: Path) -> dict[str, Any]:
             "finished": dataset.is_finished(manifest, len(own) + duplicates),
             "images": len(own) + duplicates,
             "prompts": pc.count_distinct(own["prompt"]).as_py(),
+            "screened_out": out if dataset.screens(manifest) else None,
             "mode": mapping(manifest.get("settings")).get("mode"),
             "p_value_floor": dataset.p_value_floor(manifest),
             "triggered": clustered_rate(events, prompts.sizes),
@@ -107,14 +110,15 @@ def compare(a: Path, b: Path) -> dict[str, Any]:
     return result
 
 
-def _read(folder: Path) -> tuple[pa.Table, int]:
-    """An audit's images, the first of every prompt and seed, and how many others there are.
+def _read(folder: Path) -> tuple[pa.Table, int, int]:
+    """An audit's images, the first of every prompt and seed; how many others there are, and how many were screened out.
 
     ``prompt`` is a number for its text; ``far`` is -log10 of the p-value, or the joint score where there is none.
     """
-    columns = ("prompt", "seed", "image", "verdict", "corrected_steps", "p_value", "joint_score")
-    parts = []
+    columns = ("prompt", "seed", "image", "verdict", "corrected_steps", "p_value", "joint_score", "screened_out")
+    parts, screened_out = [], 0
     for batch in (pa.RecordBatch.from_pylist([], schema=dataset.SCHEMA), *dataset.scan(folder, columns)):
+        screened_out += batch["screened_out"].true_count
         p_value = numbers(batch, "p_value")
         rare = -np.log10(np.maximum(p_value, 1e-300))
         triggered = pc.is_in(batch["verdict"], pa.array(TRIGGERED))
@@ -136,7 +140,7 @@ def _read(folder: Path) -> tuple[pa.Table, int]:
     values = [name for name in images.column_names if name not in ("prompt", "seed")]
     first = images.group_by(["prompt", "seed"], use_threads=False).aggregate([(name, "first") for name in values])
     first = pa.table({"prompt": first["prompt"], "seed": first["seed"]} | {name: first[f"{name}_first"] for name in values})
-    return first, len(images) - len(first)
+    return first, len(images) - len(first), screened_out
 
 
 def _only(mine: pa.Table, other: pa.Table, paired: pa.Table) -> dict[str, int]:
@@ -269,11 +273,16 @@ def _coverage(result: Mapping[str, Any]) -> list[str]:
 
 
 def _notes(result: Mapping[str, Any]) -> list[str]:
-    """How to read it: with mitigation, the verdict is that of the trigger."""
+    """How to read it: what was screened out has no picture, and with mitigation the verdict is that of the trigger."""
     a, b = result["a"], result["b"]
     told = []
     for name in "ab":
         side, total = result[name], result[name]["triggered"]["count"]
+        if side["screened_out"]:
+            told.append(
+                f"{name.upper()} was screened: {side['screened_out']:,} of {counted(side['images'], 'image')} were judged by "
+                "their first evaluation and not sampled, so there is no picture of them."
+            )
         if side["mode"] == "stop":
             told.append(f"Runs of {name.upper()} were stopped at their trigger: those {total:,} images were not finished.")
         elif side["mode"] == "mitigate":

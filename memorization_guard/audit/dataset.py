@@ -29,7 +29,7 @@ from ..parquet import open_parquet
 from . import AuditError
 
 FORMAT = "memorization-guard.audit"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 #: Rows, and bytes of a row group in memory, of the largest part that is read; ours have 1,024 rows.
 MAX_ROWS, MAX_PART = 1_000_000, 512 * 2**20
@@ -55,10 +55,10 @@ _SETTINGS = pa.struct(
     ]
 )
 
-#: A row for each image. ``image`` counts the images of the audit from 0, ``row`` the prompts of the list; ``file`` is the
-#: saved image, relative to the folder; ``words`` are those that call the copy up, and ``prompt_without_words`` is the prompt
-#: without them, both null where none were told; ``settings`` are the trace's, and ``trace`` is its JSON form
-#: (``docs/trace.md``).
+#: A row for each image. ``image`` counts the images of the audit from 0, ``row`` the prompts of the list; ``screened_out``
+#: says that the image was judged by its first evaluation and not sampled; ``file`` is the saved image, relative to the folder;
+#: ``words`` are those that call the copy up, and ``prompt_without_words`` is the prompt without them, both null where none
+#: were told; ``settings`` are the trace's, and ``trace`` is its JSON form (``docs/trace.md``).
 SCHEMA = pa.schema(
     [
         pa.field("image", pa.int64(), nullable=False),
@@ -66,6 +66,7 @@ SCHEMA = pa.schema(
         pa.field("prompt", pa.string(), nullable=False),
         pa.field("kind", pa.string()),
         pa.field("seed", pa.int64(), nullable=False),
+        pa.field("screened_out", pa.bool_(), nullable=False),
         pa.field("verdict", pa.string(), nullable=False),
         pa.field("score", pa.float64()),
         pa.field("joint_score", pa.float64()),
@@ -130,6 +131,11 @@ def _count(value: object) -> int | None:
 def is_finished(manifest: Mapping[str, Any], images: int) -> bool:
     """Whether an audit that holds ``images`` images was finished and still has all of them."""
     return bool(manifest.get("finished")) and images >= (planned_images(manifest) or 0)
+
+
+def screens(manifest: Mapping[str, Any]) -> bool:
+    """Whether an audit samples only those images whose first evaluation is suspicious."""
+    return mapping(manifest.get("settings")).get("screen") is True
 
 
 def write_table(path: Path, rows: Sequence[Mapping[str, Any]], schema: pa.Schema = SCHEMA) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -26,13 +27,17 @@ from .worker import Recipe, Worker
 #: Seconds between two checks of the parts that other processes are working on.
 PATIENCE = 2.0
 
+#: So many batches are screened at once: of their runs only the first evaluation is made, and no image is decoded.
+AT_ONCE = 8
+
 
 @dataclass(frozen=True)
 class Batch:
-    """Images of one part that are sampled together."""
+    """Images of one part that are sampled together; or screened, where only rows of those come back that need no sampling."""
 
     part: Part
     jobs: Sequence[Job]
+    screens: bool = False
 
 
 class Workers(Protocol):
@@ -56,7 +61,8 @@ class Workers(Protocol):
     def sample(
         self, batches: Iterator[Batch | None], profile: StabilityProfile
     ) -> Iterator[tuple[Batch, list[dict[str, Any]]] | None]:
-        """Every batch with its rows, in any order. ``None``, as input and as output, means: nothing at the moment."""
+        """Every batch with what :func:`made` makes of it, in any order. ``None``, as input and as output, means: nothing at
+        the moment."""
 
     def close(self) -> None:
         """Called when the audit is over."""
@@ -89,10 +95,15 @@ class Local:
     ) -> Iterator[tuple[Batch, list[dict[str, Any]]] | None]:
         """As :class:`Workers` says, one batch after the other."""
         for batch in batches:
-            yield None if batch is None else (batch, self._worker.sample(batch.jobs, profile))
+            yield None if batch is None else (batch, made(self._worker, batch.jobs, profile, screens=batch.screens))
 
     def close(self) -> None:
         """Does nothing."""
+
+
+def made(worker: Worker, jobs: Sequence[Job], profile: StabilityProfile, *, screens: bool) -> list[dict[str, Any]]:
+    """What a worker makes of a batch."""
+    return worker.screen(jobs, profile) if screens else worker.sample(jobs, profile)
 
 
 def audit(
@@ -143,7 +154,7 @@ def audit(
         # A second process waits here until the first has calibrated.
         with store.alone():
             manifest = _begun(store, workers, asked, profile, reference, plan, batch_size, progress)
-        with _Parts(store, plan.parts(manifest["part_size"]), batch_size) as parts:
+        with _Parts(store, plan.parts(manifest["part_size"]), batch_size, screen=recipe.screen) as parts:
             _sample(workers, parts, StabilityProfile.load(folder / PROFILE), plan.images, progress)
     finally:
         workers.close()
@@ -165,6 +176,7 @@ def _sample(workers: Workers, parts: _Parts, profile: StabilityProfile, images: 
                 continue
             batch, rows = made
             batch.part.add(rows)
+            parts.take_in(batch, rows)
             flagged += sum(row["trigger_step"] is not None for row in rows)
             bar.set_postfix(flagged=flagged, workers=workers.count, refresh=False)
             bar.update(len(rows))
@@ -184,10 +196,13 @@ def _tidy(folder: Path, report: Callable[[Path], object] | None) -> None:
 class _Parts:
     """Hands out the missing images of every part, batch by batch."""
 
-    def __init__(self, store: Store, parts: Iterator[list[Job]], batch_size: int) -> None:
-        self._store, self._parts, self._batch_size = store, parts, batch_size
+    def __init__(self, store: Store, parts: Iterator[list[Job]], batch_size: int, *, screen: bool) -> None:
+        self._store, self._parts, self._batch_size, self._screen = store, parts, batch_size, screen
         self._found = 0
         self._claimed: list[Part] = []
+        self._unscreened: dict[Part, int] = {}  # how many batches of a part are not screened yet
+        self._suspicious: dict[Part, list[Job]] = {}  # of the same parts
+        self._next: deque[Batch] = deque()  # suspicious images that fill a batch, or are the last of their part
 
     def __enter__(self) -> _Parts:
         return self
@@ -202,8 +217,23 @@ class _Parts:
         found, self._found = self._found, 0
         return found
 
+    def take_in(self, batch: Batch, rows: Sequence[Mapping[str, Any]]) -> None:
+        """What came of a batch: of one that was screened, the images without a row are to be sampled."""
+        if not batch.screens:
+            return
+        part, settled = batch.part, {row["image"] for row in rows}
+        self._unscreened[part] -= 1
+        suspicious = self._suspicious[part]
+        suspicious += [job for job in batch.jobs if job.image not in settled]
+        while len(suspicious) >= self._batch_size or (suspicious and not self._unscreened[part]):
+            self._next.append(Batch(part, suspicious[: self._batch_size]))
+            del suspicious[: self._batch_size]
+        if not self._unscreened[part]:
+            del self._unscreened[part], self._suspicious[part]
+
     def batches(self) -> Iterator[Batch | None]:
-        """``None`` while other processes work on everything that is left; they may finish it, or die and leave it."""
+        """``None`` while everything that is left waits for batches that are not back, or while other processes work on it:
+        they may finish it, or die and leave it."""
         parts: Iterable[tuple[int, list[Job]]] = enumerate(self._parts)
         while True:
             elsewhere = []
@@ -214,6 +244,8 @@ class _Parts:
                     elsewhere.append((number, jobs))
                 else:
                     yield from self._of(part)
+            while self._next or self._unscreened:
+                yield self._next.popleft() if self._next else None
             if not elsewhere:
                 return
             yield None
@@ -222,9 +254,13 @@ class _Parts:
     def _of(self, part: Part) -> Iterator[Batch]:
         self._found += part.found
         self._claimed = [one for one in self._claimed if not one.finished] + [part]
-        missing = part.missing
-        for start in range(0, len(missing), self._batch_size):
-            yield Batch(part, missing[start : start + self._batch_size])
+        missing, size = part.missing, self._batch_size * (AT_ONCE if self._screen else 1)
+        if self._screen and missing:
+            self._unscreened[part], self._suspicious[part] = -(-len(missing) // size), []
+        for start in range(0, len(missing), size):
+            yield Batch(part, missing[start : start + size], self._screen)
+            while self._next:
+                yield self._next.popleft()
 
 
 def _asked(recipe: Recipe, plan: Plan, profile: Path | None, reference: Sequence[str], reference_from: str) -> dict[str, Any]:
@@ -242,6 +278,7 @@ def _asked(recipe: Recipe, plan: Plan, profile: Path | None, reference: Sequence
             "mode": recipe.mode,
             "images": recipe.keep,
             "dtype": recipe.dtype,
+            "screen": recipe.screen,
         },
         "thresholds": recipe.thresholds.to_dict(),
         "profile": {

@@ -46,6 +46,7 @@ COLUMNS = (
     "prompt",
     "kind",
     "seed",
+    "screened_out",
     "verdict",
     "score",
     "joint_score",
@@ -84,6 +85,8 @@ def summarize(folder: Path) -> dict[str, Any]:
         ``"p_value_floor"``: the smallest p-value that the profile's references can carry, or ``None``.
         ``"triggered"``: rate of scored images that triggered. ``"prompts_triggered"``: rate of prompts with at least one.
         ``"verdicts"``: for each verdict its rate among all images. ``"corrected"``: images with corrected steps.
+        ``"screened_out"``: images that were judged by their first evaluation and not sampled, ``None`` for an audit that does
+        not screen; they are counted as scored everywhere.
         ``"kinds"``: for each kind, where there are several, ``{"kind", "images", "prompts", "triggered",
         "prompts_triggered"}``, the highest rate first; ``"kinds_left_out"``: number of kinds beyond the 100 largest.
         ``"distribution"``: ``{"p_value", "share", "images", "reference_prompts"}``: two lists, the share of images whose
@@ -144,7 +147,7 @@ class _Totals:
     told; and of every word, the prompts that it was told for."""
 
     def __init__(self) -> None:
-        self.images = self.corrected = self.with_p_value = 0
+        self.images = self.corrected = self.screened_out = self.with_p_value = 0
         self.notes: Counter[str] = Counter()
         #: Images whose p-value is at most that of each level.
         self.reached = np.zeros(len(LEVELS), dtype=np.int64)
@@ -156,6 +159,7 @@ class _Totals:
     def add(self, batch: pa.RecordBatch) -> None:
         self.images += len(batch)
         self.corrected += int((numbers(batch, "corrected_steps") > 0).sum())
+        self.screened_out += batch["screened_out"].true_count
         self._prompts.append(self._count(batch))
         # Summed again whenever as many rows have been added, so that no row is sorted often and no prompt is kept twice.
         self._added += len(self._prompts[-1])
@@ -261,6 +265,7 @@ def _summary(manifest: Mapping[str, Any], totals: _Totals, rows: pa.Table) -> di
             for number, verdict in enumerate(VERDICTS)
         },
         "corrected": totals.corrected,
+        "screened_out": totals.screened_out if dataset.screens(manifest) else None,
         "kinds": _by_kind(by_prompt, kinds, nominal) if len(kinds) > 1 else [],
         "kinds_left_out": max(0, len(kinds) - KINDS),
         "distribution": {

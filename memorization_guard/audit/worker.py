@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,13 +16,19 @@ from .. import __version__, evidence
 from ..adapters.calibrate import calibrate
 from ..adapters.diffusers import guard
 from ..core.profile import StabilityProfile
-from ..core.settings import Mode, Thresholds
+from ..core.settings import Mode, Serves, Thresholds
 from ..core.trace import Trace
 from ..fingerprint import component_fingerprints, file_fingerprint
 from ..pipelines import Lora, load_pipeline, model_path
 from . import AuditError, Keep
 from .plan import Job
 from .store import PNG
+
+log = logging.getLogger(__name__)
+
+#: A screened prompt is sampled whole up to this multiple of the p-value that triggers. A p-value depends a little on what else
+#: is in a batch, by rounding, and it is the whole run that decides.
+NEAR = 1.25
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +40,10 @@ class Recipe:
         steps, guidance: of every run. height, width: in pixels; ``None`` for the model's own size.
         mode, thresholds: as for :func:`memorization_guard.diffusers.guard`.
         keep: which images are kept.
+        screen: whether only those images are sampled whose first evaluation is suspicious.
+
+    Raises:
+        AuditError: if images are to be screened by the published method, which judges whole runs.
     """
 
     model: str
@@ -47,6 +58,11 @@ class Recipe:
     thresholds: Thresholds = field(default_factory=Thresholds)
     mode: Mode = "trace"
     keep: Keep = "flagged"
+    screen: bool = False
+
+    def __post_init__(self) -> None:
+        if self.screen and self.thresholds.method == "published":
+            raise AuditError("the published method judges whole runs: an audit that uses it cannot screen")
 
     def sampling(self) -> dict[str, Any]:
         """Keyword arguments of a pipeline call."""
@@ -73,6 +89,7 @@ class Worker:
 
     Raises:
         ModelError: if it cannot be loaded.
+        AuditError: if it is to screen images, and its runs cannot be stopped.
     """
 
     def __init__(self, recipe: Recipe) -> None:
@@ -80,6 +97,8 @@ class Worker:
         self._pipe = load_pipeline(
             recipe.model, config=recipe.config, loras=recipe.loras, device=recipe.device, dtype=recipe.dtype
         )
+        if recipe.screen and not hasattr(type(self._pipe), "interrupt"):
+            raise AuditError(f"runs of {type(self._pipe).__name__} cannot be stopped: audit without --screen")
         # It would replace some images by black ones.
         if getattr(self._pipe, "safety_checker", None) is not None:
             self._pipe.safety_checker = None
@@ -130,13 +149,68 @@ class Worker:
         Raises:
             AuditError: if the profile does not fit, or if a run was not traced.
         """
+        traces, _, images = self._run(jobs, profile)
+        rows = []
+        for number, (job, trace) in enumerate(zip(jobs, traces, strict=True)):
+            row = _row(job, trace, screened_out=False)
+            if self._keeps(trace):
+                row[PNG] = self._png(job, trace, images[number])
+            rows.append(row)
+        return rows
+
+    def screen(self, jobs: Sequence[Job], profile: StabilityProfile) -> list[dict[str, Any]]:
+        """Judges a batch of images by the first evaluation of each. Returns a row for each that is not suspicious; the others
+        are to be sampled. Where the device has no memory for all at once, the batch is halved.
+
+        Raises:
+            AuditError: as for :meth:`sample`.
+        """
+        traces: list[Trace] = []
+        size = len(jobs)
+        while len(traces) < len(jobs):
+            try:
+                traces += self._first_looks(jobs[len(traces) : len(traces) + size], profile)
+            except torch.OutOfMemoryError:
+                if size == 1:
+                    raise
+                size //= 2
+                log.info("The device has no memory for %d first evaluations at once: %d are made.", 2 * size, size)
+        pairs = zip(jobs, traces, strict=True)
+        return [_row(job, trace, screened_out=True) for job, trace in pairs if not self._suspicious(trace)]
+
+    def _first_looks(self, jobs: Sequence[Job], profile: StabilityProfile) -> list[Trace]:
+        """The traces of runs that were stopped once they were judged."""
+        traces, settled, _ = self._run(jobs, profile, "glance")
+        # Asking takes two more evaluations, so only those are asked about that a whole run would be asked about.
+        open_ones = [number for number, known in enumerate(settled) if not known]
+        if open_ones:
+            asked, _, _ = self._run([jobs[number] for number in open_ones], profile, "verdict")
+            for number, trace in zip(open_ones, asked, strict=True):
+                traces[number] = trace
+        return traces
+
+    def _suspicious(self, trace: Trace) -> bool:
+        """Whether a run is to be sampled whole: it triggers, nearly does, or could not be judged."""
+        if trace.verdict != "stable" or trace.p_value is None:
+            return True
+        return trace.p_value <= NEAR * max(self._recipe.thresholds.false_positive_rate, trace.p_value_floor or 0.0)
+
+    def _run(
+        self, jobs: Sequence[Job], profile: StabilityProfile, serves: Serves | None = None
+    ) -> tuple[list[Trace], list[bool], Any]:
+        """Traces, as ``GuardedRun.settled`` what of them is settled, and images, if ``serves`` is ``None``.
+
+        Raises:
+            AuditError: if the profile does not fit, or if a run was not traced.
+        """
         recipe = self._recipe
-        with guard(self._pipe, profile, recipe.mode, recipe.thresholds) as run:
+        images = serves is None and recipe.keep != "none"
+        with guard(self._pipe, profile, recipe.mode, recipe.thresholds, serves=serves) as run:
             self._wanted = lambda: [n for n, trace in enumerate(run.traces) if self._keeps(trace)]
             output = self._pipe(
                 [job.prompt for job in jobs],
                 generator=[torch.Generator().manual_seed(job.seed) for job in jobs],
-                output_type="latent" if recipe.keep == "none" else "pil",
+                output_type="pil" if images else "latent",
                 **recipe.sampling(),
             )
             traces = run.traces
@@ -145,13 +219,7 @@ class Worker:
         # Known after the first batch, so that nobody waits days for runs that cannot be scored.
         if not (check := profile.check(traces[0].settings)).valid:
             raise AuditError(str(check))
-        rows = []
-        for number, (job, trace) in enumerate(zip(jobs, traces, strict=True)):
-            row = _row(job, trace)
-            if self._keeps(trace):
-                row[PNG] = self._png(job, trace, output.images[number])
-            rows.append(row)
-        return rows
+        return traces, run.settled, output.images
 
     def trial(self, job: Job, profile: StabilityProfile) -> None:
         """Makes one image that is not kept, to check that runs can be scored with the profile.
@@ -189,7 +257,7 @@ class Worker:
         return evidence.own_png(image, trace, settings)
 
 
-def _row(job: Job, trace: Trace) -> dict[str, Any]:
+def _row(job: Job, trace: Trace, *, screened_out: bool) -> dict[str, Any]:
     data = trace.to_dict()
     settings = data["settings"]
     numbers = ("score", "joint_score", "p_value", "detail", "uncalibrated_score")
@@ -199,6 +267,7 @@ def _row(job: Job, trace: Trace) -> dict[str, Any]:
         "prompt": job.prompt,
         "kind": job.kind,
         "seed": job.seed,
+        "screened_out": screened_out,
         "verdict": trace.verdict,
         **{name: data[name] for name in numbers},
         "trigger_step": trace.trigger_step,

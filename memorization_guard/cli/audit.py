@@ -48,6 +48,10 @@ def audit(
         int | None, typer.Option(min=1, help="With --ray: number of workers; one a GPU, or without GPUs one a node.")
     ] = None,
     batch_size: BatchSize = 4,
+    screen: Annotated[
+        bool,
+        typer.Option("--screen", help="Judge every image by its first evaluation, and sample only those that are suspicious."),
+    ] = False,
     *,
     how: Sampling,
 ) -> None:
@@ -67,6 +71,8 @@ def audit(
         raise UsageError("give either --profile or --reference, prompts to make a profile with")
     if workers is not None and ray is None:
         raise UsageError("--workers is for --ray; on one machine call the same command once a GPU")
+    if screen and images == "all":
+        raise UsageError("--images all keeps every image, and --screen samples few of them: give one of the two")
     from ..audit.dataset import MANIFEST
     from ..audit.plan import Plan
     from ..audit.run import Local
@@ -75,7 +81,8 @@ def audit(
     from ..prompts import enough, read_prompts, reference_prompts
     from ..reports.audit import write_report
 
-    recipe = how.recipe(model, thresholds=Thresholds(false_positive_rate=false_positive_rate), mode=mode, keep=images)
+    thresholds = Thresholds(false_positive_rate=false_positive_rate)
+    recipe = how.recipe(model, thresholds=thresholds, mode=mode, keep=images, screen=screen)
     known = [] if profile is not None else enough(reference_prompts() if reference is None else read_prompts(reference))
     plan = Plan.of(prompts, column=column, seeds_per_prompt=seeds_per_prompt, seed=how.seed)
 

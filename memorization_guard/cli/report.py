@@ -34,6 +34,9 @@ def print_audit(folder: Path, summary: dict[str, Any]) -> None:
         chance = "-" if rate["chance"] is None else f"{rate['chance']:.1f}"
         rows.append((printable(name), f"{rate['of']:,}", f"{rate['count']:,}", share, chance))
     print_table("triggered; in brackets 95 % intervals", ("", "#of", "#triggered", "#rate", "#by chance alone"), rows)
+    if (out := summary["screened_out"]) is not None:
+        images = summary["images"]
+        print(f"screened: {out:,} of {images:,} images were judged by their first evaluation, {images - out:,} sampled whole")
     if told := summary["prompts_with_words"]["count"]:
         often = ", ".join(f"{row['word']} ({row['prompts']:,})" for row in summary["words"][:WORDS])
         of = summary["prompts_with_words"]["of"]

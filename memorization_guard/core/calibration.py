@@ -17,11 +17,10 @@ import numpy as np
 from ..files import parse_json, read_whole, write_whole
 from ..fingerprint import content_hash
 from .errors import GuardError
-from .monitor import Serves
 from .noise_level import NoiseLevel
 from .profile import Norms, StabilityProfile
 from .reference import Reference, memorized
-from .settings import RunSettings
+from .settings import RunSettings, Serves
 from .signals import Signals
 from .trace import Evaluations, Trace
 

@@ -96,11 +96,22 @@ class Judge:
         self._level = level
 
     @property
+    def settled(self) -> np.ndarray:
+        """Samples ``[B]`` that the first evaluation is enough for: not those that are suspicious, not in noise, of another
+        size, or with one prediction only. All where the network cannot be asked."""
+        if self.answers is None:
+            return np.ones(len(self.p_value), dtype=bool)
+        return self._in_noise & (self.p_value > SUSPICIOUS)
+
+    @property
     def wants_to_ask(self) -> bool:
-        """Whether the first evaluation is not enough: suspicious, not in noise, of another size, or one prediction only."""
-        if self.answers is None or len(self.evaluations) != 1:
-            return False
-        return not (self._in_noise and bool((self.p_value > SUSPICIOUS).all()))
+        """Whether the first evaluation is not enough for every sample, and the network is to be asked."""
+        return len(self.evaluations) == 1 and not bool(self.settled.all())
+
+    @property
+    def tells_words(self) -> bool:
+        """Whether there are samples of which the words can be told that call a copy up."""
+        return self.answers is not None and bool((self.trigger >= 0).any())
 
     def take_in_asked(self, measurement: Measurement) -> None:
         """Judges the run by what the network was asked beside it: the prediction with the prompt alone, the mean of two

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,14 +17,11 @@ from .noise_level import NoiseLevel, row_norm, sample_norm, widened
 from .profile import ProfileCheck, StabilityProfile
 from .reference import OPEN_SIGMA
 from .run import Run, Step, StepEvent
-from .settings import USUAL_GUIDANCE, Mode, RunSettings, Thresholds
+from .settings import USUAL_GUIDANCE, Mode, RunSettings, Serves, Thresholds
 from .signals import Arrival, Measurement, Meter
 from .trace import Trace
 
 log = logging.getLogger(__name__)
-
-#: What a reference run is sampled for: its ``whole`` way, or its ``first`` evaluation, after which it is stopped.
-Serves = Literal["whole", "first"]
 
 #: Why a run ended that was stopped.
 STOPPED = "stopped, since every image of the batch had triggered"
@@ -49,7 +46,7 @@ class StabilityMonitor:
         on_step: called with a :class:`StepEvent` for every solver step, in order; on a GPU up to a few steps late.
         settings: what the run is made with, to be held against the profile and written into the traces.
         level: the noise level that the host's own number stands for; by default that of the settings' prediction type.
-        serves: whether the run serves as a reference, and what is needed of it: see :data:`Serves`.
+        serves: what the run is for, if for no image: see :data:`~memorization_guard.core.settings.Serves`.
         missing: why there is no profile, and what to do: sentences for the note of a run that should have one.
     """
 
@@ -66,8 +63,7 @@ class StabilityMonitor:
         missing: str | None = None,
     ) -> None:
         settings = settings or RunSettings()
-        kind = settings.prediction_type
-        level = level or (lambda sigma: NoiseLevel.from_model(sigma, kind))
+        level = level or (lambda sigma: NoiseLevel.from_model(sigma, settings.prediction_type))
         self._run = Run(profile, thresholds or Thresholds(), mode, settings, level, missing)
         self._at_once = mode in ("mitigate", "stop") and self._run.judges
         self._on_step = on_step
@@ -109,6 +105,11 @@ class StabilityMonitor:
         return self._run.judges
 
     @property
+    def settled(self) -> np.ndarray:
+        """Samples ``[B]`` that the network need not be asked about, as far as ``traces`` has judged them."""
+        return self._run.judge.settled
+
+    @property
     def steps(self) -> int:
         """Number of solver steps so far."""
         return len(self._run.steps)
@@ -121,7 +122,7 @@ class StabilityMonitor:
     @property
     def should_stop(self) -> bool:
         """Whether the mode is ``stop`` and every image of the batch has triggered: the rest of the run changes nothing."""
-        if self._serves == "first":
+        if self._serves not in (None, "whole"):
             return self.evaluations > 0
         triggers = self._run.triggers
         return self.mode == "stop" and self.error is None and len(triggers) > 0 and bool((triggers >= 0).all())
@@ -183,23 +184,22 @@ class StabilityMonitor:
             self._evaluated = x, measurement.latent
             self._waiting.append(measurement)
             run.taken += 1
-            if run.taken == 1 and ask is not None and (run.reference is not None or self._serves is not None):
+            if run.taken == 1 and ask is not None and self._serves != "glance" and (run.reference is not None or self._serves):
                 self._judge_all()  # waits for the device, once a run
-                if self._serves is not None or run.judge.wants_to_ask:
+                if self._serves in ("whole", "first") or run.judge.wants_to_ask:
                     self._ask(x, ask)
-                if prompts is not None and run.judge.answers is not None and (run.judge.trigger >= 0).any():
+                if prompts is not None and self._serves != "verdict" and run.judge.tells_words:
                     cond = self._look_at_words(x, cond, ask, prompts)
             if not self._at_once or run.reference is None:
                 if self._on_step is not None and x.is_cuda:
                     self._arrivals.append(Arrival(measurement.block()))
                 return cond
             self._judge_all()
-            if self.mode != "mitigate":
-                return cond
             steers = run.judge.to_correct() & ~self._kept
-            if (corrected := steers | self._kept).any():
+            if self.mode == "mitigate" and (corrected := steers | self._kept).any():
                 run.judge.corrects(corrected)
-            return self._steered(cond, uncond, steers) if steers.any() else cond
+                return self._steered(cond, uncond, steers) if steers.any() else cond
+            return cond
         except Exception as error:
             self.fail(error)
             return cond
@@ -225,11 +225,10 @@ class StabilityMonitor:
         try:
             noise = asking.noise(self._run.reference_shape or like.shape[1:], like)
             with asking.undisturbed(like.device):
-                # Of a reference the prediction with the prompt is enough, at half the cost. Of other runs the network is asked
-                # in the batches that it has been prepared for, as by a compiler.
-                every = noise.expand(len(like), *noise.shape)
-                x, sigma, cond, uncond = asking.answered(ask, every, alone=self._serves is not None)
-                if self._serves is None:
+                # Without an image to make, one prediction is enough, at half the cost. A compiler may want the run's batches.
+                every, alone = noise.expand(len(like), *noise.shape), self._serves is not None
+                x, sigma, cond, uncond = asking.answered(ask, every, alone=alone)
+                if not alone:
                     # What notes what the network saw last, as self-attention guidance does, is to note the run's own latent.
                     ask(None)
             self._without = uncond if noise.shape == like.shape[1:] else None
@@ -331,8 +330,8 @@ class StabilityMonitor:
 
     def end(self, reason: str | None) -> None:
         """Says why the run came to no regular end (interrupted, an error of the host); without a trigger it is unscored.
-        ``None`` if it did after all. A run of which the first evaluation is needed ends regularly where it is stopped."""
-        self._run.ended = None if self._serves == "first" and reason == STOPPED else reason
+        ``None`` if it did after all. A run of which one evaluation is needed ends regularly where it is stopped."""
+        self._run.ended = None if self._serves is not None and reason == STOPPED else reason
 
     def outline(self) -> dict[str, Any]:
         """What is known before the first step, JSON-ready, for a live graph: planned ``steps`` and ``bands`` (as in a trace,

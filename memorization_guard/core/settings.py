@@ -14,6 +14,11 @@ from typing import Any, Literal, get_args
 Mode = Literal["off", "trace", "mitigate", "stop"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 
+#: What a run is for that is sampled for no image. A reference: its ``whole`` way, or its ``first`` evaluation and what the
+#: network answers in noise. A prompt that is screened: its first evaluation alone (``glance``), or its ``verdict``, for which
+#: the network is asked only where that is needed. All but ``whole`` are stopped after one evaluation.
+Serves = Literal["whole", "first", "glance", "verdict"]
+
 #: ``reference``: ours, predictions held against those of ordinary prompts. ``published``: Huang et al. 2026, solver steps.
 Method = Literal["reference", "published"]
 METHODS: tuple[Method, ...] = get_args(Method)

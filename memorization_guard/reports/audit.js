@@ -59,6 +59,7 @@
       { key: "score", title: "S_mem", width: "64px", right: true, down: true, show: (i) => (data.score[i] === null ? "-" : data.score[i].toFixed(1)) },
       { key: "trigger", title: "trigger", width: "62px", right: true, show: (i) => data.trigger[i] ?? "-" },
       { key: "corrected", title: "corrected", width: "74px", right: true, down: true, show: (i) => data.corrected[i] },
+      { key: "sampled", title: "sampled", width: "96px", show: (i) => (data.sampled[i] ? "yes" : "screened out") },
       { key: "seed", title: "seed", width: "92px", right: true, show: (i) => data.seed[i] },
       { key: "image", title: "image", width: "72px", right: true, show: (i) => data.image[i] },
     ].filter(({ key }) => data[key]);

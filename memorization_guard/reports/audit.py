@@ -42,7 +42,8 @@ def write_report(folder: Path) -> dict[str, Any]:
     """
     results = read(folder)
     found = results.summary
-    traces = read_traces(folder, (row["image"] for row in found["worst"]))
+    # What was screened out is one evaluation, of which there is nothing to draw.
+    traces = read_traces(folder, (row["image"] for row in found["worst"] if not row["screened_out"]))
     data: dict[str, object] = {"traces": {str(image): trace.to_dict() for image, trace in traces.items()}}
     if found["worst"]:
         data["table-data"] = _table(results.rows, found)
@@ -167,6 +168,7 @@ def _table(rows: pa.Table, found: Mapping[str, Any]) -> dict[str, Any]:
         "score": _digits(rows, "score", 4),
         "trigger": rows["trigger_step"].to_pylist(),
         "corrected": rows["corrected_steps"].to_pylist() if found["corrected"] else None,
+        "sampled": None if found["screened_out"] is None else [not out for out in rows["screened_out"].to_pylist()],
         "seed": rows["seed"].to_pylist(),
         "image": rows["image"].to_pylist(),
         "file": files if any(files) else None,

@@ -99,7 +99,7 @@ def make_trace(p_value=0.5, *, corrected=False, note=None, scored=True, steps=20
     )
 
 
-def make_row(image, prompt, trace, *, seed=None, kind=None, file=None):
+def make_row(image, prompt, trace, *, seed=None, kind=None, file=None, screened_out=False):
     """A row of the results, as of ``dataset.SCHEMA``."""
     text = trace.to_dict()
     columns = ("verdict", "score", "joint_score", "p_value", "detail", "uncalibrated_score", "trigger_step")
@@ -109,6 +109,7 @@ def make_row(image, prompt, trace, *, seed=None, kind=None, file=None):
         "prompt": prompt,
         "kind": kind,
         "seed": image if seed is None else seed,
+        "screened_out": screened_out,
         "steps": len(trace.steps),
         "corrected_steps": int(trace.mitigated.sum()),
         "words": None if trace.words is None else list(trace.words.words),

@@ -19,7 +19,7 @@ from memorization_guard.audit import AuditError, cluster
 from memorization_guard.audit.cluster import Cluster, _Actor
 from memorization_guard.audit.dataset import read_manifest
 from memorization_guard.audit.plan import Job
-from memorization_guard.audit.run import Batch
+from memorization_guard.audit.run import Batch, _Parts
 from memorization_guard.pipelines import ModelError
 
 # One module has all of it, so that the cluster is started once.
@@ -57,7 +57,7 @@ class Actor:
         about = {"pipeline": "None", "components": {}, "loras": [], "scheduler": {}, "dtype": "float32", "versions": {}}
         return about | {"files": {}, "device": "cpu", "pid": os.getpid()}
 
-    def sample(self, jobs, profile):
+    def sample(self, jobs, profile, screens):
         time.sleep(0.05)
         for job in jobs:
             if job.prompt == "die" or (job.prompt == "die once" and self._first(job)):
@@ -66,7 +66,8 @@ class Actor:
                 raise RuntimeError("CUDA error: an illegal memory access was encountered")
             if job.prompt == "unfit":
                 raise AuditError("The profile does not fit this run")
-        return [{"image": job.image, "pid": os.getpid()} for job in jobs]
+        settled = [job for job in jobs if not screens or job.prompt != "suspicious"]
+        return [{"image": job.image, "pid": os.getpid(), "screened_out": screens} for job in settled]
 
     def _first(self, job):
         path = os.path.join(self._folder, str(job.image))
@@ -168,3 +169,37 @@ def test_an_audit_survives_the_loss_of_a_worker_and_of_a_node(nodes, run, recipe
         assert mine["score"] == pytest.approx(theirs["score"], rel=1e-2)
     models = [read_manifest(tmp_path / name)["model"]["components"] for name in ("alone", "audit")]
     assert models[0] == models[1]
+
+
+@pytest.mark.parametrize("lost", ["a", "die once"])
+def test_what_is_suspicious_is_sampled_by_whichever_worker_is_free(nodes, recipe, monkeypatch, tmp_path, lost):
+    """Batches come back out of order, and a worker that dies while it screens costs nothing but time."""
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    monkeypatch.setattr(cluster, "_Actor", Actor)
+    prompts = ["suspicious" if n % 5 == 0 else lost if n == 33 else "a" for n in range(150)]
+
+    class Kept:
+        def __init__(self, jobs):
+            self.missing, self.found, self.finished = jobs, 0, False
+
+    class Claims:
+        def done(self, number):
+            return False
+
+        def claim(self, number, jobs):
+            return Kept(jobs)
+
+    jobs = [Job(image=n, row=n, prompt=text, kind=None, seed=n) for n, text in enumerate(prompts)]
+    parts = _Parts(Claims(), iter([jobs[:64], jobs[64:128], jobs[128:]]), 2, screen=True)
+    hands = Cluster(dataclasses.replace(recipe, model=str(tmp_path)), address=nodes.address)
+    rows = []
+    try:
+        for made in hands.sample(parts.batches(), None):
+            if made is not None:
+                parts.take_in(*made)
+                rows += made[1]
+    finally:
+        hands.close()
+        ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+    assert sorted(row["image"] for row in rows) == list(range(150))
+    assert {row["image"] for row in rows if not row["screened_out"]} == set(range(0, 150, 5))

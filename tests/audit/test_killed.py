@@ -48,6 +48,7 @@ class Quick(MadeUp):
 def row(job):
     trace = Trace(verdict="stable")
     made = {"image": job.image, "row": job.row, "prompt": job.prompt, "kind": job.kind, "seed": job.seed, "verdict": "stable"}
+    made["screened_out"] = False
     numbers = dict.fromkeys(["score", "joint_score", "detail", "uncalibrated_score"], 0.5)
     made |= numbers | {"p_value": random.Random(job.seed).random()}
     made |= {"trigger_step": None, "nonfinite_step": None, "steps": 1, "corrected_steps": 0, "note": None}
@@ -201,7 +202,7 @@ def journal(tmp_path):
 
 def short(job):
     """A row that is no longer than it must be."""
-    numbers = {"row": 0, "seed": 0, "steps": 0, "corrected_steps": 0}
+    numbers = {"row": 0, "seed": 0, "screened_out": False, "steps": 0, "corrected_steps": 0}
     return {"image": job.image, "prompt": "", "verdict": "stable", "trace": "", "p_value": job.image / 7, **numbers}
 
 

@@ -160,14 +160,14 @@ runs_of = sys.modules[pack.__name__ + ".memorization_guard.core.calibration"].Re
 node = type("Node", (explain.ExplainPrompt,), {"hidden": type("Hidden", (), {"unique_id": "1"})})
 for name in ("SD 1", "SD 2 v", "SDXL", "SD3", "Flux", "Wan"):
     model, clip = tiny(name), Clip(name)
-    empty = explain._empty(model, {"samples": torch.zeros(2, *MODELS[name][-1])})[:, :, :1 if name == "Wan" else None]
+    empty = explain.empty_latent(model, {"samples": torch.zeros(2, *MODELS[name][-1])})[:, :, :1 if name == "Wan" else None]
     nothing, *prompts = (clip.encode_from_tokens_scheduled(text) for text in ("", *map(str, range(8))))
     known = runs_of(None, name)
     sampled = references.sample_references(model, prompts, nothing, 0, "whole", steps=4, cfg=4.0, latent=empty)
     known.add(sampled, 8)
     text = "a red cat on a mat"
     without, report, memorized = node.execute(model, clip, text, known.profile()[0], false_positive_rate=0.5).args
-    usual = list(explain._empty(model, None).shape)
+    usual = list(explain.empty_latent(model, None).shape)
     result[name] = {"told": report.split("\\n")[1], "memorized": memorized, "changed": without != text, "size": usual}
 """
     )

@@ -435,6 +435,48 @@ def test_after_asking_the_network_sees_the_runs_own_latent_again(world):
         assert seen == expected
 
 
+def test_a_screened_run_gets_the_verdict_of_a_whole_one_from_one_evaluation(world):
+    """A glance asks nothing, and says of which samples the verdict is known; about the others the network is asked. The words
+    of a prompt are left to the run that is sampled whole."""
+    profile = with_answers(world)
+    seeds, factors = (500, 501, 502, 503), (0.6, 1.0, 1.15, 2.0)
+
+    class Untold:
+        texts = ("a", "b", "c", "d")
+
+        def ask(self, *_):
+            raise AssertionError("words were asked for")
+
+    def watched(serves, count):
+        monitor, calls = StabilityMonitor(profile, settings=world.settings(), serves=serves), []
+        for sigma in world.schedule()[:-1]:
+            if monitor.should_stop:
+                break
+            x = torch.randn(4, *world.shape, generator=torch.Generator().manual_seed(0)) * sigma
+
+            def ask(noise, alone=False, calls=calls):
+                calls.append(noise)
+                own = torch.zeros(4, *world.shape) if noise is None else noise * 14.0
+                return own, 14.0, *world.predictions(own, 14.0, seeds, factors)
+
+            prompts = None if serves is None else Untold()
+            monitor.predicted(x, sigma, *world.predictions(x, sigma, seeds, factors), ask=ask, prompts=prompts)
+        monitor.end(None if serves is None else STOPPED)
+        assert monitor.error is None
+        assert len(monitor.traces[0].evaluations) == count
+        return monitor.traces, monitor.settled, calls
+
+    whole, _, _ = watched(None, 20)
+    glance, settled, nothing = watched("glance", 1)
+    verdict, _, some = watched("verdict", 1)
+    assert (len(nothing), len(some)) == (0, 2)
+    assert 0 < settled.sum() < 4
+    for full, first, known, judged in zip(whole, glance, settled, verdict, strict=True):
+        assert (judged.verdict, judged.p_value) == (full.verdict, full.p_value)
+        assert not known or (first.verdict, first.p_value) == (full.verdict, full.p_value)
+    assert [trace.trigger_step is not None for trace in verdict] == [False, False, False, True]
+
+
 def test_asking_draws_from_no_generator_of_others(world):
     state = torch.get_rng_state()
     monitor = StabilityMonitor(with_answers(world), settings=world.settings())
