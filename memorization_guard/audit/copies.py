@@ -39,7 +39,7 @@ from .nearest import COMPARED, LOWEST, SAME, Found, OwnPairs, Vectors, encoded, 
 from .plan import Plan
 from .run import Workers
 from .run import audit as run_audit
-from .store import Store
+from .store import Store, clear
 from .training import TrainingError, TrainingSet
 from .worker import Recipe
 
@@ -186,6 +186,7 @@ class TrainingAudit:
                 gallery(self.folder, found, self._training)
             write_whole(self._work / SUMMARY, json.dumps(found | {"key": self._key()}, indent=1, allow_nan=False) + "\n")
             Vectors.delete(self._work)
+        clear(self.folder)
         return found
 
     def _compare_own(self) -> tuple[Vectors, OwnPairs]:

@@ -10,7 +10,7 @@ from typing import Any
 from markupsafe import Markup
 
 from ..audit.copies import read_pairs
-from ..audit.dataset import read_manifest
+from ..audit.dataset import p_value_floor, read_manifest
 from ..audit.training import TrainingError, TrainingImage, TrainingSet
 from ..core.settings import TRIGGERED
 from ..core.trace import rarity
@@ -45,7 +45,7 @@ def write_gallery(folder: Path, found: Mapping[str, Any], training: TrainingSet)
             "training_picture": _training(by_name.get(row["nearest"])),
             "picture": thumbnail(folder, row["file"]),
             "mitigated_picture": thumbnail(folder, row["mitigated_file"]) if row["mitigated_file"] else None,
-            "rare": None if row["p_value"] is None else rarity(row["p_value"]),
+            "rare": None if row["p_value"] is None else rarity(row["p_value"], p_value_floor(manifest)),
         }
         for row in islice(_best(read_pairs(folder)), SHOWN)
     ]
