@@ -75,7 +75,7 @@ def _weights(pipe):
 
 @FORMATS
 def test_a_lora_of_unet_and_text_encoder_is_taken_whole(model, tiny_parts, layers, lora, written):
-    both = layers | _layers(tiny_parts[0], "text_encoder", ["q_proj", "v_proj"])
+    both = layers | _layers(tiny_parts[0], "text_encoder", ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"])
     try:
         changed = _weights(load_pipeline(model, device="cpu", loras=[lora(written(both))]))
     except ModelError as error:
