@@ -275,7 +275,7 @@ def _from_metadata(root: Path, file: Path, column: str | None, known: dict[Path,
             if len(listed.images) != 1:
                 raise TrainingError(f"{where}: no image under the key 'file_name'")
             try:
-                image = path_inside(root, os.path.join(file.parent.relative_to(root), listed.images[0]))
+                image = path_inside(root, str(file.parent.relative_to(root) / listed.images[0]))
             except ValueError as error:
                 raise TrainingError(f"{where}: {error}") from None
             if not image.is_file():
@@ -299,10 +299,9 @@ def _captioned(root: Path, file: Path, by_metadata: dict[Path, str]) -> tuple[Tr
         return replace(image, caption=caption), _METADATA_WAY
     for suffix in CAPTIONS:
         beside = file.with_suffix(suffix)
-        if beside.is_file():
-            _inside(root, beside)
-            if caption := _first_line(_text(root, beside), _shown(root, beside)):
-                return replace(image, caption=caption), _CAPTION_FILES
+        _inside(root, beside)
+        if beside.is_file() and (caption := _first_line(_text(root, beside), _shown(root, beside))):
+            return replace(image, caption=caption), _CAPTION_FILES
     if in_folder:
         return replace(image, caption=in_folder[2].strip()), _FOLDER_NAME
     return image, _BARE
@@ -374,10 +373,10 @@ def _from_tar(root: Path, file: Path, column: str | None) -> Iterator[TrainingIm
                     # A caption in a text of its own goes before one among other values.
                     if caption and (kind != ".json" or group not in waiting):
                         waiting[group] = caption
-            # The library takes a damaged header behind the first one for the end.
+            # The library takes a damaged header, or the end of a file that was cut off, for the end of the members.
             stream.seek(tar.offset)
-            if any(stream.read(tarfile.BLOCKSIZE)):
-                raise tarfile.ReadError(f"damaged at byte {tar.offset:,}")
+            if (mark := stream.read(tarfile.BLOCKSIZE)) != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError(f"damaged at byte {tar.offset:,}" if mark else "its end is missing")
     except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
         if isinstance(error, TrainingError):
             raise
