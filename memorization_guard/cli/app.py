@@ -14,6 +14,7 @@ from .audit import audit
 from .calibrate import calibrate
 from .check import check
 from .compare import compare
+from .curve import curve
 from .demo import demo
 from .errors import one_line_errors
 from .evaluate import evaluate
@@ -28,7 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Tells while an image is being sampled whether a model reproduces a training image.",
 )
-for command in (demo, check, calibrate, trace, evaluate, audit, report, compare, verify):
+for command in (demo, check, calibrate, trace, evaluate, audit, report, compare, curve, verify):
     app.command()(one_line_errors()(with_sampling_options(command)))
 
 
