@@ -44,7 +44,7 @@ from .training import TrainingError, TrainingSet
 from .worker import Recipe
 
 MITIGATED = "mitigated"
-PAIRS = "pairs"
+PAIRS, GALLERY = "pairs", "gallery.html"
 CAPTIONS, TRIGGERED_LIST, SUMMARY = "captions.jsonl", "triggered.jsonl", "summary.json"
 
 #: Different images of a folder below which a threshold that is chosen from them is called rough.
@@ -157,6 +157,8 @@ class TrainingAudit:
             AuditError: if an image is missing or cannot be read. OSError: if nothing can be written.
         """
         if (known := self._known()) is not None:
+            if gallery is not None and not (self.folder / GALLERY).exists():
+                gallery(self.folder, known, self._training)
             return known
         rows = _rows(self.folder)
         triggered = [row for row in rows if row["triggered"]]
@@ -260,6 +262,7 @@ class TrainingAudit:
                 [pair for pair in pairs if pair["is_copy"] and pair["triggered"]], lambda pair: pair["mitigated_is_copy"]
             ),
             "outputs": len(pairs),
+            "unscored": sum(pair["verdict"] == "unscored" for pair in pairs),
             "prompts": len(prompts),
         }
 
@@ -300,7 +303,9 @@ class TrainingAudit:
         """The comparison, if it was made already."""
         try:
             found = parse_json(read_whole(self._work / SUMMARY))
-            whole = found["key"] == self._key()
+            whole = found["key"] == self._key() and all(
+                (self.folder / f"{PAIRS}{end}").exists() for end in (".csv", ".parquet")
+            )
         except (OSError, ContentError, AuditError, KeyError, TypeError):
             return None
         return found if whole else None

@@ -53,11 +53,12 @@ def training_audit(
 
 def print_copies(output: Path, found: dict[str, Any]) -> None:
     """What was found, in the terminal."""
-    from ..audit.copies import PAIRS
-    from ..reports.gallery import GALLERY
+    from ..audit.copies import GALLERY, PAIRS
 
     threshold = found["threshold"]
     told = [printable(note) for note in found["training"]["notes"]]
+    if found["unscored"]:
+        told.append(f"{found['unscored']:,} of {found['outputs']:,} outputs were not judged: they count as not triggered")
     if threshold["rough"]:
         told.append(f"the threshold is rough: it comes from {threshold['images']} images; see --copy-threshold")
     if threshold["doubles"]:

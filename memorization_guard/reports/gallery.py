@@ -9,7 +9,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from ..audit.copies import read_pairs
+from ..audit.copies import GALLERY, read_pairs
 from ..audit.dataset import p_value_floor, read_manifest
 from ..audit.training import TrainingError, TrainingImage, TrainingSet
 from ..core.settings import TRIGGERED
@@ -19,8 +19,6 @@ from . import charts
 from .html import page
 from .pieces import Thumbnail, audited, interval, resource, share, small, thumbnail
 from .rendering import render
-
-GALLERY = "gallery.html"
 
 #: Prompts that the page shows, and how many of them are open from the start.
 SHOWN, OPEN = 100, 24

@@ -263,3 +263,26 @@ def test_a_list_of_prompts_is_held_against_the_folder(training, tmp_path):
     assert row["seed"] == 7
     assert row["nearest"] == "40_exact/001.png"
     assert row["is_copy"]
+
+
+def test_outputs_that_were_not_judged_are_told(audited, again, training):
+    """The guard must not look on and be off: a table of verdicts in which none were made says so."""
+    from memorization_guard.audit.dataset import SCHEMA, parts, write_table
+
+    (part,) = parts(again)
+    rows = pq.read_table(part).to_pylist()
+    write_table(part, [row | {"verdict": "unscored", "trigger_step": None, "p_value": None} for row in rows], SCHEMA)
+    (again / "training/summary.json").unlink()
+    result = _audit(training, again)
+    assert result.exit_code == 0, result.output
+    assert "10 of 10 outputs were not judged: they count as not triggered" in result.output
+    assert "10 of 10 outputs were not judged by the guard" in (again / "gallery.html").read_text()
+
+
+def test_a_deleted_gallery_or_table_is_made_again(again, training):
+    (again / "gallery.html").unlink()
+    assert _audit(training, again).exit_code == 0
+    assert (again / "gallery.html").exists()
+    (again / "pairs.csv").unlink()
+    assert _audit(training, again).exit_code == 0
+    assert (again / "pairs.csv").exists()
