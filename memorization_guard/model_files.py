@@ -48,6 +48,18 @@ def pipeline_index(folder: Path) -> dict[str, Any]:
     return index
 
 
+def check_model_folder(folder: Path) -> None:
+    """Refuses a folder of one transformers model that holds what loading it would run.
+
+    Raises:
+        ModelError: naming the file.
+    """
+    for file in sorted(folder.iterdir()):
+        if file.suffix.lower() == ".py":
+            raise ModelError(f"{folder} holds the Python file {file.name}, which loading the model may run: take it out")
+    _check_component(folder, folder.name, "transformers", "AutoModel")
+
+
 def components(index: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     """Name, library and class of every part that ``model_index.json`` does not leave out."""
     for name, value in index.items():

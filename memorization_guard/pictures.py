@@ -31,6 +31,17 @@ def opened(path: Path, formats: Sequence[str] = FORMATS) -> Iterator[Image.Image
         content = read_whole(path, MAX_FILE)
     except ContentError as error:
         raise ContentError(f"{path.name} cannot be read as an image: {error}") from None
+    with decoded(content, path.name, formats) as image:
+        yield image
+
+
+@contextmanager
+def decoded(content: bytes, name: str, formats: Sequence[str] = FORMATS) -> Iterator[Image.Image]:
+    """An image file's content, as :func:`opened` gives it; ``name`` is for the message.
+
+    Raises:
+        ContentError: as there.
+    """
     Image.init()
     try:
         with warnings.catch_warnings():
@@ -41,4 +52,4 @@ def opened(path: Path, formats: Sequence[str] = FORMATS) -> Iterator[Image.Image
     except Exception as error:  # decoders fail in many ways on files that were made to break them
         bomb = isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning))
         why = str(error) if bomb else type(error).__name__
-        raise ContentError(f"{path.name} cannot be read as an image ({', '.join(formats)}): {why}") from None
+        raise ContentError(f"{name} cannot be read as an image ({', '.join(formats)}): {why}") from None

@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from .loras import check_numbers, check_taken, read_by
 from .model_files import ModelError as ModelError
 from .model_files import check_safetensors, components, pipeline_index
 
@@ -38,7 +39,8 @@ class Lora:
         """``FILE`` or ``FILE:WEIGHT``.
 
         Raises:
-            ModelError: if the weight is no number, or the file is missing or no ``.safetensors`` file.
+            ModelError: if the weight is no number, or the file is missing, no ``.safetensors`` file, or holds values that
+                are no numbers.
         """
         name, colon, weight = text.rpartition(":")
         # C:\loras\style.safetensors has a colon too.
@@ -53,6 +55,7 @@ class Lora:
         if not Path(name).is_file():
             raise ModelError(f"there is no LoRA at {name}")
         check_safetensors(Path(name))
+        check_numbers(Path(name))
         return cls(Path(name).absolute(), factor)
 
 
@@ -274,15 +277,16 @@ def _merge(pipe: Any, lora: Lora) -> None:
     except ImportError:
         raise ModelError('LoRAs need peft: pip install "memorization-guard[audit]"') from None
     check_safetensors(lora.file)
+    check_numbers(lora.file)
     try:
-        with _whole_loads():
+        with read_by(pipe) as read:
             # Diffusers looks on the hub unless folder and name are given separately.
             pipe.load_lora_weights(
                 str(lora.file.parent), weight_name=lora.file.name, local_files_only=True, use_safetensors=True
             )
-        if not pipe.get_list_adapters():
-            raise ModelError("none of its tensors belongs to a part of the model")
-        pipe.fuse_lora(lora_scale=lora.weight)
+        check_taken(pipe, read)
+        # Refuses weights that the sum makes infinite.
+        pipe.fuse_lora(lora_scale=lora.weight, safe_fusing=True)
         pipe.unload_lora_weights()
     except Exception as error:
         raise ModelError(f"{lora.file} does not go with this model: {_reason(error)}") from error

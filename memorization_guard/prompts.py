@@ -76,7 +76,7 @@ class ListedPrompt:
         line: number of its line (in a table, of its row), from 1.
         kind: from the key or column ``kind`` or ``group``, or ``None``.
         seed: from ``seed``, or ``None``.
-        images: names of training images, from ``image``, which holds one name or a list.
+        images: names of training images, from ``image`` or ``file_name``, which holds one name or a list.
     """
 
     text: str
@@ -287,7 +287,7 @@ class _Keys:
             return next((by_name[name] for name in wanted if name in by_name), None)
 
         self.text = (column if column in exact else None) if column else first(*COLUMNS)
-        self.kind, self.seed, self.image = first("kind", "group"), first("seed"), first("image")
+        self.kind, self.seed, self.image = first("kind", "group"), first("seed"), first("image", "file_name")
 
     def __iter__(self) -> Iterator[str | None]:
         yield from dict.fromkeys((self.text, self.kind, self.seed, self.image))

@@ -38,6 +38,8 @@ MANIFEST = "manifest.json"
 PROFILE = "profile.safetensors"
 RESULTS = "results"
 IMAGES = "images"
+#: Folder of what an audit with a training folder needs besides; see ``copies.py``.
+TRAINING = "training"
 REPORT = "report.html"
 
 _SETTINGS = pa.struct(

@@ -25,7 +25,7 @@ from filelock import FileLock, Timeout
 from ..files import parse_json, read_whole, write_whole
 from ..fingerprint import content_hash
 from . import AuditError
-from .dataset import IMAGES, MANIFEST, PROFILE, RESULTS, SCHEMA, write_table
+from .dataset import IMAGES, MANIFEST, PROFILE, RESULTS, SCHEMA, TRAINING, write_table
 from .plan import Job
 
 log = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class Store:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         # Files of another process that has begun and is calibrating are ours too.
-        ours = (PROFILE, RESULTS, IMAGES, WORK, LOCK)
+        ours = (PROFILE, RESULTS, IMAGES, TRAINING, WORK, LOCK)
         new = folder.is_dir() and not (folder / MANIFEST).exists()
         if new and any(p.name not in ours and p.suffix != ".part" for p in folder.iterdir()):
             raise AuditError(f"{folder} holds files that do not belong to an audit: name another folder")

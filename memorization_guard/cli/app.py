@@ -16,6 +16,7 @@ from .audit import audit
 from .calibrate import calibrate
 from .check import check
 from .compare import compare
+from .curve import curve
 from .demo import demo
 from .errors import one_line_errors
 from .evaluate import evaluate
@@ -47,7 +48,7 @@ def _options(
     """What the command takes before the name of a subcommand."""
 
 
-for command in (demo, check, calibrate, trace, evaluate, audit, report, compare, verify):
+for command in (demo, check, calibrate, trace, evaluate, audit, report, compare, curve, verify):
     app.command()(one_line_errors()(with_sampling_options(command)))
 
 

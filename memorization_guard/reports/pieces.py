@@ -43,10 +43,15 @@ def thumbnail(folder: Path, file: str | None) -> Thumbnail | str:
         return "image not saved"
     try:
         with opened(path_inside(folder, file)) as image:
-            image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
-            small = image.convert("RGB")
+            return small(image)
     except (OSError, ValueError):
         return f"image {file} is missing or cannot be read"
+
+
+def small(image: Image.Image) -> Thumbnail:
+    """An image for a page; ``image`` itself becomes as small."""
+    image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+    small = image.convert("RGB")
     buffer = io.BytesIO()
     small.save(buffer, "JPEG", quality=82)
     return Thumbnail(small.width, small.height, base64.b64encode(buffer.getvalue()).decode())
@@ -83,13 +88,13 @@ def audit_page(
         data: what the script reads, by the id of the element that holds it; compressed.
         values: what the template shows.
     """
-    body = render(template, share=share, interval=interval, audited=_audited(manifests), **values)
+    body = render(template, share=share, interval=interval, audited=audited(manifests), **values)
     packed = {name: _packed(value) for name, value in data.items()}
-    look, script = charts.STYLE + _resource("audit.css"), graph_script() + _resource("audit.js")
+    look, script = charts.STYLE + resource("audit.css"), graph_script() + resource("audit.js")
     return page(title, body, style=look, data=packed, script=script)
 
 
-def _audited(manifests: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[str, list[str]]]]:
+def audited(manifests: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[str, list[str]]]]:
     """What was audited: for each section its fields, each with its value in every audit."""
     known = [facts(manifest) for manifest in manifests]
     sections = dict.fromkeys(section for one in known for section in one)
@@ -108,5 +113,6 @@ def _packed(value: object) -> str:
     return base64.b64encode(gzip.compress(content, 6, mtime=0)).decode()
 
 
-def _resource(name: str) -> str:
+def resource(name: str) -> str:
+    """The content of a file beside this one."""
     return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
