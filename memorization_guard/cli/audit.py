@@ -100,9 +100,10 @@ def audit(
         raise UsageError("give either --profile or --reference, prompts to make a profile with")
     if workers is not None and ray is None:
         raise UsageError("--workers is for --ray; on one machine call the same command once a GPU")
-    if screen and (images == "all" or training is not None):
-        other = "--training" if training is not None else "--images all"
-        raise UsageError(f"{other} needs every image, and --screen samples few of them: give one of the two")
+    if screen and images == "all":
+        raise UsageError("--images all keeps every image, and --screen samples few of them: give one of the two")
+    if screen and training is not None:
+        raise UsageError("--training compares every image, and --screen samples few of them: give one of the two")
     from ..audit.dataset import MANIFEST
     from ..audit.plan import Plan
     from ..audit.run import Local
