@@ -24,6 +24,8 @@ from ..fingerprint import content_hash
 from ..pictures import MAX_FILE, decoded
 from ..prompts import COLUMNS, MAX_LINE, PromptListError, stream_prompts
 from . import AuditError
+from .captions import notes
+from .dataset import counted
 
 #: Suffixes of training images.
 SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff", ".ppm"))
@@ -34,11 +36,6 @@ CAPTIONS = (".txt", ".caption")
 METADATA = ("metadata.jsonl", "metadata.csv")
 #: What a tar file is called that is compressed, so that its members cannot be read one by one.
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
-
-#: A word is a trigger word if it stands in this share of the captions; captions are lists of tags if this share of them has
-#: :data:`_COMMAS` commas.
-_TRIGGER_SHARE, _TAGS_SHARE, _COMMAS = 0.95, 0.5, 3
-_WORDS = frozenset(("a", "an", "and", "at", "by", "for", "from", "in", "is", "of", "on", "or", "the", "to", "with"))
 
 
 class TrainingError(AuditError):
@@ -117,39 +114,7 @@ class TrainingSet:
 
     def notes(self) -> list[str]:
         """What a reader of the report has to know of the captions, in sentences."""
-        captions = self.captions
-        bare = [image.name for image in self.images if image.caption is None]
-        shared = sum(len(numbers) - 1 for numbers in captions.values())
-        repeats = sorted({image.repeats for image in self.images})
-        told = []
-        if bare:
-            told.append(
-                f"{_images(len(bare))} without a caption, such as {bare[0]}: compared with, but no prompt was made for it."
-            )
-        if self.named_by_folder:
-            told.append(
-                f"{_images(self.named_by_folder)} without a caption file in a folder with a repeat count: as in kohya's "
-                "trainers, the folder's name is the caption."
-            )
-        if shared:
-            told.append(f"{_images(shared)} with the caption of another one: each caption is one prompt.")
-        if repeats != [1]:
-            shown = sum(image.repeats for image in self.images)
-            told.append(
-                f"Images are repeated {repeats[0]} to {repeats[-1]} times: an epoch shows {shown:,}."
-                if len(repeats) > 1
-                else f"Images are repeated {repeats[0]} times: an epoch shows {shown:,}."
-            )
-        if len(captions) > 1:
-            words = _trigger_words(list(captions))
-            if words:
-                told.append(f"In nearly every caption: {', '.join(words)}. Such trigger words stay in the prompts.")
-            if sum(text.count(",") >= _COMMAS for text in captions) >= _TAGS_SHARE * len(captions):
-                told.append(
-                    "The captions are lists of tags. A trainer that shuffles or drops tags shows other captions too; the "
-                    "prompts have them as they are written."
-                )
-        return told
+        return notes(self.images, self.captions, self.named_by_folder)
 
 
 def read_training(folder: str | os.PathLike[str], column: str | None = None) -> TrainingSet:
@@ -192,8 +157,8 @@ def read_training(folder: str | os.PathLike[str], column: str | None = None) -> 
         )
     if all(image.caption is None for image in images):
         raise TrainingError(
-            f"{root} holds {_images(len(images))} and no caption: put a .txt beside each image, a metadata.jsonl with "
-            "file_name and text, or a folder's name such as 10_name around them"
+            f"{root} holds {counted(len(images), 'image')} and no caption: put a .txt beside each image, a metadata.jsonl "
+            "with file_name and text, or a folder's name such as 10_name around them"
         )
     formats.pop(_BARE, None)
     return TrainingSet(root, tuple(images), tuple(sorted(formats)), named, _key(root, images))
@@ -405,19 +370,6 @@ def _of_json(content: bytes, where: str, column: str | None) -> str | None:
     return text.strip() or None
 
 
-def _trigger_words(captions: Sequence[str]) -> list[str]:
-    """Words that nearly every caption has, in the order of the first one that has them all."""
-    counted = Counter(word for caption in captions for word in set(_words(caption)))
-    often = {word for word, count in counted.items() if count >= _TRIGGER_SHARE * len(captions) and word not in _WORDS}
-    return [word for word in dict.fromkeys(word for caption in captions[:100] for word in _words(caption)) if word in often][
-        :8
-    ]
-
-
-def _words(caption: str) -> list[str]:
-    return re.findall(r"[^\s,.;:!?()\[\]\"]+", caption.lower())
-
-
 def _key(root: Path, images: Sequence[TrainingImage]) -> str:
     about = {file: os.stat(file) for file in dict.fromkeys(image.file for image in images)}
     return content_hash(
@@ -426,7 +378,3 @@ def _key(root: Path, images: Sequence[TrainingImage]) -> str:
             for image in images
         ]
     )
-
-
-def _images(count: int) -> str:
-    return f"{count:,} image{'' if count == 1 else 's'}"
