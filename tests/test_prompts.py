@@ -2,9 +2,12 @@
 
 import json
 import resource
+import subprocess
+import sys
 import time
 import tracemalloc
 from importlib import resources
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -195,6 +198,34 @@ def test_a_parquet_footer_that_promises_too_much_is_refused_before_there_is_room
     path.write_bytes(b"PAR1" + bytes(50) + (2**31).to_bytes(4, "little") + b"PAR1")
     with pytest.raises(ValueError, match="its footer says that it has 2147483648 bytes"):
         read_prompts(path)
+
+
+def test_no_byte_of_a_parquet_file_ends_the_process(tmp_path):
+    """pyarrow's own view of a column does, over a single byte of its statistics."""
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "list.parquet"
+    pq.write_table(pa.table({"prompt": ["a cat"]}), path, compression="none", store_schema=False)
+    every = (
+        "import pathlib, sys\n"
+        "from memorization_guard.prompts import read_prompts\n"
+        "path, refused = pathlib.Path(sys.argv[1]), 0\n"
+        "content = path.read_bytes()\n"
+        "for at in range(len(content)):\n"
+        "    for value in (0, 2, 3, 9, 0x19, 0x25, 0xFF):\n"
+        "        path.write_bytes(content[:at] + bytes([value]) + content[at + 1 :])\n"
+        "        try:\n"
+        "            read_prompts(path)\n"
+        "        except ValueError:\n"
+        "            refused += 1\n"
+        "print(refused)\n"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", every, str(path)], capture_output=True, text=True, cwd=Path(__file__).parents[1]
+    )
+    assert found.returncode == 0, found.stderr[-500:]
+    assert int(found.stdout) > 300
 
 
 def test_a_parquet_file_with_damaged_pages_or_texts_is_refused(tmp_path):

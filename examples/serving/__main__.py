@@ -19,8 +19,7 @@ def server(settings: Settings, **config: Any) -> uvicorn.Server:
     """
     metrics = Metrics()
     app = create_app(settings, metrics)
-    # Another protocol would take a connection away from its limits.
-    return uvicorn.Server(uvicorn.Config(app, http=limited(settings, metrics), ws="none", **config))
+    return uvicorn.Server(uvicorn.Config(app, **limited(settings, metrics), **config))
 
 
 def main() -> None:

@@ -116,20 +116,30 @@ def look(loop: asyncio.AbstractEventLoop, connections: set[Connection]) -> None:
         loop.call_later(LOOK, look, loop, connections)
 
 
-def limited(settings: Settings, metrics: Metrics) -> type[Connection]:
-    """The kind of connection for a server with these settings.
+def limited(settings: Settings, metrics: Metrics) -> dict[str, Any]:
+    """What uvicorn is configured with for these settings.
 
     Raises:
         SettingsError: if the system allows this process fewer connections.
     """
     if resource is not None:
-        allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        if allowed != resource.RLIM_INFINITY and allowed < settings.max_connections + OTHER_FILES:
+        allowed, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = settings.max_connections + OTHER_FILES
+        if resource.RLIM_INFINITY not in (allowed, most) and most < wanted:
             raise SettingsError(
-                f"max_connections is {settings.max_connections}, but the system allows this process {allowed} open files: "
+                f"max_connections is {settings.max_connections}, but the system allows this process {most} open files: "
                 "set it lower, or raise the limit with 'ulimit -n'"
             )
+        if allowed != resource.RLIM_INFINITY and allowed < wanted:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
     connections: set[Connection] = set()
     metrics.connections.set_function(lambda: len(connections))
     given: dict[str, Any] = {"settings": settings, "metrics": metrics, "open": connections}
-    return type("LimitedConnection", (Connection,), given)
+    return {
+        "http": type("LimitedConnection", (Connection,), given),
+        # Another protocol would take a connection away from its limits.
+        "ws": "none",
+        # So many are taken in at once, and three rounds later they are read. Of many that come together, none then has to give
+        # way before it could ask; the others wait for the system to hand them over.
+        "backlog": max(1, settings.max_connections // 16),
+    }

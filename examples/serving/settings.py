@@ -64,7 +64,7 @@ class Settings(BaseModel):
     max_guidance_scale: float = Field(default=12.0, ge=0, allow_inf_nan=False)
     max_prompt: int = Field(default=1000, ge=1)  #: characters
     max_body: int = Field(default=65_536, ge=1)  #: bytes of a request's body
-    max_connections: int = Field(default=128, ge=1)  #: open at the same time
+    max_connections: int = Field(default=512, ge=1)  #: open at the same time
     receive_seconds: float = Field(default=10.0, gt=0, allow_inf_nan=False)  #: until a request has come whole
     send_seconds: float = Field(default=60.0, gt=0, allow_inf_nan=False)  #: until the client has read what was sent
     policy: Policy = Policy()

@@ -207,10 +207,10 @@ def read_traces(folder: Path, images: Iterable[int]) -> dict[int, Trace]:
     wanted, found = set(images), {}
     for path in parts(folder):
         with _opened(path) as file:
-            column = file.schema_arrow.get_field_index("image")
             for group in range(file.num_row_groups):
-                known = file.metadata.row_group(group).column(column).statistics
-                if known is not None and known.has_min_max and not any(known.min <= n <= known.max for n in wanted):
+                # Not by the statistics of the column: of damaged ones pyarrow may end the process.
+                images_of = file.iter_batches(row_groups=[group], columns=["image"])
+                if not any(pc.is_in(batch["image"], pa.array(sorted(wanted), pa.int64())).true_count for batch in images_of):
                     continue
                 for batch in file.iter_batches(64, row_groups=[group], columns=["image", "trace"]):
                     inside = pc.is_in(batch["image"], pa.array(sorted(wanted), pa.int64()))
