@@ -93,6 +93,22 @@ def told_rows(docs):
                 yield f"| {title} | {group} | {' | '.join(map(str, row['words'].values()))} |"
 
 
+def mitigation_rows(docs):
+    """What others' mitigation leaves and keeps, beside ours, and what it costs; times were not taken on an idle machine."""
+    found = json.loads((docs / "peers-mitigation.json").read_text(encoding="utf-8"))
+    for group, row in found["groups"].items():
+        for method, values in row["methods"].items():
+            cells = [with_interval(values["copies"]), with_interval(values["fidelity"]), f"{values['unchanged']['mean']:.2f}"]
+            cost = found["costs"].get(group, {}).get(method)
+            if cost is not None:
+                calls = {"": cost["extra_calls"]["forward"], " backward": cost["extra_calls"]["backward"]}
+                cells.append(", ".join(f"{count:.3g}{kind}" for kind, count in calls.items() if count) or "0")
+                cells.append(f"{max(0, cost['extra_memory']) / 2**20:.1f} MiB")
+            yield (
+                "".join(f"| {cell} " for cell in [group, method, *cells, *[""] * (5 - len(cells))]).replace("|  ", "| ") + "|"
+            )
+
+
 def peers_measured(docs):
     """The file of each model that the peers were measured on, by its name."""
     names = {"bundled": "peers-detection.json", "model 2": "peers-detection-model-2.json"}
@@ -274,6 +290,7 @@ def test_the_tables_of_the_lab_are_those_of_its_file(rows, docs):
     "rows",
     [
         verdict_rows, detection_rows, reference_rows, negative_rows, automatic_rows, words_rows, told_rows,
+        mitigation_rows,
         peer_rows, peer_control_rows, peer_condition_rows,
     ],
 )  # fmt: skip
