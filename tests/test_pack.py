@@ -36,7 +36,7 @@ NAMES = {"quick_start", "mitigation_side_by_side", "calibrate_and_save", "report
 def test_the_workflows_are_all_there():
     assert {path.stem for path in WORKFLOWS} == NAMES
     assert {path.stem for path in (REPOSITORY / "example_workflows" / "api").glob("*.json")} == NAMES
-    assert len(NODES) == 8
+    assert len(NODES) == 9
 
 
 def read(path):
