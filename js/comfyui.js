@@ -30,7 +30,7 @@ const KEPT_STEPS = ["sigma", "latent_norm", "update_norm", "denoised_norm", "upd
 /** On the canvas, frontends have a menu entry for advanced widgets, but show them until a node hides them. */
 function fold(node) {
   for (const widget of node.widgets) {
-    if (!widget.options?.advanced || widget.advanced) continue;
+    if (!widget.options?.advanced) continue;
     widget.advanced = true;
     // The layout adds 4 pixels to the height of every widget, hidden ones included.
     widget.computeSize = (width) => (node.isWidgetVisible(widget) ? [width, LiteGraph.NODE_WIDGET_HEIGHT] : [width, -4]);
