@@ -12,7 +12,7 @@ from .noise_level import NoiseLevel
 from .reference import OPEN_SIGMA, Reference, Tail
 from .settings import Verdict
 from .signals import Measurement, Signals, signals
-from .trace import Evaluations
+from .trace import Evaluations, Look
 
 #: P-value of the first evaluation from which the network is asked about a prompt: ordinary images cost nothing as a rule.
 SUSPICIOUS = 0.1
@@ -28,9 +28,15 @@ HOLD_SIGMA = 0.2
 NOISE_SIGMA = 8.0
 
 
+def counts(first: np.ndarray, asked: np.ndarray) -> np.ndarray:
+    """Where the network's answers count: where the first evaluation is suspicious or has no p-value."""
+    found: np.ndarray = ~(first > SUSPICIOUS) & ~np.isnan(asked)
+    return found
+
+
 def decided(first: np.ndarray, asked: np.ndarray) -> np.ndarray:
-    """The p-values that count: of the first evaluation, and where that is suspicious or has none, of the network's answers."""
-    found: np.ndarray = np.where((first > SUSPICIOUS) | np.isnan(asked), first, asked)
+    """The p-values that count, of the first evaluation or of the network's answers."""
+    found: np.ndarray = np.where(counts(first, asked), asked, first)
     return found
 
 
@@ -72,6 +78,8 @@ class Judge:
         self.broken = np.zeros(0, dtype=int)
         #: Share of ordinary images with as much detail as each sample's, ``[B]``; NaN where nothing was judged.
         self.p_value = np.zeros(0)
+        #: Whether what the network was asked made the p-value of each sample, ``[B]`` bool; else the first evaluation did.
+        self.by_asked = np.zeros(0, dtype=bool)
         #: Where the detail can be shown: the run's first evaluation if it was judged, else what the network was asked.
         self.shown: Evaluation | None = None
         #: Detail of what the network was asked, ``[B]``; ``None`` if it was not.
@@ -144,14 +152,16 @@ class Judge:
         if not len(self.trigger):
             batch = block.shape[1]
             self.trigger, self.broken, self.p_value = np.full(batch, -1), np.full(batch, -1), np.full(batch, np.nan)
-            self.corrected = np.zeros(batch, dtype=bool)
+            self.corrected, self.by_asked = np.zeros(batch, dtype=bool), np.zeros(batch, dtype=bool)
         grid = () if measurement.patches is None else tuple(measurement.patches.shape[1:])
         return Evaluation(level, signals(block, level), block[5:], grid)
 
     def _judge(self, detail: np.ndarray, tail: Tail) -> None:
         """Judges the samples that are suspicious, or not judged yet: what else is in a batch has no part in a verdict."""
         found = tail.p_value(detail)
-        self.p_value = decided(self.p_value, found) if self._in_noise else np.where(np.isnan(found), self.p_value, found)
+        new = counts(self.p_value, found) if self._in_noise else ~np.isnan(found)
+        self.p_value = np.where(new, found, self.p_value)
+        self.by_asked = np.where(new, tail is self.answers, self.by_asked)
         # A rate that the references cannot tell would never trigger.
         self.trigger = np.where(self.p_value <= max(self._rate, tail.lowest), 0, -1)
 
@@ -171,6 +181,12 @@ class Judge:
             return "corrected" if self.corrected[sample] else "likely copy"
         judged = len(self.p_value) and np.isfinite(self.p_value[sample])
         return "stable" if judged and self.broken[sample] < 0 else "unscored"
+
+    def look(self, sample: int) -> Look | None:
+        """Which look at the prompt made the p-value of a sample; ``None`` where nothing was judged."""
+        if not len(self.p_value) or not np.isfinite(self.p_value[sample]):
+            return None
+        return "asked" if self.by_asked[sample] else "first"
 
     @property
     def alone(self) -> bool:

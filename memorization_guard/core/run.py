@@ -18,8 +18,12 @@ from .noise_level import NoiseLevel
 from .profile import Norms, ProfileCheck, StabilityProfile
 from .reference import OPEN_SIGMA, Reference, p_value_floor
 from .settings import USUAL_GUIDANCE, Mode, RunSettings, Thresholds, Verdict
-from .trace import SUSPICIOUS, Steps, Trace, band_numbers, numbers
+from .trace import SUSPICIOUS, Look, Steps, Trace, band_numbers, numbers
 from .words import Words
+
+#: A sampler adds noise if its first steps are this many times as long as the way that its predictions tell. On the lab model
+#: samplers that add none reach 1.3, also while they are corrected; ancestral and SDE samplers begin at 4 and more.
+NOISY = 2.0
 
 #: What is said of an image that mode ``stop`` hands nothing on of.
 WITHHELD = "Nothing of the image is handed on: if a picture comes out, it is a plain one."
@@ -29,7 +33,8 @@ WITHHELD = "Nothing of the image is handed on: if a picture comes out, it is a p
 class StepEvent:
     """What a live graph needs of one solver step; every list has one entry a sample of the batch.
 
-    A score or p-value is ``None`` where nothing was judged; ``state`` is the verdict so far.
+    A score or p-value is ``None`` where nothing was judged; ``state`` is the verdict so far. ``judged_by`` is as in a trace.
+    ``bands`` names those of the outline's bands that hold, as far as is known by then.
     """
 
     step: int
@@ -41,14 +46,16 @@ class StepEvent:
     update_score: list[float] | None
     denoised_score: list[float] | None
     p_value: list[float] | None
+    judged_by: list[Look | None]
     state: list[Verdict]
     mitigated: list[bool]
+    bands: list[str]
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready mapping, a few hundred bytes; ``null`` for what is no number."""
         data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         for name, value in data.items():
-            if value is not None and name not in ("step", "sigma", "state", "mitigated"):
+            if value is not None and name.endswith(("_norm", "_score", "p_value")):
                 data[name] = numbers(value)
         return data
 
@@ -70,6 +77,7 @@ class Step:
     scale: float
     denoised: Tensor | None = None
     judgement: published.Judgement | None = None
+    _stretch: float | None = None
 
     def norms(self, judge: Judge) -> Norms:
         """The norms in host memory; x0's, if the step has none of its own, is that of its first evaluation."""
@@ -79,6 +87,14 @@ class Step:
         if self.first < len(judge.evaluations):
             return Norms(latent, update, judge.evaluations[self.first].signals.denoised)
         return Norms(latent, update, np.full(len(latent), np.nan))
+
+    def stretch(self, judge: Judge) -> float:
+        """How long the update is for a step without noise from its first evaluation, the samples' median; NaN if unknown."""
+        if self._stretch is None:
+            chord = 2 * math.sin(abs(self.start.angle - self.end.angle) / 2) * judge.evaluations[self.first].signals.velocity
+            with np.errstate(divide="ignore", invalid="ignore"):
+                self._stretch = float(np.median(self.norms(judge).update / chord))
+        return self._stretch
 
 
 @dataclass
@@ -204,7 +220,21 @@ class Run:
         """Of steps, from the noise levels before each and after the last."""
         if not self.judges or self.profile is None or self.check is None or self.other_size or len(levels) < 2:
             return {}
-        return self.profile.bands([self._sigma(level) for level in levels[:-1]], levels, exact=self.check.exact)
+        bands = self.profile.bands([self._sigma(level) for level in levels[:-1]], levels, exact=self.check.exact)
+        return {name: band for name, band in bands.items() if name in self._holding}
+
+    @property
+    def _holding(self) -> list[str]:
+        """The bands that hold for the run, as far as is known: of its own sampler all; else that of x0, and those of latent
+        and update for a solver that adds no noise at the profile's guidance scale."""
+        if self.check is None or self.check.exact:
+            return list(Norms._fields)
+        other_scale = any(found.field == "guidance_scale" for found in self.check.transferred)
+        early = self.steps[: max(3, (self.settings.steps or len(self.steps)) // 3)]
+        known = [step.stretch(self.judge) for step in early if step.first < len(self.judge.evaluations)]
+        stretches = [stretch for stretch in known if math.isfinite(stretch)]
+        noisy = bool(stretches) and float(np.median(stretches)) > NOISY
+        return ["denoised"] if other_scale or noisy else list(Norms._fields)
 
     @property
     def _reference_count(self) -> int | None:
@@ -232,6 +262,8 @@ class Run:
             p_value=self.judge.p_value.tolist() if np.isfinite(self.judge.p_value).any() else None,
             state=[self.verdict(sample) for sample in range(self.batch)],
             mitigated=self._mitigated(step).tolist(),
+            judged_by=[self.judge.look(sample) for sample in range(self.batch)],
+            bands=self._holding,
         )
 
     def _mitigated(self, step: Step) -> np.ndarray:
@@ -259,6 +291,7 @@ class Run:
                 note=note,
                 p_value=_finite(judge.p_value, sample),
                 p_value_floor=self._p_value_floor if _finite(judge.p_value, sample) is not None else None,
+                judged_by=judge.look(sample),
                 asked=None if judge.asked is None else _finite(judge.asked, sample),
                 words=self.words.get(sample),
                 steps=self._traced(sample, norms, scores, mitigated),

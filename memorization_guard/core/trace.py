@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 
@@ -19,7 +19,10 @@ from .settings import MODES, VERDICTS, Mode, RunSettings, Thresholds, Verdict, i
 from .words import Words
 
 FORMAT = "memorization-guard.trace"
-FORMAT_VERSION = 7
+FORMAT_VERSION = 8
+
+#: Which look at a prompt was judged: a run's ``first`` evaluation, or what the network was ``asked`` beside the run.
+Look = Literal["first", "asked"]
 
 #: What every trace, report and record says of itself: what was measured, and what that does not prove.
 STATEMENT = (
@@ -112,12 +115,14 @@ class Trace:
             near the nominal share is to the observed one is in ``docs/evaluation.md``. ``None`` where nothing was judged.
         p_value_floor: the smallest p-value that the references can carry: one that is as small says "rarer than" it.
         asked: detail of what the network was asked beside the run, or ``None``.
+        judged_by: which of the two looks the p-value is of, see :data:`Look`; ``None`` where nothing was judged.
         words: the words of the prompt that call the copy up, or ``None`` where nothing triggered or they could not be told.
         steps, evaluations: what the sampler did, and what the network said.
         local_map: ``[height, width]``, by how many standard deviations each patch of the latent had more detail than patches
             of ordinary images have, where the prompt was judged; empty if unknown.
-        bands: for each of ``latent``, ``update``, ``denoised`` the reference ``mean`` and ``std`` of the steps taken; empty
-            without a profile.
+        bands: for ``latent``, ``update`` and ``denoised`` the reference ``mean`` and ``std`` of the steps taken, each where
+            the profile holds for it: latent and update are those of samplers that add no noise, at the profile's guidance
+            scale. Empty without a profile.
         reference_count: number of reference runs behind the bands, or ``None``.
         settings: what the run was made with. thresholds: what it was judged by. mode: what was to be done.
     """
@@ -129,6 +134,7 @@ class Trace:
     p_value: float | None = None
     p_value_floor: float | None = None
     asked: float | None = None
+    judged_by: Look | None = None
     words: Words | None = None
     steps: Steps = field(default_factory=Steps)
     evaluations: Evaluations = field(default_factory=Evaluations)
@@ -199,7 +205,7 @@ class Trace:
         return np.array([NoiseLevel.from_model(sigma, kind).angle for sigma in self.evaluations.sigma])
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON form, version 7; strict JSON, with ``null`` for what is not there."""
+        """The JSON form, version 8; strict JSON, with ``null`` for what is not there."""
         return {
             "format": FORMAT,
             "version": FORMAT_VERSION,
@@ -211,6 +217,7 @@ class Trace:
             "p_value_floor": _number(self.p_value_floor),
             "detail": _number(self.detail),
             "asked": _number(self.asked),
+            "judged_by": self.judged_by,
             "uncalibrated_score": _number(self.uncalibrated_score),
             "words": None if self.words is None else self.words.to_dict(),
             "trigger_step": self.trigger_step,
@@ -253,6 +260,7 @@ class Trace:
                 p_value=data["p_value"],
                 p_value_floor=data["p_value_floor"],
                 asked=data["asked"],
+                judged_by=data["judged_by"],
                 words=None if data["words"] is None else Words.from_dict(data["words"]),
                 mode=data["mode"],
                 settings=RunSettings.from_dict(data["settings"]),
@@ -269,6 +277,8 @@ class Trace:
             raise ValueError(f"the trace's verdict is {trace.verdict!r}; known: {', '.join(VERDICTS)}")
         if trace.mode not in MODES:
             raise ValueError(f"the trace's mode is {trace.mode!r}; known: {', '.join(MODES)}")
+        if trace.judged_by not in (None, *get_args(Look)):
+            raise ValueError(f"the trace's judged_by is {trace.judged_by!r:.60}; known: {', '.join(get_args(Look))}")
         if not isinstance(trace.note, (str, type(None))):
             raise ValueError(f"the trace's note is no text but {type(trace.note).__name__}")
         for name in ("p_value", "p_value_floor"):

@@ -1,315 +1,336 @@
-"""The stability graph of one trace as a picture: the size of the latent's updates, and the band of ordinary prompts.
+"""The stability graph of one trace as a picture: how unusual its prompt is, what was corrected, and the norms of its steps.
 
-One layout, two forms: :func:`svg` for files, :func:`image` for hosts that show pictures. The latter needs Pillow alone, from
-version 9.5 on, which the WebUI has. In pages ``js/graph.js`` draws the same graph, also while a run is sampled.
+One layout, two forms: :func:`svg` for files and notebooks, :func:`image` for hosts that show pictures. In pages
+``js/graph.js`` draws the same graph, also while a run is sampled. ``docs/graph.md`` says how to read it.
 """
 
 from __future__ import annotations
 
-import re
-import xml.etree.ElementTree as ET
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from ..core.trace import Trace
+from ..core.trace import Trace, rarity
 from .axis import Axis
+from .drawing import DARK, LIGHT, STYLES, Shape, pixels, text_width, vector
+from .words import called_up, unusual
 
 if TYPE_CHECKING:
-    from PIL import Image, ImageFont
+    from PIL import Image
 
-_WIDTH, _HEIGHT = 640, 300
-_AXIS_TITLE = "size of the latent update"
+__all__ = ["DARK", "HEIGHT", "LIGHT", "NORMS", "STYLES", "WIDTH", "image", "overlay", "svg"]
 
-# Blue, vermilion and bluish green after Okabe & Ito (2008), which people with any common kind of colour vision can tell apart.
-# Whatever a colour says is also said by shape or text.
-LIGHT = {
-    "ground": "#ffffff",
-    "ink": "#1b2430",
-    "muted": "#5b6675",
-    "grid": "#e6eaef",
-    "band": "#d3e4f4",
-    "mean": "#8db5da",
-    "alarm": "#bf4600",
-    "corrected": "#007a5e",
-}
-DARK = {
-    "ground": "#161b22",
-    "ink": "#eef2f6",
-    "muted": "#9ba7b5",
-    "grid": "#29313b",
-    "band": "#1d3d5c",
-    "mean": "#4a80b3",
-    "alarm": "#ff9455",
-    "corrected": "#3ddcae",
+WIDTH, HEIGHT = 640, 440
+
+#: The norms of a trace in the order they are drawn, and what each is called.
+NORMS = {"latent": "latent norm", "update": "update norm", "denoised": "predicted image norm"}
+
+#: How each verdict is drawn, as a badge and as the mark of its image.
+_LOOKS = {
+    "stable": "plain",
+    "corrected": "outlined",
+    "likely copy": "solid",
+    "mild": "outlined",
+    "strong": "solid",
+    "unscored": "muted",
 }
 
+#: The axis of evidence ends here where no references say how far they reach: one in so many.
+_REACH = 10_000.0
 
-@dataclass(frozen=True)
-class _Style:
-    """How a role is drawn: palette names of fill and stroke, stroke width or font size in pixels, radius of a dot."""
+#: Height of the place above the axis for what is rarer than the references can tell.
+_BEYOND = 18.0
 
-    fill: str | None = None
-    stroke: str | None = None
-    width: float = 1.0
-    radius: float = 0.0
-    font: float = 0.0
-
-
-_STYLES = {
-    "ground": _Style(fill="ground"),
-    "band": _Style(fill="band"),
-    "grid": _Style(stroke="grid"),
-    "mean": _Style(stroke="mean", width=1.2),
-    "axis": _Style(stroke="muted"),
-    "trigger": _Style(stroke="alarm", width=1.2),
-    "broken": _Style(stroke="muted", width=1.2),
-    "run": _Style(stroke="ink", width=1.8),
-    "point": _Style(fill="ink", radius=1.5),
-    "corrected": _Style(fill="corrected", radius=2.2),
-    "badge": _Style(stroke="muted"),
-    "badge-alarm": _Style(stroke="alarm"),
-    "badge-solid": _Style(fill="alarm", stroke="alarm"),
-    "caption": _Style(fill="ink", font=12),
-    "caption-alarm": _Style(fill="alarm", font=12),
-    "caption-solid": _Style(fill="ground", font=12),
-    "tick": _Style(fill="muted", font=11),
-    "label-trigger": _Style(fill="alarm", font=11),
-}
-
-#: Roles of the badge and its text, for each verdict.
-_BADGES = {
-    "stable": ("badge", "caption"),
-    "corrected": ("badge-alarm", "caption-alarm"),
-    "likely copy": ("badge-solid", "caption-solid"),
-    "mild": ("badge-alarm", "caption-alarm"),
-    "strong": ("badge-solid", "caption-solid"),
-    "unscored": ("badge", "tick"),
-}
-
-
-@dataclass(frozen=True)
-class _Shape:
-    """One thing to draw, in pixels from the upper left corner. A text stands on the baseline at its only point."""
-
-    kind: Literal["area", "line", "dot", "badge", "text"]
-    role: str
-    points: Sequence[tuple[float, float]]
-    text: str = ""
-    anchor: Literal["start", "middle", "end"] = "start"
+#: Share of ordinary prompts that is shaded darker: nine of ten.
+_COMMON = 0.1
 
 
 def svg(trace: Trace) -> str:
-    """The graph as one ``<svg>`` element of 640 x 300 pixels, which follows the reader's light or dark theme."""
-    size = {"viewBox": f"0 0 {_WIDTH} {_HEIGHT}", "width": str(_WIDTH), "height": str(_HEIGHT)}
-    root = ET.Element("svg", {"xmlns": "http://www.w3.org/2000/svg", "class": "mg-graph", "role": "img", **size})
-
-    def add(tag: str, text: str | None = None, **attributes: object) -> None:
-        written = {name.rstrip("_").replace("_", "-"): str(value) for name, value in attributes.items()}
-        element = ET.SubElement(root, tag, written)
-        # XML cannot hold these characters at all.
-        element.text = text and re.sub("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]", "\ufffd", text)
-
-    add("title", "Stability graph: " + ", ".join(filter(None, (trace.verdict, _score(trace)))))
-    add("desc", _description(trace))
-    add("style", _css())
-    for shape in _layout(trace, _WIDTH, _HEIGHT):
-        role, points = f"mg-{shape.role}", [(round(float(x), 1), round(float(y), 1)) for x, y in shape.points]
-        (x, y), (x_end, y_end) = points[0], points[-1]
-        if shape.kind == "text":
-            add("text", shape.text, class_=role, x=x, y=y, text_anchor=shape.anchor)
-        elif shape.kind == "dot":
-            add("circle", class_=role, cx=x, cy=y, r=_STYLES[shape.role].radius)
-        elif shape.kind == "badge":
-            add("rect", class_=role, x=x, y=y, width=x_end - x, height=y_end - y, rx=(y_end - y) / 2)
-        else:
-            path = " ".join(f"{x},{y}" for x, y in points)
-            add("polygon" if shape.kind == "area" else "polyline", class_=role, points=path)
-    return ET.tostring(root, encoding="unicode")
+    """The graph as one ``<svg>`` element of 640 x 440 pixels, which follows the reader's light or dark theme."""
+    title = "Stability graph: " + ", ".join(filter(None, (trace.verdict, _number(trace))))
+    return vector(_layout(trace, WIDTH, HEIGHT), WIDTH, HEIGHT, title, _description(trace))
 
 
-def _css() -> str:
-    """The style of the graph: colours as variables ``--mg-*`` with a light and a dark value, and one class for each role."""
-
-    def variables(palette: dict[str, str]) -> str:
-        return "".join(f"--mg-{name}:{colour};" for name, colour in palette.items())
-
-    rules = [
-        f":root{{{variables(LIGHT)}}}",
-        f"@media (prefers-color-scheme:dark){{:root{{{variables(DARK)}}}}}",
-        ".mg-graph{display:block;max-width:100%;height:auto;font-family:system-ui,-apple-system,'Segoe UI',Roboto,sans-serif;"
-        "stroke-linejoin:round;stroke-linecap:round}",
-    ]
-    for role, look in _STYLES.items():
-        rule = f"fill:{f'var(--mg-{look.fill})' if look.fill else 'none'};"
-        rule += f"stroke:var(--mg-{look.stroke});stroke-width:{look.width:g};" if look.stroke else ""
-        rule += f"font-size:{look.font:g}px;" if look.font else ""
-        rules.append(f".mg-{role}{{{rule}}}")
-    return "".join(rules)
-
-
-def image(trace: Trace, width: int = _WIDTH, height: int = _HEIGHT) -> Image.Image:
+def image(trace: Trace, width: int = WIDTH, height: int = HEIGHT) -> Image.Image:
     """The graph as an RGB image of ``width`` x ``height`` pixels, in the light theme.
+
+    Below 480 x 400 pixels the evidence is drawn alone, without the norms.
 
     Raises:
         ImportError: if Pillow is missing.
         ValueError: for a size below 240 x 140.
     """
-    from PIL import Image, ImageDraw
-
-    shapes = _layout(trace, width, height)
-    # Pillow draws lines and circles with hard edges. So they are drawn three times as large, and averaged.
-    scale = 3
-    canvas = Image.new("RGB", (width * scale, height * scale), LIGHT["ground"])
-    draw = ImageDraw.Draw(canvas)
-    for shape in shapes:
-        look = _STYLES[shape.role]
-        fill, stroke = LIGHT.get(look.fill or ""), LIGHT.get(look.stroke or "")
-        points = [(x * scale, y * scale) for x, y in shape.points]
-        if shape.kind == "area":
-            draw.polygon(points, fill=fill)
-        elif shape.kind == "line":
-            draw.line(points, fill=stroke, width=round(look.width * scale), joint="curve")
-        elif shape.kind == "dot":
-            (x, y), r = points[0], look.radius * scale
-            draw.ellipse((x - r, y - r, x + r, y + r), fill=fill)
-        elif shape.kind == "badge":
-            box = (*points[0], *points[1])
-            draw.rounded_rectangle(box, radius=(box[3] - box[1]) / 2, fill=fill, outline=stroke, width=scale)
-    canvas = canvas.reduce(scale)
-
-    # Texts are smooth already, so they are drawn last, at their own size.
-    draw = ImageDraw.Draw(canvas)
-    for shape in shapes:
-        if shape.kind == "text":
-            look = _STYLES[shape.role]
-            font, ascent = font_of(look.font)
-            x, y = shape.points[0]
-            x -= font.getlength(shape.text) * {"start": 0.0, "middle": 0.5, "end": 1.0}[shape.anchor]
-            draw.text((round(x), round(y - ascent)), shape.text, fill=LIGHT[look.fill or "ink"], font=font)
-    return canvas
+    return pixels(_layout(trace, width, height), width, height)
 
 
-def font_of(size: float) -> tuple[ImageFont.FreeTypeFont | ImageFont.ImageFont, float]:
-    """A font that every machine has, and the distance from its top to its baseline."""
-    from PIL import ImageFont, features
-
-    if features.check("freetype2"):
-        try:
-            font = ImageFont.load_default(size)
-        except TypeError:  # Pillow before 10.1 has one bitmap font of one size
-            return ImageFont.load_default(), 9
-        if isinstance(font, ImageFont.FreeTypeFont):
-            return font, font.getmetrics()[0]
-    return ImageFont.load_default(), 9
-
-
-def _layout(trace: Trace, width: int, height: int) -> list[_Shape]:
+def _layout(trace: Trace, width: int, height: int) -> list[Shape]:
     """Everything the graph shows, in the order it is painted."""
     if width < 240 or height < 140:
         raise ValueError(f"a graph of {width} x {height} pixels is not readable: give at least 240 x 140")
-
-    steps, norm = len(trace.steps), trace.steps.update_norm
-    band = trace.bands.get("update", {"mean": np.full(steps, np.nan), "std": np.full(steps, np.nan)})
-    half = trace.thresholds.gamma * band["std"]
-    low, high = np.maximum(band["mean"] - half, 0.0), band["mean"] + half
-
-    left, right, top, bottom = 44.0, width - 14.0, 48.0, height - 40.0
-    axis = _vertical_axis(norm, low, high, top, bottom)
-    shapes = [_Shape("area", "ground", [(0, 0), (width, 0), (width, height), (0, height)])]
-    shapes += _heading(trace, right, f"{_AXIS_TITLE}, log scale" if axis is not None and axis.log else _AXIS_TITLE)
-    if axis is None:
-        text = "no norm of this run is a number" if steps else "no step was recorded"
-        return [*shapes, _Shape("text", "tick", [(width / 2, (top + bottom) / 2)], text, "middle")]
-
-    x = left + (right - left) * np.arange(steps) / max(steps - 1, 1)
-    y, y_low, y_high, y_mean = (axis(values) for values in (norm, low, high, band["mean"]))
-    for part in _stretches(np.isfinite(y_high)):
-        edge = [*zip(x[part], y_high[part], strict=True), *reversed(list(zip(x[part], y_low[part], strict=True)))]
-        shapes.append(_Shape("area", "band", edge))
-    for value in axis.ticks():
-        at = float(axis(value))
-        shapes.append(_Shape("line", "grid", [(left, at), (right, at)]))
-        shapes.append(_Shape("text", "tick", [(left - 7, at + 4)], f"{value:g}", "end"))
-    shapes += _step_axis(x, bottom, right)
-    shapes += _lines("mean", x, y_mean)
-    shapes += _marks(trace, x, top, bottom, right)
-    shapes += _lines("run", x, y)
-    shapes += [_Shape("dot", "corrected", [(x[i], y[i])]) for i in np.flatnonzero(trace.steps.mitigated & np.isfinite(y))]
-    return shapes + _legend(trace, height - 8.0, right)
-
-
-def _heading(trace: Trace, right: float, axis_title: str) -> list[_Shape]:
-    """The verdict with its number, and the title of the vertical axis if there is room for it."""
-    badge, text = _BADGES[trace.verdict]
-    end = 10 + _text_width(trace.verdict) + 18
-    shapes = [
-        _Shape("badge", badge, [(10, 7), (end, 25)]),
-        _Shape("text", text, [((10 + end) / 2, 20)], trace.verdict, "middle"),
-    ]
-    if words := _score(trace):
-        shapes.append(_Shape("text", "caption", [(end + 8, 20)], words))
-    if end + _text_width(words) + _text_width(axis_title) + 16 < right:
-        shapes.append(_Shape("text", "tick", [(right, 20)], axis_title, "end"))
+    right, told = width - 14.0, called_up(trace.words.words if trace.words else None)
+    below = (16.0 if told else 0.0) + 26.0
+    whole = width >= 480 and height >= 400
+    bottom = (0.55 * height if whole else height - 18.0) - below
+    shapes = [Shape("area", "ground", [(0, 0), (width, 0), (width, height), (0, height)]), *_heading(trace, right)]
+    shapes += _evidence(trace, right, 36.0, bottom)
+    shapes += _legend(_evidence_keys(trace), bottom + 36, right)
+    if told:
+        shapes.append(_text("caption", 10, bottom + 54, _cut(told + (", left out" if trace.left_out else ""), right - 10)))
+    if whole:
+        each = (width - 4.0) / len(NORMS)
+        for number, name in enumerate(NORMS):
+            start = 10 + number * each
+            shapes += _norm(trace, name, start, start + each - 20, 0.55 * height + 40, height - 42.0)
+        shapes += _legend(_norm_keys(trace), height - 8.0, right)
     return shapes
 
 
-def _step_axis(x: np.ndarray, bottom: float, right: float) -> list[_Shape]:
-    shapes = [_Shape("line", "axis", [(float(x[0]), bottom), (right, bottom)])]
-    every = next(n for n in (1, 2, 5, 10, 20, 50, 100, 200, 500, 10**9) if len(x) / n <= 8)
-    for i in range(0, len(x), every):
-        shapes.append(_Shape("line", "axis", [(x[i], bottom), (x[i], bottom + 3)]))
-        if x[i] < right - 30 or i == 0:  # "step" stands at the right end
-            shapes.append(_Shape("text", "tick", [(x[i], bottom + 15)], str(i), "middle"))
-    return [*shapes, _Shape("text", "tick", [(right, bottom + 15)], "step", "end")]
+def _text(role: str, x: float, y: float, words: str, anchor: Literal["start", "middle", "end"] = "start") -> Shape:
+    return Shape("text", role, [(x, y)], words, anchor)
 
 
-def _marks(trace: Trace, x: np.ndarray, top: float, bottom: float, right: float) -> list[_Shape]:
-    """Vertical lines with labels: where the run triggered, and where it was no number any more."""
+def _cut(words: str, width: float) -> str:
+    """``words``, or as many letters of them as fit."""
+    most = int(width / text_width("x"))
+    return words if len(words) <= most else words[: most - 3] + "..."
+
+
+def _heading(trace: Trace, right: float) -> list[Shape]:
+    """The verdict with its number, and what the first part shows if there is room for it."""
+    look = _LOOKS[trace.verdict]
+    badge = f"badge-{look}" if look in ("outlined", "solid") else "badge"
+    text = f"caption-{look}" if look in ("outlined", "solid") else "tick" if look == "muted" else "caption"
+    end = 10 + text_width(trace.verdict) + 18
+    shapes = [Shape("badge", badge, [(10, 7), (end, 25)]), _text(text, (10 + end) / 2, 20, trace.verdict, "middle")]
+    if words := _number(trace):
+        shapes.append(_text("caption", end + 8, 20, words))
+    title = "how unusual the prompt is"
+    if end + text_width(words) + text_width(title) + 24 < right:
+        shapes.append(_text("tick", right, 20, title, "end"))
+    return shapes
+
+
+def _evidence(trace: Trace, right: float, top: float, bottom: float) -> list[Shape]:
+    """How rare the prompt is among ordinary ones, from its verdict on through the steps; with the published method, how far
+    every step is from the reference."""
+    if trace.p_value is None and np.isfinite(_joint(trace)).any() and trace.thresholds.method == "published":
+        return _scores(trace, right, top, bottom)
+    if trace.p_value is None:
+        return [_text("tick", right / 2, (top + bottom) / 2, "not judged: how unusual the prompt is is not known", "middle")]
+    floor = trace.p_value_floor or 0.0
+    limit = 1 / max(trace.thresholds.false_positive_rate, floor)
+    most = 1 / floor if floor else max(_REACH, 1.3 * limit, 1 / max(trace.p_value, 1e-12))
+    axis = Axis(1.0, most, bottom, top + (_BEYOND if floor else 0.0), log=True)
+    decades = [10.0**n for n in range(1, 13) if 10.0**n <= most]
+    names = {tick: f"1 in {tick:,.0f}" for tick in decades}
+    left = 14 + 5.9 * max(map(len, names.values()), default=0)
+
     shapes = []
-    marks = [
-        ("trigger", "label-trigger", trace.trigger_step, "trigger at step"),
-        ("broken", "tick", trace.nonfinite_step, "not a number from step"),
-    ]
-    for role, text_role, step, words in marks:
-        if step is None:
-            continue
-        at, text, y = float(x[step]), f"{words} {step}", top - 6
-        shapes.append(_Shape("line", role, [(at, y - 8), (at, bottom)]))
-        fits = at + 5 + _text_width(text) < right
-        shapes.append(_Shape("text", text_role, [(at + (5 if fits else -5), y)], text, "start" if fits else "end"))
-        top += 14  # a second label stands below the first one
+    for role, low, high in (("wide", 1.0, limit), ("band", 1.0, min(1 / _COMMON, limit))):
+        y_low, y_high = float(axis(low)), float(axis(high))
+        shapes.append(Shape("area", role, [(left, y_low), (right, y_low), (right, y_high), (left, y_high)]))
+    for tick, name in names.items():
+        at = float(axis(tick))
+        shapes += [Shape("line", "grid", [(left, at), (right, at)]), _text("tick", left - 6, at + 4, name, "end")]
+    if floor:
+        at = float(axis(most))
+        shapes += [Shape("line", "axis", [(left, at), (right, at)]), _text("tick", left - 6, top + 11, "rarer", "end")]
+    x = _places(trace, left + 32, right)
+    shapes += _step_axis(x, left, bottom, right)
+    at = float(axis(limit))
+    shapes.append(Shape("line", "threshold", [(left, at), (right, at)]))
+
+    beyond = floor > 0 and rarity(trace.p_value, floor).startswith("rarer")
+    y = top + _BEYOND / 2 if beyond else float(axis(1 / max(trace.p_value, 1 / most)))
+    lower = abs(at - 5 - y) < 10  # the run's line would go through the words above
+    words = f"triggers from {rarity(1 / limit)} on"
+    shapes.append(_text("label-trigger", right - 4, at + (13 if lower else -5), words, "end"))
+    upper = float(axis(min(1 / _COMMON, limit)))
+    if (
+        place := next((at for at in (upper + 13, bottom - 5) if at <= bottom - 3 and abs(at - 4 - y) >= 10), None)
+    ) is not None:
+        shapes.append(_text("tick", right - 4, place, "9 of 10 ordinary prompts", "end"))
+    seen = len(x) if trace.nonfinite_step is None else trace.nonfinite_step + 1
+    if len(x):
+        shapes.append(Shape("line", "run", [(left + 16, y), (float(x[seen - 1]), y)]))
+        if seen < len(x):
+            shapes.append(Shape("line", "broken", [(x[seen - 1], y - 6), (x[seen - 1], y + 6)]))
+    shapes += [Shape("dot", "corrected", [(float(x[i]), y)]) for i in np.flatnonzero(trace.mitigated[:seen])]
+    shapes.append(Shape("diamond" if trace.judged_by == "asked" else "dot", f"mark-{_LOOKS[trace.verdict]}", [(left + 16, y)]))
     return shapes
 
 
-def _legend(trace: Trace, y: float, right: float) -> list[_Shape]:
-    """What is drawn, in one row below the plot."""
-    entries: list[tuple[Literal["line", "dot", "area"], str, str]] = [("line", "run", "this run")]
-    if trace.steps.mitigated.any():
-        entries.append(("dot", "corrected", "corrected"))
-    if "update" in trace.bands:
-        entries.append(("area", "band", f"mean ± {trace.thresholds.gamma:g} sd"))
-        count = f" of {trace.reference_count} reference runs"
-        wide = sum(38 + _text_width(words) for _, _, words in entries) + _text_width(count)
-        if trace.reference_count and wide < right:
-            entries[-1] = ("area", "band", entries[-1][2] + count)
+def _scores(trace: Trace, right: float, top: float, bottom: float) -> list[Shape]:
+    """The distance from the reference that update and x0 norm both reach, step by step, with the published thresholds."""
+    score, left = _joint(trace), 44.0
+    mild, strong = trace.thresholds.tau_mild, trace.thresholds.tau_strong
+    high = max(1.4 * mild, min(1.15 * float(np.nanmax(score)), 3 * strong))
+    axis = Axis(0.0, high, bottom, top)
+    y_mild = float(axis(mild))
+    shapes = [Shape("area", "band", [(left, bottom), (right, bottom), (right, y_mild), (left, y_mild)])]
+    for tick in axis.ticks():
+        at = float(axis(tick))
+        shapes += [Shape("line", "grid", [(left, at), (right, at)]), _text("tick", left - 6, at + 4, f"{tick:g} sd", "end")]
+    x = _places(trace, left + 4, right)
+    shapes += _step_axis(x, left, bottom, right)
+    for limit, words in ((mild, f"triggers above {mild:g} sd"), (strong, f"strong above {strong:g} sd")):
+        if limit <= high:
+            at = float(axis(limit))
+            shapes.append(Shape("line", "threshold", [(left, at), (right, at)]))
+            shapes.append(_text("label-trigger", right - 4, at - 5 if at > top + 16 else at + 13, words, "end"))
+    y = axis(score)
+    shapes += _lines("run", x, y)
+    shapes += [Shape("dot", "corrected", [(x[i], y[i])]) for i in np.flatnonzero(trace.mitigated & np.isfinite(y))]
+    if trace.trigger_step is not None:
+        shapes.append(
+            Shape("dot", f"mark-{_LOOKS[trace.verdict]}", [(float(x[trace.trigger_step]), float(y[trace.trigger_step]))])
+        )
+    return shapes
+
+
+def _norm(trace: Trace, name: str, start: float, right: float, top: float, bottom: float) -> list[Shape]:
+    """A norm over the steps, small, with the band of ordinary runs where it holds for this sampler."""
+    values = getattr(trace.steps, f"{name}_norm")
+    mean, low, high, inner = _band(trace, name)
+    axis = _vertical_axis(values, mean, inner, top, bottom)
+    title = NORMS[name] + (", log scale" if axis is not None and axis.log else "")
+    if trace.reference_count is not None and name not in trace.bands:
+        title += " (no band holds)"
+    shapes = [_text("tick", start, top - 9, title)]
+    if axis is None:
+        return [*shapes, _text("tick", (start + right) / 2, (top + bottom) / 2, "no number", "middle")]
+    ticks = axis.ticks()
+    ticks = ticks if len(ticks) <= 4 else ticks[:: 2 if len(ticks) < 8 else 3]
+    left = start + 8 + 5.9 * max(len(f"{tick:g}") for tick in ticks)
+    x = _places(trace, left, right)
+    y, y_low, y_high = axis(values), axis(low), axis(high)
+    for part in _stretches(np.isfinite(y_low)):
+        upper, lower = (list(zip(x[part], edge[part], strict=True)) for edge in (y_high, y_low))
+        shapes.append(Shape("area", "band", [*upper, *reversed(lower)]))
+    for tick in ticks:
+        at = float(axis(tick))
+        shapes += [Shape("line", "grid", [(left, at), (right, at)]), _text("tick", left - 5, at + 4, f"{tick:g}", "end")]
+    shapes += _step_axis(x, left, bottom, right)
+    shapes += _lines("mean", x, axis(mean))
+    if trace.nonfinite_step is not None:
+        at = float(x[trace.nonfinite_step])
+        shapes.append(Shape("line", "broken", [(at, top), (at, bottom)]))
+    shapes += _lines("run", x, y)
+    return shapes + [Shape("dot", "corrected", [(x[i], y[i])]) for i in np.flatnonzero(trace.mitigated & np.isfinite(y))]
+
+
+def _band(trace: Trace, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Mean, lower and upper edge of a band, and what of it the axis makes room for, each ``[steps]`` but the last.
+
+    Norms are positive and their logarithms are about normal, so the band is taken there: mean and standard deviation of the
+    norm are those of a log-normal variable. Its lower edge never reaches 0.
+    """
+    nothing = np.full(len(trace.steps), np.nan)
+    band = trace.bands.get(name, {"mean": nothing, "std": nothing})
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        spread = np.sqrt(np.log1p((band["std"] / band["mean"]) ** 2))
+        centre = np.log(band["mean"]) - spread**2 / 2
+        reach = trace.thresholds.gamma * spread
+        shown = np.minimum(reach, 0.8)
+        edges = [np.where(np.isfinite(centre), np.exp(centre + offset), np.nan) for offset in (-reach, reach, -shown, shown)]
+    return band["mean"], edges[0], edges[1], np.concatenate(edges[2:])
+
+
+def _vertical_axis(run: np.ndarray, mean: np.ndarray, inner: np.ndarray, top: float, bottom: float) -> Axis | None:
+    """The axis for a run and its band; ``None`` if nothing is finite.
+
+    It is logarithmic where the values stretch over more than a decade, as in some schedules: a linear axis would press the end
+    of the run flat. The tails of the band have no part in it.
+    """
+    values = np.concatenate([run, mean, inner])
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return None
+    known = np.concatenate([mean, inner])
+    known = known[np.isfinite(known)]
+    high = float(values.max())
+    if len(known):
+        high = min(high, 20 * float(known.max()))  # a latent that exploded must not hide the band
+    high = high if high > 0 else 1.0
+    # Values near zero in a few steps do not count: a last step that hardly moves, say.
+    usual = known if len(known) else values
+    if 0 < np.quantile(usual, 0.1) < usual.max() / 12:
+        floor = float(values[values > 0].min())
+        return Axis(max(floor, high / 1000) / 1.15, high * 1.15, bottom, top, log=True)
+    low = float(values.min())
+    low = 0.0 if low < high / 2 else low - 0.08 * (high - low) - 1e-3 * high
+    return Axis(low, high + 0.08 * (high - low), bottom, top)
+
+
+def _places(trace: Trace, left: float, right: float) -> np.ndarray:
+    """Where the steps are, ``[steps]``."""
+    steps = len(trace.steps)
+    return left + (right - left) * np.arange(steps) / max(steps - 1, 1)
+
+
+def _step_axis(x: np.ndarray, left: float, bottom: float, right: float) -> list[Shape]:
+    shapes = [Shape("line", "axis", [(left, bottom), (right, bottom)])]
+    room = (right - left) / 48
+    every = next(n for n in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10**9) if len(x) / n <= room)
+    for i in range(0, len(x), every):
+        shapes.append(Shape("line", "axis", [(x[i], bottom), (x[i], bottom + 3)]))
+        if x[i] < right - 34 or i == 0:  # "step" stands at the right end
+            shapes.append(_text("tick", float(x[i]), bottom + 15, str(i), "middle"))
+    return [*shapes, _text("tick", right, bottom + 15, "step", "end")]
+
+
+_Key = tuple[Literal["line", "dot", "diamond", "area"], str, str]
+
+
+def _evidence_keys(trace: Trace) -> list[_Key]:
+    """What the first part shows, in words: shape, role, words."""
+    keys: list[_Key] = []
+    if trace.p_value is not None:
+        asked = trace.judged_by == "asked"
+        words = "judged by what the network was asked" if asked else "judged at the first evaluation"
+        keys.append(("diamond" if asked else "dot", "key", words))
+    elif np.isfinite(_joint(trace)).any() and trace.thresholds.method == "published":
+        keys.append(("line", "run", "distance from ordinary runs"))
+    if keys and trace.mitigated.any():
+        keys.append(("dot", "corrected", "corrected"))
+    return keys
+
+
+def _norm_keys(trace: Trace) -> list[_Key]:
+    keys: list[_Key] = [("line", "run", "this run")]
+    if trace.mitigated.any():
+        keys.append(("dot", "corrected", "corrected"))
+    if trace.bands:
+        count = "" if trace.reference_count is None else f"{trace.reference_count} "
+        keys.append(("area", "band", f"{count}ordinary runs, ± {trace.thresholds.gamma:g} sd"))
+    return keys
+
+
+def _legend(keys: Sequence[_Key], y: float, right: float) -> list[Shape]:
+    """What is drawn, in one row; what does not fit is left out."""
     shapes, x = [], 10.0
-    swatches = {"line": [(0, -4), (18, -4)], "dot": [(9, -4)], "area": [(0, -8), (18, -8), (18, 0), (0, 0)]}
-    for kind, role, words in entries:
-        shapes.append(_Shape(kind, role, [(x + dx, y + dy) for dx, dy in swatches[kind]]))
-        shapes.append(_Shape("text", "tick", [(x + 24, y)], words))
-        x += 38 + _text_width(words)
+    swatches = {
+        "line": [(0, -4), (18, -4)],
+        "dot": [(9, -4)],
+        "diamond": [(9, -4)],
+        "area": [(0, -8), (18, -8), (18, 0), (0, 0)],
+    }
+    for kind, role, words in keys:
+        if x + 24 + 5.9 * len(words) > right:
+            continue
+        shapes.append(Shape(kind, role, [(x + dx, y + dy) for dx, dy in swatches[kind]]))
+        shapes.append(_text("tick", x + 24, y, words))
+        x += 38 + 5.9 * len(words)
     return shapes
 
 
-def _lines(role: str, x: np.ndarray, y: np.ndarray) -> list[_Shape]:
+def _lines(role: str, x: np.ndarray, y: np.ndarray) -> list[Shape]:
     """A line with gaps where ``y`` is NaN. A single value between two gaps is drawn as a point."""
     shapes = []
     for part in _stretches(np.isfinite(y)):
         points = list(zip(x[part], y[part], strict=True))
-        shapes.append(_Shape("line", role, points) if len(points) > 1 else _Shape("dot", "point", points))
+        shapes.append(Shape("line", role, points) if len(points) > 1 else Shape("dot", "point", points))
     return shapes
 
 
@@ -319,37 +340,12 @@ def _stretches(there: np.ndarray) -> list[slice]:
     return [slice(start, stop) for start, stop in edges.reshape(-1, 2)]
 
 
-def _vertical_axis(run: np.ndarray, band_low: np.ndarray, band_high: np.ndarray, top: float, bottom: float) -> Axis | None:
-    """The axis for a run and its band; ``None`` if nothing is finite.
-
-    It is logarithmic where the values stretch over more than a decade, as in some schedules: a linear axis would press the end
-    of the run flat.
-    """
-    values = np.concatenate([run, band_low, band_high])
-    values = values[np.isfinite(values)]
-    if not len(values):
-        return None
-    high = float(values.max())
-    if np.isfinite(band_high).any():
-        high = min(high, 20 * float(np.nanmax(band_high)))  # a latent that exploded must not hide the band
-    high = high if high > 0 else 1.0
-    # The band decides, if there is one. Values near zero in a few steps do not count: a last step that hardly moves, say.
-    band = np.concatenate([band_low, band_high])
-    known = band[np.isfinite(band)] if np.isfinite(band).any() else values
-    if 0 < np.quantile(known, 0.1) < known.max() / 12:
-        floor = float(values[values > 0].min())
-        return Axis(max(floor, high / 1000) / 1.15, high * 1.15, bottom, top, log=True)
-    low = float(values.min())
-    low = 0.0 if low < high / 2 else low - 0.08 * (high - low) - 1e-3 * high
-    return Axis(low, high + 0.08 * (high - low), bottom, top)
+def _joint(trace: Trace) -> np.ndarray:
+    """The score that update and x0 both reach, ``[steps]``."""
+    return np.minimum(trace.steps.update_score, trace.steps.denoised_score)
 
 
-def _text_width(text: str) -> float:
-    """The approximate width of a text of 12 pixels. The layout does not know the font that will be used."""
-    return 6.4 * len(text)
-
-
-def _score(trace: Trace) -> str:
+def _number(trace: Trace) -> str:
     """The number beside the verdict: how rare the run is among ordinary images, else S_mem."""
     if trace.rarity is not None:
         return trace.rarity
@@ -360,15 +356,24 @@ def _score(trace: Trace) -> str:
 
 def _description(trace: Trace) -> str:
     """What readers who do not see the graph should know."""
-    parts = [f"The {_AXIS_TITLE} over {len(trace.steps)} sampling steps"]
-    if trace.bands:
-        parts[0] += f", against the mean plus and minus {trace.thresholds.gamma:g} standard deviations of reference runs"
+    parts = []
+    if trace.rarity is not None:
+        limit = rarity(max(trace.thresholds.false_positive_rate, trace.p_value_floor or 0.0))
+        parts.append(f"The prompt is {unusual(trace.rarity)}; {limit} triggers")
+        how = "what the network was asked" if trace.judged_by == "asked" else "the first evaluation"
+        parts.append(f"It was judged by {how}")
+    if told := called_up(trace.words.words if trace.words else None):
+        parts.append(told[0].upper() + told[1:] + (", left out" if trace.left_out else ""))
     if trace.trigger_step is not None:
         parts.append(f"The run triggered at step {trace.trigger_step}")
     if trace.mitigated.any():
-        parts.append(f"{int(trace.mitigated.sum())} steps were corrected")
+        parts.append(f"{int(trace.mitigated.sum())} of {len(trace.steps)} steps were corrected")
     if trace.nonfinite_step is not None:
         parts.append(f"From step {trace.nonfinite_step} on the latent is not a number")
+    norms = f"Below, the norms of latent, update and predicted image over {len(trace.steps)} sampling steps"
+    if trace.bands:
+        norms += f", with the band of ordinary runs for {' and '.join(name for name in NORMS if name in trace.bands)}"
+    parts.append(norms)
     if trace.note:
         parts.append(trace.note.rstrip("."))
     return ". ".join(parts) + "."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from PIL import Image, ImageDraw
 
-from .graph import font_of
+from .drawing import font_of
 
 _GROUND, _INK = (32, 32, 32), (240, 240, 240)
 

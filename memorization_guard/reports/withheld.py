@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from PIL import Image, ImageDraw
 
-from .graph import font_of
+from .drawing import font_of
 
 TEXT = "Withheld by Memorization Guard:\nlikely a copy of a training image"
 GREY, INK = (128, 128, 128), (240, 240, 240)

@@ -77,7 +77,7 @@ WORDS = {"words": ["a"], "p_values": [0.001], "text": "cat", "p_value": 0.9, "le
     ("change", "message"),
     [
         (lambda d: d.update(format="other"), "not a trace"),
-        (lambda d: d.update(version=2), "reads 7"),
+        (lambda d: d.update(version=2), "reads 8"),
         (lambda d: d.pop("steps"), "incomplete"),
         (lambda d: d["evaluations"].pop("velocity"), "incomplete"),
         (lambda d: d["steps"].update(sigma="12345"), "incomplete"),
