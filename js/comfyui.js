@@ -179,7 +179,7 @@ function remember(owner, into) {
 /** The part of a trace that the graph shows, with four digits: it is saved with the workflow. Images of a run share their bands. */
 function short(trace, image) {
   const digits = (values) => values?.map((value) => (typeof value === "number" ? Number(value.toPrecision(4)) : value));
-  const { verdict, score, p_value, p_value_floor, words, trigger_step, nonfinite_step, note, reference_count } = trace;
+  const { verdict, score, p_value, p_value_floor, judged_by, words, trigger_step, nonfinite_step, note, reference_count } = trace;
   const bands = {};
   for (const [name, band] of Object.entries((image === 0 && trace.bands) || {})) {
     bands[name] = { mean: digits(band.mean), std: digits(band.std) };
@@ -187,8 +187,11 @@ function short(trace, image) {
   const steps = {};
   for (const name of KEPT_STEPS) steps[name] = digits(trace.steps?.[name]);
   for (const name of KEPT_STEPS) if (!steps[name]?.some(Boolean)) delete steps[name];
-  const thresholds = { gamma: trace.thresholds?.gamma };
-  return { verdict, score, p_value, p_value_floor, words, trigger_step, nonfinite_step, note, reference_count, thresholds, bands, steps };
+  const { method, false_positive_rate, tau_mild, tau_strong, gamma } = trace.thresholds ?? {};
+  const thresholds = { method, false_positive_rate, tau_mild, tau_strong, gamma };
+  return {
+    verdict, score, p_value, p_value_floor, judged_by, words, trigger_step, nonfinite_step, note, reference_count, thresholds, bands, steps,
+  };
 }
 
 /** Copies begin without the runs of the node that they were copied from. ComfyUI gives them an id only when it adds them. */

@@ -1,18 +1,17 @@
-// The stability graph: a run and the band of ordinary prompts, drawn as SVG while the run is sampled or afterwards.
+// The stability graph: how unusual a prompt is, and the norms of a run, drawn as SVG while the run is sampled or afterwards.
 //
 // One file for the ComfyUI node, the WebUI panel and the HTML reports: a report contains its source, and the WebUI can ask the
 // browser for the current version of one file only. It has no dependencies, and importing it changes nothing.
-// memorization_guard/reports/graph.py draws the same graph as a picture. Traces are described in docs/trace.md. Everything that
-// comes from a run is put into the page as text, never as HTML.
+// memorization_guard/reports/graph.py draws the same graph as a picture. docs/graph.md says how to read it, docs/trace.md what a
+// trace holds. Everything that comes from a run is put into the page as text, never as HTML.
 
-export const QUANTITIES = ["update", "denoised", "latent"];
+export const QUANTITIES = ["evidence", "latent", "update", "denoised"];
 
+const NORMS = QUANTITIES.slice(1);
 const AXIS_TITLES = {
-  update: "size of the latent update",
-  denoised: "size of the predicted image",
-  latent: "size of the latent",
+  evidence: "how unusual the prompt is", latent: "latent norm", update: "update norm", denoised: "predicted image norm",
 };
-const BUTTONS = { update: "update", denoised: "image", latent: "latent" };
+const BUTTONS = { evidence: "evidence", latent: "latent", update: "update", denoised: "image" };
 // The badge of each verdict, the worst verdict first.
 const BADGES = {
   strong: "solid", "likely copy": "solid", mild: "outlined", corrected: "outlined", unscored: "muted", stable: "plain",
@@ -20,17 +19,20 @@ const BADGES = {
 export const VERDICTS = Object.keys(BADGES);
 const TRIGGERED = ["corrected", "likely copy", "mild", "strong"];
 const NO_PROFILE = "no profile: not scored";
+const COMMON = 0.1; // share of ordinary prompts that is shaded darker: nine of ten
+const REACH = 10000; // the axis of evidence ends here where no references say how far they reach: one in so many
+const BEYOND = 17; // height of the place above that axis for what is rarer than the references can tell
 const MOST_STEPS = 10000; // a larger step number is an error of the sender
 const REDRAW_MS = 50;
 
 // Colours after Okabe & Ito (2008). Whatever a colour says is also said by dash, shape or text.
 const LIGHT = {
-  ground: "#ffffff", ink: "#1b2430", muted: "#5b6675", grid: "#e6eaef", band: "#d3e4f4", reference: "#31689b", mean: "#8db5da",
-  alarm: "#bf4600", corrected: "#007a5e", item0: "#1b2430", item1: "#b0307c", item2: "#806400", item3: "#5b48c9",
+  ground: "#ffffff", ink: "#1b2430", muted: "#5b6675", grid: "#e6eaef", band: "#d3e4f4", wide: "#edf4fa", reference: "#31689b",
+  mean: "#8db5da", alarm: "#bf4600", corrected: "#007a5e", item0: "#1b2430", item1: "#b0307c", item2: "#806400", item3: "#5b48c9",
 };
 const DARK = {
-  ground: "#161b22", ink: "#eef2f6", muted: "#9ba7b5", grid: "#29313b", band: "#1d3d5c", reference: "#8fc1ee", mean: "#4a80b3",
-  alarm: "#ff9455", corrected: "#3ddcae", item0: "#eef2f6", item1: "#ff8fcb", item2: "#e3c14b", item3: "#b9adff",
+  ground: "#161b22", ink: "#eef2f6", muted: "#9ba7b5", grid: "#29313b", band: "#1d3d5c", wide: "#192a3c", reference: "#8fc1ee",
+  mean: "#4a80b3", alarm: "#ff9455", corrected: "#3ddcae", item0: "#eef2f6", item1: "#ff8fcb", item2: "#e3c14b", item3: "#b9adff",
 };
 const DASHES = ["", "7 3", "2 3", "9 3 2 3"];
 
@@ -42,7 +44,8 @@ export function startRun(outline) {
   return {
     planned: isStep(plan.steps) && plan.steps > 0 ? plan.steps : null,
     bands: readBands(plan.bands),
-    gamma: positive(plan.thresholds?.gamma) ?? 3,
+    holding: [], // names of the bands that hold, as the steps tell
+    thresholds: readThresholds(plan.thresholds),
     note: plan.note ? String(plan.note) : null,
     referenceCount: positive(plan.reference_count),
     pValueFloor: positive(plan.p_value_floor),
@@ -62,7 +65,7 @@ export function addStep(run, event) {
   for (let b = 0; b < batch; b++) {
     const item = (run.items[b] ??= newItem());
     item.sigma[step] = number(event.sigma);
-    for (const name of QUANTITIES) {
+    for (const name of NORMS) {
       const norms = list(`${name}_norm`);
       item[name][step] = number(norms[b]);
       if (b < norms.length && !Number.isFinite(item[name][step])) item.nonfinite ??= step;
@@ -72,9 +75,11 @@ export function addStep(run, event) {
     item.score = extremeOf(item.score, item.scores.update[step], Math.max);
     const pValue = number(list("p_value")[b]);
     if (Number.isFinite(pValue)) item.pValue = pValue;
+    item.look = list("judged_by")[b] ?? item.look;
     if (isVerdict(list("state")[b])) item.verdict = event.state[b];
     if (TRIGGERED.includes(item.verdict)) item.trigger ??= step;
   }
+  run.holding = list("bands");
   return run;
 }
 
@@ -86,7 +91,8 @@ export function finishRun(run, traces) {
   const scored = found.find((trace) => Object.keys(trace.bands ?? {}).length) ?? found[0];
   run.items = found.map(readTrace);
   run.bands = readBands(scored.bands);
-  run.gamma = positive(scored.thresholds?.gamma) ?? run.gamma;
+  run.holding = Object.keys(run.bands); // a trace has no others
+  if (scored.thresholds) run.thresholds = readThresholds(scored.thresholds);
   run.referenceCount = positive(scored.reference_count);
   run.pValueFloor = found.map((trace) => positive(trace.p_value_floor)).find((floor) => floor !== null) ?? null;
   run.note = found.map((trace) => trace.note).filter(Boolean).map(String)[0] ?? null;
@@ -131,32 +137,72 @@ function summarizeImage(run, image) {
   return `Image ${run.first + image}: ${parts.join(", ")}`;
 }
 
+/** Which words call up the images on show, in one line; empty where none were told. */
+function wordsLine(run) {
+  const told = run.items.flatMap(({ words, leftOut }, image) => {
+    if (!words.length) return [];
+    const number = run.items.length > 1 ? `${run.first + image} ` : "";
+    return [`${number}called up by ${words.map((word) => `"${word}"`).join(", ")}${leftOut ? ", left out" : ""}`];
+  });
+  return told.join("; ");
+}
+
 /** The run with one image alone; the others are there, and empty, so that it keeps its number, its colour and its dash. */
 function alone(run, image) {
   return { ...run, items: run.items.map((item, i) => (i === image ? item : newItem())) };
 }
 
-/** The values at a step: those of every image, and those of the reference runs. */
+/** The values at a step: those of every image, in numbers and in words, and those of the reference runs. */
 export function valuesAt(run, step, quantity) {
-  const band = run.bands[quantity];
+  const evidence = quantity === "evidence";
+  const { low, high } = edgesOf(run, quantity, [step]);
   return {
     step,
     first: run.first,
     sigma: run.items.map((item) => number(item.sigma[step])).find(Number.isFinite) ?? NaN,
-    mean: number(band?.mean[step]),
-    half: run.gamma * number(band?.std[step]),
-    items: run.items.map((item) => ({
-      value: number(item[quantity][step]),
-      corrected: item.mitigated[step] === true,
-      score: number(item.scores[quantity]?.[step]),
-    })),
+    low: low[0],
+    high: high[0],
+    items: run.items.map((item) => {
+      const score = evidence ? jointOf(item, step) : number(item.scores[quantity]?.[step]);
+      const rare = evidence && item.pValue !== null;
+      const value = !evidence ? number(item[quantity][step]) : rare && step < seenOf(item) ? item.pValue : NaN;
+      const words = rare ? (Number.isFinite(value) ? rarity(value, run.pValueFloor) : "-") : short(evidence ? score : value);
+      return { value, words, corrected: item.mitigated[step] === true, score: rare ? NaN : score };
+    }),
   };
+}
+
+/** The published method's score at a step, which update and predicted image both reach. */
+const jointOf = (item, step) => Math.min(number(item.scores.update[step]), number(item.scores.denoised[step]));
+
+/** Number of steps in which an image's latent was a number. */
+const seenOf = (item) => Math.min(stepsOf(item), item.nonfinite === null ? Infinity : item.nonfinite + 1);
+const stepsOf = (item) => Math.max(item.sigma.length, item.update.length);
+
+/**
+ * The edges of the band at `steps`, and what of it the axis makes room for. Norms are positive and their logarithms are about
+ * normal, so the band is taken there: mean and standard deviation of the norm are those of a log-normal variable.
+ */
+function edgesOf(run, quantity, steps) {
+  const band = run.holding.includes(quantity) ? run.bands[quantity] : null;
+  const edges = { mean: [], low: [], high: [], inner: [] };
+  for (const step of steps) {
+    const mean = number(band?.mean[step]);
+    const spread = Math.sqrt(Math.log1p((number(band?.std[step]) / mean) ** 2));
+    const centre = Math.log(mean) - spread ** 2 / 2;
+    const reach = run.thresholds.gamma * spread;
+    edges.mean.push(mean);
+    edges.low.push(Math.exp(centre - reach));
+    edges.high.push(Math.exp(centre + reach));
+    edges.inner.push(Math.exp(centre - Math.min(reach, 0.8)), Math.exp(centre + Math.min(reach, 0.8)));
+  }
+  return edges;
 }
 
 function newItem() {
   return {
-    verdict: "unscored", score: null, pValue: null, trigger: null, nonfinite: null, words: [], sigma: [], latent: [],
-    update: [], denoised: [], scores: { update: [], denoised: [] }, mitigated: [],
+    verdict: "unscored", score: null, pValue: null, look: null, trigger: null, nonfinite: null, words: [], leftOut: false,
+    sigma: [], latent: [], update: [], denoised: [], scores: { update: [], denoised: [] }, mitigated: [],
   };
 }
 
@@ -167,6 +213,7 @@ function readTrace(trace) {
     verdict: isVerdict(trace.verdict) ? trace.verdict : "unscored",
     score: Number.isFinite(trace.score) ? trace.score : null,
     pValue: Number.isFinite(trace.p_value) ? trace.p_value : null,
+    look: trace.judged_by ?? null,
     trigger: isStep(trace.trigger_step) ? trace.trigger_step : null,
     nonfinite: isStep(trace.nonfinite_step) ? trace.nonfinite_step : null,
     words: Array.isArray(trace.words?.words) ? trace.words.words.map(String) : [],
@@ -182,13 +229,24 @@ function readTrace(trace) {
 
 function readBands(bands) {
   const read = {};
-  for (const name of QUANTITIES) {
+  for (const name of NORMS) {
     const { mean, std } = bands?.[name] ?? {};
     if (Array.isArray(mean) && Array.isArray(std)) {
       read[name] = { mean: mean.slice(0, MOST_STEPS).map(number), std: std.slice(0, MOST_STEPS).map(number) };
     }
   }
   return read;
+}
+
+function readThresholds(thresholds) {
+  const { method, false_positive_rate, tau_mild, tau_strong, gamma } = thresholds ?? {};
+  return {
+    published: method === "published",
+    rate: positive(false_positive_rate) ?? 0.005,
+    mild: positive(tau_mild) ?? 3,
+    strong: positive(tau_strong) ?? 14,
+    gamma: positive(gamma) ?? 3,
+  };
 }
 
 function noteOf(run) {
@@ -201,7 +259,7 @@ const isStep = (value) => Number.isInteger(value) && value >= 0 && value < MOST_
 // Nothing that is drawn can be negative.
 const number = (value) => (typeof value === "number" && Number.isFinite(value) && value >= 0 ? value : NaN);
 const positive = (value) => (number(value) > 0 ? value : null);
-const stepsTaken = (run) => largest([0, ...run.items.map((item) => Math.max(item.sigma.length, item.update.length))]);
+const stepsTaken = (run) => largest([0, ...run.items.map(stepsOf)]);
 const finite = (values) => values.filter(Number.isFinite);
 const largest = (values) => values.reduce((a, b) => Math.max(a, b), -Infinity);
 const smallest = (values) => values.reduce((a, b) => Math.min(a, b), Infinity);
@@ -219,111 +277,287 @@ export function rarity(share, floor = null) {
   const digits = 10 ** Math.max(0, Math.floor(Math.log10(count)) - 1);
   // Both have seven digits.
   const beyond = floor !== null && share <= floor * (1 + 1e-6) ? "rarer than " : "";
-  return `${beyond}1 in ${String(Math.round(count / digits) * digits).replace(/\B(?=(\d{3})+$)/g, ",")}`;
+  return `${beyond}1 in ${grouped(Math.round(count / digits) * digits)}`;
+}
+
+/** A whole number with commas, or in few letters: 20,000 or 20k. */
+function grouped(count, few = false) {
+  const words = String(count).replace(/\B(?=(\d{3})+$)/g, ",");
+  return few ? words.replace(/,000,000$/, "M").replace(/,000$/, "k") : words;
 }
 
 // ------------------------------------------------------------------------------------------------------------- the layout
 
 /**
  * Everything the plot shows, in pixels and in the order it is painted: `shapes` of `[tag, attributes, text]`, the number of
- * `steps` on the axis, how many of them were `taken`, and where they and their values lie.
+ * `steps` on the axis, how many of them were `taken`, and where the steps (`x`) and the images at a step (`at`) lie. Where there
+ * is nothing to draw, `empty` says why.
  */
 export function layout(run, { width, height, quantity, compact = false }) {
   const live = !run.finished;
   const taken = stepsTaken(run);
-  const count = live ? Math.max(run.planned ?? nice(Math.max(taken, 10), Math.ceil), taken) : taken;
-  const steps = [...Array(count).keys()];
-  const many = run.items.length > 1;
-  const curves = run.items.map((item) => steps.map((i) => number(item[quantity][i])));
-  const mean = steps.map((i) => number(run.bands[quantity]?.mean[i]));
-  const half = steps.map((i) => run.gamma * number(run.bands[quantity]?.std[i]));
-  const low = mean.map((value, i) => Math.max(value - half[i], 0));
-  const high = mean.map((value, i) => value + half[i]);
+  const steps = live ? Math.max(run.planned ?? nice(Math.max(taken, 10), Math.ceil), taken) : taken;
+  const frame = { run, live, taken, steps, width, height, compact, many: run.items.length > 1, top: compact ? 8 : 18 };
+  Object.assign(frame, { bottom: height - 21, base: height - 20.5 });
+  if (quantity !== "evidence") return layoutNorm(frame, quantity);
+  return run.thresholds.published ? layoutScores(frame) : layoutEvidence(frame);
+}
 
-  const range = rangeOf(curves.flat(), low, high);
+/** How rare the prompt is among ordinary ones, of every image, from its verdict on through the steps. */
+function layoutEvidence(frame) {
+  const { run, live, width, compact, many, top, bottom } = frame;
+  const judged = run.items.flatMap(({ pValue }, index) => (pValue === null ? [] : [{ index, pValue }]));
+  if (!judged.length && !(live && run.pValueFloor)) {
+    const waits = live && !frame.taken && !run.note;
+    return { shapes: [], steps: 0, empty: waits ? "waiting for the first step" : "not judged: how unusual the prompt is is not known" };
+  }
+  const floor = run.pValueFloor ?? 0;
+  const limit = 1 / Math.max(run.thresholds.rate, floor);
+  const rarest = 1 / Math.max(smallest(judged.map(({ pValue }) => pValue)), 1e-12);
+  const most = floor ? 1 / floor : Math.max(REACH, 1.3 * limit, judged.length ? rarest : 0);
+  const range = { low: 1, high: most, log: true };
+  const scaleTop = top + (floor ? BEYOND : 0);
+  const y = (count) => yOf(range, count, scaleTop, bottom);
+  const isBeyond = (pValue) => floor > 0 && pValue <= floor * (1 + 1e-6);
+  const level = (pValue) => (isBeyond(pValue) ? top + BEYOND / 2 : y(1 / Math.max(pValue, 1e-12)));
+
+  const groups = groupsOf(judged.map(({ index, pValue }) => ({ index, y: level(pValue) })));
+  const labels = many ? groups.map(({ images }) => numbersOf(images.map((index) => run.first + index))) : [];
+  const room = Math.ceil((12 * Math.log10(most)) / (bottom - scaleTop)); // decades that a label takes
+  const ticks = [...Array(12).keys()].map((n) => 10 ** (n + 1)).filter((tick, n) => tick <= most && (n + 1) % room === 0);
+  const names = ticks.map((tick) => `1 in ${grouped(tick, compact)}`);
+  const left = Math.round(10 + 6 * largest(["rarer", ...names].map((name) => name.length)));
+  const right = width - 12 - (labels.length ? 6.5 * largest(labels.map((label) => label.length)) : 0);
+  const apart = Math.min(11, (0.3 * (right - left)) / Math.max(1, ...groups.map(({ images }) => images.length)));
+  const first = left + 9;
+  const begin = first + apart * Math.max(0, ...groups.map(({ images }) => images.length - 1)) + 12;
+  const x = (i) => begin + ((right - begin) * i) / Math.max(frame.steps - 1, 1);
+
+  const pen = penOf();
+  const common = y(Math.min(1 / COMMON, limit));
+  for (const [role, to] of [["wide", y(limit)], ["band", common]]) {
+    pen.area(role, [[left, bottom], [right, bottom], [right, to], [left, to]]);
+  }
+  ticks.forEach((tick, i) => pen.tick(left, right, y(tick), names[i]));
+  if (floor) {
+    pen.line("axis", [[left, Math.round(scaleTop) + 0.5], [right, Math.round(scaleTop) + 0.5]]);
+    pen.text("tick", [left - 6, top + BEYOND / 2 + 4], "rarer", "end");
+  }
+  pen.steps(frame, left, right, x);
+  if (!compact) pen.text("tick", [right, 12], AXIS_TITLES.evidence, "end");
+  pen.line("threshold", [[left, Math.round(y(limit)) + 0.5], [right, Math.round(y(limit)) + 0.5]]);
+
+  // Words stand where no image's line goes through them, if there is such a place.
+  const free = (at) => groups.every((group) => Math.abs(group.y - (at - 4)) >= 10);
+  const threshold = [y(limit) - 5, y(limit) + 13].find(free) ?? (many ? NaN : y(limit) - 5);
+  if (Number.isFinite(threshold)) pen.text("label-trigger", [right - 4, threshold], `triggers from ${rarity(1 / limit)} on`, "end");
+  const ordinary = [common + 13, bottom - 5].find((at) => at <= bottom - 3 && free(at) && !(Math.abs(at - threshold) < 12));
+  if (ordinary) pen.text("tick", [right - 4, ordinary], compact ? "9 of 10 ordinary" : "9 of 10 ordinary prompts", "end");
+
+  const size = dotSize(frame, right - begin);
+  for (const { images, y: at } of groups) {
+    const one = images.length === 1;
+    const look = { ...(one ? styleOf(images[0]) : { style: "--mg-own:var(--mg-ink)" }), ...faint(run, images) };
+    const seen = largest(images.map((index) => seenOf(run.items[index])));
+    if (seen > 0) pen.line("run", [[first, at], [x(seen - 1), at]], look);
+    for (let i = 0; i < seen; i++) {
+      if (images.some((index) => run.items[index].mitigated[i] === true)) pen.dot("corrected", [x(i), at], size);
+    }
+    for (const index of images) {
+      const { nonfinite } = run.items[index];
+      if (nonfinite !== null && nonfinite < frame.steps) pen.line("broken", [[x(nonfinite), at - 6], [x(nonfinite), at + 6]]);
+    }
+    if (live && seen > 0) pen.dot("end", [x(seen - 1), at], 3, { style: look.style });
+    images.forEach((index, i) => pen.mark(run.items[index], [first + i * apart, at], faint(run, [index])));
+  }
+  if (many) {
+    const ends = groups.map((group, i) => ({ ...group, label: labels[i] }));
+    for (const { images, label, y: at } of spread(ends, top + 4, bottom - 3)) {
+      const style = images.length === 1 ? styleOf(images[0]).style : "--mg-own:var(--mg-ink)";
+      pen.text("item", [right + 6, at + 4], label, "start", { style });
+    }
+  }
+  const at = (index, step) => {
+    const { pValue } = run.items[index];
+    return pValue !== null && step < seenOf(run.items[index]) ? level(pValue) : NaN;
+  };
+  return { shapes: pen.shapes, steps: frame.steps, taken: frame.taken, x, at, left: begin, right, top, bottom: frame.base };
+}
+
+/** With the published method: the distance from the reference that update and predicted image both reach, step by step. */
+function layoutScores(frame) {
+  const { run } = frame;
+  const steps = [...Array(frame.steps).keys()];
+  const curves = run.items.map((item) => steps.map((i) => jointOf(item, i)));
+  const { mild, strong } = run.thresholds;
+  const values = finite(curves.flat());
+  if (!values.length && !frame.live) {
+    return { shapes: [], steps: 0, empty: "not judged: the published method holds for the profile's own sampler and schedule" };
+  }
+  const range = { low: 0, high: Math.max(1.4 * mild, Math.min(1.15 * largest([0, ...values]), 3 * strong)), log: false };
+  return layoutCurves(frame, curves, range, "distance from ordinary runs", (value) => `${short(value)} sd`, ({ pen, left, right, y }) => {
+    pen.area("band", [[left, y(0)], [right, y(0)], [right, y(mild)], [left, y(mild)]]);
+    for (const [limit, words] of [[mild, `triggers above ${mild} sd`], [strong, `strong above ${strong} sd`]]) {
+      if (limit > range.high) continue;
+      pen.line("threshold", [[left, y(limit)], [right, y(limit)]]);
+      pen.text("label-trigger", [right - 4, y(limit) + 13], words, "end");
+    }
+  });
+}
+
+/** A norm over the steps, with the band of ordinary runs where it holds for this run. */
+function layoutNorm(frame, quantity) {
+  const { run, live, taken } = frame;
+  const steps = [...Array(frame.steps).keys()];
+  const curves = run.items.map((item) => steps.map((i) => number(item[quantity][i])));
+  const { mean, low, high, inner } = edgesOf(run, quantity, steps);
+  const range = rangeOf(curves.flat(), [...mean, ...inner]);
   if (range === null) {
     const nothing = live ? "waiting for the first step" : "no step was recorded";
     return { shapes: [], steps: 0, empty: taken ? "no norm of this run is a number" : nothing };
   }
-  const ticks = ticksOf(range, height < 90 ? 1 : height < 150 ? 2 : 3);
-  const left = Math.round(10 + 6.3 * largest(ticks.map((tick) => short(tick).length)));
-  const right = width - (many ? 22 : 12);
-  const [top, bottom] = [18, height - 21];
-  const base = Math.round(bottom) + 0.5;
-  const x = (i) => left + ((right - left) * i) / Math.max(count - 1, 1);
-  const y = (value) => yOf(range, value, top, bottom);
-
-  const shapes = [];
-  const line = (role, points, extra) => shapes.push(["polyline", { class: `mg-${role}`, points: path(points), ...extra }]);
-  const text = (role, at, words, anchor = "start") =>
-    shapes.push(["text", { class: `mg-text mg-${role}`, x: round(at[0]), y: round(at[1]), "text-anchor": anchor }, words]);
-  const dot = (role, at, r, extra) =>
-    shapes.push(["circle", { class: `mg-${role}`, cx: round(at[0]), cy: round(at[1]), r: round(r), ...extra }]);
-  const curve = (role, values, extra) => {
-    for (const part of stretches(values)) {
-      const points = part.map((i) => [x(i), y(values[i])]);
-      if (points.length > 1) line(role, points, extra);
-      else dot(`${role}-point`, points[0], 1.8, extra);
+  const title = AXIS_TITLES[quantity] + (range.log ? ", log scale" : "");
+  return layoutCurves(frame, curves, range, title, short, ({ pen, x, y }) => {
+    for (const part of stretches(high)) {
+      const edge = [...part.map((i) => [x(i), y(high[i])]), ...part.map((i) => [x(i), y(low[i])]).reverse()];
+      if (part.length > 1) pen.area("band", edge);
+      else pen.line("band-line", edge);
     }
-  };
+    pen.curve("mean", mean, x, y);
+  });
+}
 
-  for (const part of stretches(high)) {
-    const edge = [...part.map((i) => [x(i), y(high[i])]), ...part.map((i) => [x(i), y(low[i])]).reverse()];
-    if (part.length > 1) shapes.push(["polygon", { class: "mg-band", points: path(edge) }]);
-    else line("band-line", edge);
-  }
-  for (const value of ticks) {
-    const at = Math.round(y(value)) + 0.5;
-    line("grid", [[left, at], [right, at]]);
-    text("tick", [left - 6, at + 3.5], short(value), "end");
-  }
-  line("axis", [[left, base], [right, base]]);
-  const every = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000].find((n) => count / n <= (right - left) / 45) ?? 5000;
-  for (let i = 0; i < count; i += every) {
-    const at = Math.round(x(i)) + 0.5;
-    line("axis", [[at, base], [at, base + 3]]);
-    if (i === 0 || at < right - 34) text("tick", [at, base + 15], String(i), "middle"); // "step" stands at the right end
-  }
-  text("tick", [right, base + 15], "step", "end");
-  curve("mean", mean);
+/** Curves over the steps. `behind` draws what lies behind them. */
+function layoutCurves(frame, curves, range, title, name, behind) {
+  const { run, live, many, width, height, compact, bottom, base } = frame;
+  const ticks = ticksOf(range, height < 90 ? 1 : height < 150 ? 2 : 3);
+  const left = Math.round(10 + 6.3 * largest(ticks.map((tick) => name(tick).length)));
+  const right = width - (many ? 22 : 12);
+  const top = 18; // the marks have their words above
+  const x = (i) => left + ((right - left) * i) / Math.max(frame.steps - 1, 1);
+  const y = (value) => yOf(range, value, top, bottom);
+  const pen = penOf();
+  behind({ pen, left, right, x, y });
+  for (const value of ticks) pen.tick(left, right, y(value), name(value));
+  pen.steps(frame, left, right, x);
 
-  const title = compact ? "" : AXIS_TITLES[quantity] + (range.log ? ", log scale" : "");
   const marks = marksOf(run, x, right);
   for (const { role, at, words, from } of marks) {
-    line(role, [[at, top - 3], [at, base]]);
-    if (words) text(`label-${role}`, [from, 12], words);
+    pen.line(role, [[at, top - 3], [at, base]]);
+    if (words) pen.text(`label-${role}`, [from, 12], words);
   }
-  if (marks.every((mark) => !mark.words || mark.to + 8 < right - widthOf(title))) text("tick", [right, 12], title, "end");
-  const faint = (index) => ((run.chosen ?? index) === index ? {} : { opacity: 0.3 });
-  curves.forEach((values, index) => curve("run", values, { ...styleOf(index), ...faint(index) }));
-  const size = Math.min(many ? 1.8 : 2.6, Math.max(1.2, (0.3 * (right - left)) / Math.max(count, 1)));
+  const shown = compact ? "" : title;
+  if (marks.every((mark) => !mark.words || mark.to + 8 < right - widthOf(shown))) pen.text("tick", [right, 12], shown, "end");
+  curves.forEach((values, index) => pen.curve("run", values, x, y, { ...styleOf(index), ...faint(run, [index]) }));
   curves.forEach((values, index) => {
-    const corrected = steps.filter((i) => run.items[index].mitigated[i] === true && Number.isFinite(values[i]));
-    for (const i of corrected) dot("corrected", [x(i), y(values[i])], size);
+    values.forEach((value, i) => {
+      if (run.items[index].mitigated[i] === true && Number.isFinite(value)) {
+        pen.dot("corrected", [x(i), y(value)], dotSize(frame, right - left));
+      }
+    });
   });
   const ends = curves.flatMap((values, index) => {
     const last = values.findLastIndex(Number.isFinite);
     return last < 0 ? [] : [{ index, x: x(last), y: y(values[last]) }];
   });
-  if (live) for (const end of ends) dot("end", [end.x, end.y], 3, { style: styleOf(end.index).style });
+  if (live) for (const end of ends) pen.dot("end", [end.x, end.y], 3, { style: styleOf(end.index).style });
   for (const end of many ? spread(ends, top + 4, base - 4) : []) {
-    const at = { x: round(end.x + 6), y: round(end.y + 4), style: styleOf(end.index).style };
-    shapes.push(["text", { class: "mg-text mg-item", ...at }, String(run.first + end.index)]);
+    pen.text("item", [end.x + 6, end.y + 4], String(run.first + end.index), "start", { style: styleOf(end.index).style });
   }
+  const at = (index, step) => y(curves[index][step]);
+  return { shapes: pen.shapes, steps: frame.steps, taken: frame.taken, x, y, at, left, right, top, bottom: base };
+}
 
-  return { shapes, steps: count, taken, x, y, left, right, top, bottom: base };
+/** Collects shapes. */
+function penOf() {
+  const shapes = [];
+  const pen = {
+    shapes,
+    line: (role, points, extra) => shapes.push(["polyline", { class: `mg-${role}`, points: path(points), ...extra }]),
+    area: (role, points) => shapes.push(["polygon", { class: `mg-${role}`, points: path(points) }]),
+    dot: (role, at, r, extra) =>
+      shapes.push(["circle", { class: `mg-${role}`, cx: round(at[0]), cy: round(at[1]), r: round(r), ...extra }]),
+    text: (role, at, words, anchor = "start", extra = {}) =>
+      words && shapes.push(
+        ["text", { class: `mg-text mg-${role}`, x: round(at[0]), y: round(at[1]), "text-anchor": anchor, ...extra }, words],
+      ),
+    tick(left, right, at, words) {
+      pen.line("grid", [[left, Math.round(at) + 0.5], [right, Math.round(at) + 0.5]]);
+      pen.text("tick", [left - 6, at + 4], words, "end");
+    },
+    /** The mark of an image's verdict, round at the first evaluation, a diamond where the network was asked. */
+    mark(item, [x, y], extra) {
+      const role = `mark-${BADGES[item.verdict]}`;
+      if (item.look !== "asked") return pen.dot(role, [x, y], 4.6, extra);
+      const points = path([[x - 6, y], [x, y - 6], [x + 6, y], [x, y + 6]]);
+      return shapes.push(["polygon", { class: `mg-${role}`, points, ...extra }]);
+    },
+    /** A line with gaps where there is no value. */
+    curve(role, values, x, y, extra) {
+      for (const part of stretches(values)) {
+        const points = part.map((i) => [x(i), y(values[i])]);
+        if (points.length > 1) pen.line(role, points, extra);
+        else pen.dot(`${role}-point`, points[0], 1.8, extra);
+      }
+    },
+    steps({ steps, base }, left, right, x) {
+      pen.line("axis", [[left, base], [right, base]]);
+      const every = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000].find((n) => steps / n <= (right - left) / 45) ?? 5000;
+      for (let i = 0; i < steps; i += every) {
+        const at = Math.round(x(i)) + 0.5;
+        pen.line("axis", [[at, base], [at, base + 3]]);
+        if (i === 0 || at < right - 34) pen.text("tick", [at, base + 15], String(i), "middle"); // "step" stands at the right end
+      }
+      pen.text("tick", [right, base + 15], "step", "end");
+    },
+  };
+  return pen;
+}
+
+const faint = (run, images) => (run.chosen === null || images.includes(run.chosen) ? {} : { opacity: 0.3 });
+const dotSize = ({ many, steps }, wide) => Math.min(many ? 1.8 : 2.6, Math.max(1.2, (0.3 * wide) / Math.max(steps, 1)));
+
+/** Images whose lines would lie on one another, as those of one prompt do, share one: from top to bottom. */
+function groupsOf(levels) {
+  const groups = [];
+  for (const { index, y } of [...levels].sort((a, b) => a.y - b.y || a.index - b.index)) {
+    if (groups.length && y - groups.at(-1).y < 5) groups.at(-1).images.push(index);
+    else groups.push({ y, images: [index] });
+  }
+  for (const { images } of groups) images.sort((a, b) => a - b);
+  return groups;
+}
+
+/** The numbers of images in few letters: "1-4, 7", or how many they are. */
+function numbersOf(images) {
+  const parts = [];
+  for (const image of images) {
+    if (parts.length && parts.at(-1)[1] === image - 1) parts.at(-1)[1] = image;
+    else parts.push([image, image]);
+  }
+  const words = parts.map(([from, to]) => (from === to ? `${from}` : to === from + 1 ? `${from}, ${to}` : `${from}-${to}`)).join(", ");
+  return words.length <= 8 ? words : `${images.length} of all`;
 }
 
 /** What the plot shows: pairs of a role and the words for it. */
 export function legendOf(run, quantity, compact) {
   const legend = [];
   const many = run.items.length > 1;
-  if (run.items.length === 1 && !compact) legend.push(["run", "this run"]);
-  if (many && run.items.some((item) => item.trigger !== null)) legend.push(["trigger", "trigger"]);
+  const evidence = quantity === "evidence";
+  const looks = new Set(run.items.filter((item) => item.pValue !== null).map((item) => item.look));
+  if (evidence && looks.has("first")) legend.push(["first", compact ? "first look" : "judged at the first evaluation"]);
+  if (evidence && looks.has("asked")) {
+    legend.push(["asked", compact ? "asked" : "judged by what the network was asked"]);
+  }
+  if (!evidence && run.items.length === 1 && !compact) legend.push(["run", "this run"]);
+  if (!evidence && many && run.items.some((item) => item.trigger !== null)) legend.push(["trigger", "trigger"]);
   if (many && run.items.some((item) => item.nonfinite !== null)) legend.push(["broken", "not a number"]);
   if (run.items.some((item) => item.mitigated.includes(true))) legend.push(["corrected", "corrected"]);
-  const runs = run.referenceCount && !compact ? ` of ${run.referenceCount} reference runs` : "";
-  if (run.bands[quantity]) legend.push(["band", `mean ± ${run.gamma} sd${runs}`]);
+  if (evidence) return legend;
+  const runs = run.referenceCount ? `${run.referenceCount} ` : "";
+  if (run.bands[quantity] && run.holding.includes(quantity)) {
+    legend.push(["band", compact ? "ordinary" : `${runs}ordinary runs, ± ${run.thresholds.gamma} sd`]);
+  } else if (run.referenceCount && stepsTaken(run)) legend.push(["none", compact ? "no band holds" : "no band holds for this run"]);
   return legend;
 }
 
@@ -354,7 +588,7 @@ function marksOf(run, x, right) {
   });
 }
 
-/** The numbers at the curves' ends, moved apart where they would overlap. */
+/** What stands at the curves' ends, moved apart where they would overlap. */
 function spread(ends, top, bottom) {
   const sorted = ends.map((end) => ({ ...end, y: Math.max(end.y, top) })).sort((a, b) => a.y - b.y);
   for (let i = 1; i < sorted.length; i++) sorted[i].y = Math.max(sorted[i].y, sorted[i - 1].y + 12);
@@ -365,11 +599,11 @@ function spread(ends, top, bottom) {
 }
 
 /**
- * The vertical axis. The band, known beforehand, decides it. A run that goes beyond the band widens the axis to the next round
- * number, so that the axis rarely moves while the run is drawn.
+ * The vertical axis. What it makes room for of the band, known beforehand, decides it. A run that goes beyond widens the axis to
+ * the next round number, so that the axis rarely moves while the run is drawn.
  */
-export function rangeOf(values, bandLow, bandHigh) {
-  const band = finite([...bandLow, ...bandHigh]);
+export function rangeOf(values, ofBand) {
+  const band = finite(ofBand);
   const known = band.length ? band : finite(values);
   if (!known.length) return null;
   const cap = band.length ? 20 * largest(band) || 1 : Infinity; // a latent that exploded must not hide the band
@@ -481,7 +715,7 @@ const STYLE = `
  overflow:hidden;border-radius:8px;background:var(--mg-ground);color:var(--mg-ink);text-align:left;
  font:400 12px/16px system-ui,-apple-system,'Segoe UI',Roboto,sans-serif;font-variant-numeric:tabular-nums;letter-spacing:normal}
 .mg-head{display:flex;flex:none;flex-wrap:wrap;align-items:center;gap:4px 10px;min-height:24px}
-.mg-verdicts{display:flex;flex-wrap:wrap;align-items:center;gap:2px 12px;min-width:0;max-height:46px;overflow-y:auto}
+.mg-verdicts{display:flex;flex-wrap:wrap;align-items:center;gap:2px 12px;min-width:0;max-height:42px;overflow-y:auto}
 .mg-verdict{display:inline-flex;align-items:center;gap:6px;white-space:nowrap}
 .mg-view button.mg-image{all:unset;display:inline-flex;align-items:center;gap:6px;border-radius:99px;white-space:nowrap;cursor:pointer}
 .mg-view button.mg-image[aria-pressed=true]{background:var(--mg-band)}
@@ -514,9 +748,10 @@ const STYLE = `
 .mg-reference-text{color:var(--mg-reference)}
 .mg-legend{display:flex;flex:none;flex-wrap:wrap;gap:0 14px;color:var(--mg-muted);font-size:11px;line-height:14px}
 .mg-legend>span{display:flex;align-items:center;gap:5px;white-space:nowrap}
+.mg-words{flex:none;overflow:hidden;font-size:12px;line-height:16px;text-overflow:ellipsis;white-space:nowrap}
 .mg-note{flex:none;display:-webkit-box;overflow:hidden;color:var(--mg-muted);font-size:11px;line-height:14px;-webkit-box-orient:vertical;
  -webkit-line-clamp:8}
-.mg-readout[hidden],.mg-legend[hidden],.mg-note[hidden],.mg-empty[hidden]{display:none}
+.mg-readout[hidden],.mg-legend[hidden],.mg-words[hidden],.mg-note[hidden],.mg-empty[hidden]{display:none}
 .mg-live{position:absolute;width:1px;height:1px;margin:-1px;overflow:hidden;clip-path:inset(50%);white-space:pre-line}
 .mg-swatch{flex:none;display:block}
 .mg-low .mg-verdicts{max-height:20px}
@@ -527,14 +762,18 @@ const STYLE = `
 .mg-narrow .mg-legend{gap:0 8px;line-height:12px}
 .mg-narrow .mg-legend>span{gap:3px}
 .mg-view.mg-narrow button.mg-choice{padding:0 4px;font-size:11px}
-.mg-text{font-size:11px;stroke:none;fill:var(--mg-muted)}
+.mg-text{font-size:11px;fill:var(--mg-muted)}
 .mg-label-trigger{fill:var(--mg-alarm)}
 .mg-item{fill:var(--mg-own);font-weight:600}
-.mg-band,.mg-key-band{fill:var(--mg-band)}.mg-band-line{stroke:var(--mg-band);stroke-width:3;fill:none}
+.mg-wide{fill:var(--mg-wide)}.mg-band,.mg-key-band{fill:var(--mg-band)}.mg-band-line{stroke:var(--mg-band);stroke-width:3;fill:none}
 .mg-grid,.mg-axis,.mg-mean,.mg-trigger,.mg-broken,.mg-run{fill:none}
 .mg-grid{stroke:var(--mg-grid);shape-rendering:crispEdges}.mg-axis{stroke:var(--mg-muted);shape-rendering:crispEdges}
 .mg-mean{stroke:var(--mg-mean);stroke-width:1.2}.mg-mean-point{fill:var(--mg-mean)}
-.mg-trigger{stroke:var(--mg-alarm);shape-rendering:crispEdges}.mg-broken{stroke:var(--mg-muted);stroke-dasharray:2 3}
+.mg-trigger,.mg-threshold{fill:none;stroke:var(--mg-alarm);shape-rendering:crispEdges}
+.mg-mark-plain{fill:var(--mg-reference);stroke:var(--mg-ground)}.mg-mark-solid{fill:var(--mg-alarm);stroke:var(--mg-ground)}
+.mg-mark-outlined{fill:var(--mg-ground);stroke:var(--mg-alarm);stroke-width:2}.mg-mark-muted{fill:var(--mg-muted);stroke:var(--mg-ground)}
+.mg-key-look{fill:var(--mg-muted)}
+.mg-broken{stroke:var(--mg-muted);stroke-dasharray:2 3}
 .mg-run{stroke:var(--mg-own);stroke-width:1.8}.mg-run-point,.mg-end{fill:var(--mg-own);stroke:none}
 .mg-corrected,.mg-key-corrected{fill:var(--mg-corrected)}
 .mg-rule{stroke:var(--mg-muted);shape-rendering:crispEdges}
@@ -646,11 +885,12 @@ export class StabilityGraph {
     plot.append(svg, cursor, readout, empty);
 
     const legend = make("div", "mg-legend", { "aria-hidden": "true" });
+    const words = make("div", "mg-words");
     const note = make("div", "mg-note");
     const live = make("div", "mg-live", { "aria-live": "polite" });
-    view.append(head, plot, legend, note, live);
+    view.append(head, plot, legend, words, note, live);
     this.#container.append(view);
-    this.#parts = { view, verdicts, status, choices, plot, svg, scene, values, cursor, readout, empty, legend, note, live };
+    this.#parts = { view, verdicts, status, choices, plot, svg, scene, values, cursor, readout, empty, legend, words, note, live };
     this.#press();
 
     const follow = (event) => this.#point(this.#stepAt(event));
@@ -708,7 +948,7 @@ export class StabilityGraph {
   }
 
   #draw() {
-    const { view, plot, svg, scene, empty, legend, note, status } = this.#parts;
+    const { view, plot, svg, scene, empty, legend, words, note, status } = this.#parts;
     addStyle(view.getRootNode());
     this.#followTheme();
     const narrow = this.#compact || view.clientWidth < 400;
@@ -722,13 +962,15 @@ export class StabilityGraph {
     status.textContent = !run || run.finished || (narrow && taken) ? "" : progress;
     legend.replaceChildren(...(run ? legendOf(shown, this.#quantity, narrow) : []).map(([role, words]) => {
       const entry = make("span");
-      entry.append(makeSwatch(SWATCHES[role]), words);
+      entry.append(...(SWATCHES[role] ? [makeSwatch(SWATCHES[role])] : []), words);
       return entry;
     }));
     legend.hidden = !legend.childElementCount;
-    const words = run ? noteOf(run) : null;
-    note.hidden = !words;
-    note.textContent = note.title = words ?? "";
+    const apart = run?.items.length > 1 && narrow; // several images have no room for it
+    words.textContent = words.title = run && !apart ? wordsLine(shown) : "";
+    words.hidden = !words.textContent;
+    note.textContent = note.title = (run && noteOf(run)) ?? "";
+    note.hidden = !note.textContent;
 
     const { clientWidth: width, clientHeight: height } = plot;
     if (!width || !height) return; // hidden: the ResizeObserver calls again when it is shown
@@ -767,9 +1009,9 @@ export class StabilityGraph {
       badge.className = `mg-badge mg-badge-${BADGES[verdict]}`;
       badge.textContent = many ? `${run.first + image} ${verdict}` : verdict;
       rare.textContent = "";
-      if (pValue !== null && narrow) {
-        const words = rarity(pValue, run.pValueFloor);
-        rare.textContent = words.replace("rarer than", "<").replace(",000,000", "M").replace(",000", "k");
+      if (pValue !== null && narrow && many) rare.textContent = ""; // the graph says it
+      else if (pValue !== null && narrow) {
+        rare.textContent = rarity(pValue, run.pValueFloor).replace(/,000,000$/, "M").replace(/,000$/, "k");
       } else if (pValue !== null) rare.textContent = rarity(pValue, run.pValueFloor);
       else if (score !== null) rare.textContent = (narrow || many ? "" : "S_mem ") + scoreText(score);
       entry.title = many ? summarizeImage(run, image) : summarize(run);
@@ -803,9 +1045,10 @@ export class StabilityGraph {
     }
     const at = valuesAt(this.#shown, step, this.#quantity);
     const x = Math.round(plot.x(step)) + 0.5;
-    const dots = at.items.flatMap(({ value }, i) => {
+    const dots = at.items.flatMap((_, i) => {
       const look = { class: "mg-value", r: 3.5, style: styleOf(i).style };
-      return Number.isFinite(value) ? [makeSvg("circle", { ...look, cx: x, cy: round(plot.y(value)) })] : [];
+      const y = plot.at(i, step);
+      return Number.isFinite(y) ? [makeSvg("circle", { ...look, cx: x, cy: round(y) })] : [];
     });
     values.replaceChildren(
       makeSvg("polyline", { class: "mg-rule", points: `${x},${plot.top} ${x},${plot.bottom}` }),
@@ -826,7 +1069,7 @@ export class StabilityGraph {
       return element;
     };
     // A batch with more rows than fit gets further columns, and fewer words.
-    const groups = Math.ceil((at.items.length + Number.isFinite(at.mean)) / room);
+    const groups = Math.ceil((at.items.length + Number.isFinite(at.low)) / room);
     const rows = at.items.flatMap((item, i) => {
       if (this.#image !== null && this.#image !== i) return [];
       const name = cell("mg-readout-name", at.items.length > 1 ? String(at.first + i) : "this run");
@@ -834,11 +1077,11 @@ export class StabilityGraph {
       const notes = [];
       if (Number.isFinite(item.score)) notes.push(`${scoreText(item.score)} sd`);
       if (item.corrected && groups === 1) notes.push("corrected");
-      return [[name, cell("mg-readout-value", short(item.value)), cell("mg-readout-note", notes.join(", "))]];
+      return [[name, cell("mg-readout-value", item.words), cell("mg-readout-note", notes.join(", "))]];
     });
-    if (Number.isFinite(at.mean)) {
-      const range = cell("mg-readout-value mg-reference-text", `${short(at.mean)} ± ${short(at.half)}`);
-      rows.push([cell("mg-readout-name mg-reference-text", "reference"), range, cell("mg-readout-note", "")]);
+    if (Number.isFinite(at.low)) {
+      const range = cell("mg-readout-value mg-reference-text", `${short(at.low)} to ${short(at.high)}`);
+      rows.push([cell("mg-readout-name mg-reference-text", "ordinary"), range, cell("mg-readout-note", "")]);
     }
     const sigma = Number.isFinite(at.sigma) ? `, sigma ${short(at.sigma)}` : "";
     readout.style.gridTemplateColumns = `repeat(${3 * groups},max-content)`;
@@ -851,12 +1094,12 @@ export class StabilityGraph {
 function wordsOf(at, image) {
   const items = at.items.flatMap((item, i) => {
     if (image !== null && image !== i) return [];
-    const parts = [Number.isFinite(item.value) ? short(item.value) : "no value"];
+    const parts = [item.words === "-" ? "no value" : item.words];
     if (Number.isFinite(item.score)) parts.push(`${scoreText(item.score)} standard deviations off`);
     if (item.corrected) parts.push("corrected");
     return [`image ${at.first + i}: ${parts.join(", ")}`];
   });
-  if (Number.isFinite(at.mean)) items.push(`reference: ${short(at.mean)} plus or minus ${short(at.half)}`);
+  if (Number.isFinite(at.low)) items.push(`ordinary runs: ${short(at.low)} to ${short(at.high)}`);
   return [`step ${at.step}`, ...items].join("; ");
 }
 
@@ -915,6 +1158,8 @@ const SWATCHES = {
   broken: ["polyline", { class: "mg-broken", points: "9,0 9,8" }],
   corrected: ["circle", { class: "mg-key-corrected", cx: 9, cy: 4, r: 2.6 }],
   band: ["rect", { class: "mg-key-band", width: 18, height: 8 }],
+  first: ["circle", { class: "mg-key-look", cx: 9, cy: 4, r: 3.4 }],
+  asked: ["polygon", { class: "mg-key-look", points: "5,4 9,0 13,4 9,8" }],
 };
 
 function makeSwatch([tag, attributes]) {

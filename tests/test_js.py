@@ -19,15 +19,18 @@ import * as graph from "/js/graph.js";
 const fill = (value) => Array(20).fill(value);
 const band = (mean, std) => ({mean: fill(mean), std: fill(std)});
 const bands = {latent: band(30, 1), update: band(2, 0.1), denoised: band(20, 1)};
-window.outline = {steps: 20, bands, thresholds: {gamma: 3}, mode: "mitigate", note: null, reference_count: 50};
+window.outline = {steps: 20, bands, thresholds: {gamma: 3}, mode: "mitigate", note: null, reference_count: 50,
+  p_value_floor: 0.000125};
 window.step = (step, changes) => ({step, sigma: 20 - step,
   latent_norm: [31, 30], update_norm: [2.1, 4], denoised_norm: [20, 20], guidance_norm: [1, 1],
   update_score: [1, 20], denoised_score: [0, 5], p_value: null,
-  state: ["stable", step > 2 ? "likely copy" : "stable"], mitigated: [false, step > 2], ...changes});
+  state: ["stable", step > 2 ? "likely copy" : "stable"], mitigated: [false, step > 2],
+  judged_by: [null, null], bands: ["latent", "update", "denoised"], ...changes});
 window.graph = graph;
 window.box = document.getElementById("box");
 window.chosen = [];
 window.view = new graph.StabilityGraph(box, {onQuantity: (quantity) => chosen.push(quantity)});
+view.quantity = "update";
 window.run = graph.startRun(outline);
 window.keys = [];
 document.addEventListener("keydown", (event) => keys.push(event.key));
@@ -67,7 +70,7 @@ def address():
 
 @pytest.fixture
 def page(browser, address):
-    """A page with an empty live run; whatever it complains of or asks of another host fails the test."""
+    """A page with an empty live run, of which the update norm is shown; whatever it complains of or asks of another host fails the test."""
     page = browser.new_page(viewport={"width": 900, "height": 500})
     page.set_default_timeout(10_000)
     complaints = []
@@ -75,7 +78,7 @@ def page(browser, address):
     page.on("pageerror", lambda error: complaints.append(str(error)))
     page.on("request", lambda r: complaints.append(r.url) if not r.url.startswith((address, "data:")) else None)
     page.goto(address)
-    page.wait_for_selector(".mg-band")
+    page.wait_for_selector(".mg-empty")
     yield page
     assert complaints == []
     assert page.title() == "graph"
@@ -104,24 +107,55 @@ def test_node():
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr
 
 
-def test_the_curves_grow_under_a_band_that_was_there_before(page):
+def test_the_evidence_is_what_is_shown_first(page):
+    page.evaluate("box.replaceChildren(); window.view = new graph.StabilityGraph(box); view.show(run)")
+    page.wait_for_timeout(150)
+    assert page.evaluate("view.quantity") == "evidence"
+    assert page.locator(".mg-threshold").count() == 1
+    rare = "{p_value: [0.6, 0.0001], judged_by: ['first', 'asked'], state: ['stable', 'corrected'], mitigated: [false, true]}"
+    page.evaluate(f"for (const i of [0, 1, 2]) graph.addStep(run, step(i, {rare})); view.show(run)")
+    page.wait_for_timeout(150)
+    assert page.locator("circle.mg-mark-plain").count() == page.locator("polygon.mg-mark-outlined").count() == 1
+    assert page.locator(".mg-scene .mg-corrected").count() == 3
+    assert page.locator(".mg-legend > span").all_inner_texts() == [
+        "judged at the first evaluation",
+        "judged by what the network was asked",
+        "corrected",
+    ]
+    page.locator(".mg-cursor").focus()
+    assert page.locator(".mg-cursor").get_attribute("aria-valuetext") == (
+        "step 2; image 1: most; image 2: rarer than 1 in 8,000, corrected"
+    )
+    assert page.locator(".mg-values circle").count() == 2
+
+
+def test_the_words_stand_under_the_graph(page):
+    page.evaluate(
+        """() => view.show(graph.runOf([{verdict: "corrected", p_value: 0.001, steps: {sigma: [1]},
+            words: {words: ["<b>wosol</b>", "dethax"], left_out: true}}]))"""
+    )
+    page.wait_for_timeout(150)
+    assert page.locator(".mg-words").inner_text() == 'called up by "<b>wosol</b>", "dethax", left out'
+
+
+def test_the_curves_grow_under_a_band_that_is_there_from_the_first_step_on(page):
     assert lengths(page) == []
-    assert page.locator(".mg-band").bounding_box()["width"] > 500
     add(page, 0, 5)
+    assert page.locator(".mg-band").bounding_box()["width"] > 500
     assert lengths(page) == [5, 5]
     add(page, 5, 12)
     assert lengths(page) == [12, 12]
     assert page.locator(".mg-corrected").count() == 9
-    assert page.locator(".mg-legend > span").all_inner_texts() == ["trigger", "corrected", "mean ± 3 sd of 50 reference runs"]
+    assert page.locator(".mg-legend > span").all_inner_texts() == ["trigger", "corrected", "50 ordinary runs, ± 3 sd"]
     assert page.locator(".mg-label-trigger").text_content() == "2"
     assert page.locator(".mg-status").inner_text() == "step 12 of 20"
     assert page.locator(".mg-badge").all_inner_texts() == ["1 stable", "2 likely copy"]
 
 
 def test_how_rare_a_run_is_stands_beside_its_verdict(page):
-    page.evaluate("for (const i of [0, 1]) graph.addStep(run, step(i, {p_value: [0.7, 0.00005 * (2 - i)]})); view.show(run)")
+    page.evaluate("for (const i of [0, 1]) graph.addStep(run, step(i, {p_value: [0.7, 0.0005 * (2 - i)]})); view.show(run)")
     page.wait_for_timeout(150)
-    assert page.locator(".mg-verdict").all_inner_texts() == ["1 stable\nmost", "2 stable\n1 in 20,000"]
+    assert page.locator(".mg-verdict").all_inner_texts() == ["1 stable\nmost", "2 stable\n1 in 2,000"]
     page.evaluate(
         """() => { const rare = {verdict: "likely copy", score: 12, p_value: 0.0004, trigger_step: 0, bands: outline.bands,
             steps: {sigma: [2, 1], update_norm: [4, 4]}};
@@ -137,7 +171,7 @@ def test_what_is_heard_of_it(page):
     assert live.text_content() == "Sampling, 20 steps planned."
     add(page, 0, 2)
     assert svg.get_attribute("role") == "img"
-    assert "size of the latent update. Sampling, step 2 of 20" in svg.get_attribute("aria-label")
+    assert "update norm. Sampling, step 2 of 20" in svg.get_attribute("aria-label")
     assert live.text_content() == "Sampling, 20 steps planned."
     add(page, 2, 6)
     told = live.text_content()
@@ -152,15 +186,20 @@ def test_what_is_heard_of_it(page):
 def test_the_keyboard_reaches_the_quantity_and_every_step(page):
     add(page, 0, 12)
     heights = page.eval_on_selector(".mg-scene .mg-run", "e => e.getAttribute('points')")
-    for _ in range(4):  # past the two images
+    for _ in range(4):  # past the two images and the evidence
         page.keyboard.press("Tab")
     page.keyboard.press("Space")
     page.keyboard.press("Tab")
     page.keyboard.press("Enter")
     page.wait_for_timeout(120)
-    assert page.evaluate("chosen") == ["denoised", "latent"]
+    assert page.evaluate("chosen") == ["latent", "update"]
+    page.keyboard.press("Shift+Tab")
+    page.keyboard.press("Enter")
+    page.wait_for_timeout(120)
     assert page.evaluate("view.quantity") == "latent"
     assert page.locator("[aria-pressed=true]").all_inner_texts() == ["latent"]
+    page.keyboard.press("Tab")
+    page.keyboard.press("Tab")
     assert page.eval_on_selector(".mg-scene .mg-run", "e => e.getAttribute('points')") != heights
     page.keyboard.press("Tab")
     readout, cursor = page.locator(".mg-readout"), page.locator(".mg-cursor")
@@ -170,12 +209,12 @@ def test_the_keyboard_reaches_the_quantity_and_every_step(page):
         assert readout.inner_text().startswith(f"step {expected}")
         assert cursor.get_attribute("aria-valuenow") == str(expected)
     page.keyboard.press("Home")
-    assert cursor.get_attribute("aria-valuetext") == "step 0; image 1: 31; image 2: 30; reference: 30 plus or minus 3"
+    assert cursor.get_attribute("aria-valuetext") == "step 0; image 1: 31; image 2: 30; ordinary runs: 27.1 to 33.1"
     page.keyboard.press("Escape")
     assert readout.is_hidden()
     page.keyboard.press("x")
     page.keyboard.press("Escape")
-    assert [key for key in page.evaluate("keys") if key != "Tab"] == ["x", "Escape"]
+    assert [key for key in page.evaluate("keys") if key not in ("Tab", "Shift")] == ["x", "Escape"]
 
 
 def test_an_image_of_a_batch_is_shown_alone_on_request(page):
@@ -186,7 +225,7 @@ def test_an_image_of_a_batch_is_shown_alone_on_request(page):
     assert page.locator(".mg-item").all_text_contents() == ["2"]
     assert page.evaluate("entry.isConnected && entry.getAttribute('aria-pressed') === 'true'")
     page.hover(".mg-cursor")
-    assert page.locator(".mg-readout-name").all_inner_texts() == ["2", "reference"]
+    assert page.locator(".mg-readout-name").all_inner_texts() == ["2", "ordinary"]
 
 
 def test_the_pointer_reads_every_image_and_drags_no_node_by_a_button(page):
@@ -198,7 +237,7 @@ def test_the_pointer_reads_every_image_and_drags_no_node_by_a_button(page):
     assert "2.1\n" in text
     assert "4\n" in text
     assert "20.0 sd, corrected" in text
-    assert "2 ± 0.3" in text
+    assert "1.72 to 2.32" in text
     inside = page.locator(".mg-readout").bounding_box()
     assert inside["x"] + inside["width"] <= box["x"] + box["width"]
     page.mouse.move(5, 5)
@@ -321,7 +360,7 @@ def test_it_leaves_nothing_behind_but_its_style_and_works_in_a_shadow_root(page)
 
 def test_an_unknown_quantity_is_refused(page):
     assert page.evaluate("(() => { try { view.quantity = 'speed' } catch (e) { return e.message } })()") == (
-        "no quantity speed; there are update, denoised, latent"
+        "no quantity speed; there are evidence, latent, update, denoised"
     )
 
 
@@ -345,7 +384,8 @@ def report(tmp_path):
             **{name: np.ones(count) for name in ("sigma", "denoised_norm", "denoised_score")},
         )
         bands = {"latent": band, "update": band, "denoised": band}
-        return Trace(verdict="likely copy", trigger_step=3, note=note, steps=steps, bands=bands)
+        rare = {"p_value": 0.0005, "judged_by": "asked"}
+        return Trace(verdict="likely copy", trigger_step=3, note=note, steps=steps, bands=bands, **rare)
 
     comparisons = [
         Comparison(
@@ -376,7 +416,7 @@ def test_the_report_draws_its_graphs_and_is_readable_at_any_width(browser, repor
     page.on("request", lambda r: complaints.append(r.url) if not r.url.startswith(("data:", report)) else None)
     page.goto(report)
     page.wait_for_selector(".mg-corrected")
-    assert page.locator(".mg-svg").count() == page.locator(".mg-band").count() == 4
+    assert page.locator(".mg-svg").count() == page.locator(".mg-threshold").count() == 4
     assert page.evaluate("document.documentElement.scrollWidth") == width
     assert page.locator("h2").first.inner_text().endswith(HOSTILE)
     assert page.locator(".mg-note").first.inner_text() == HOSTILE
@@ -388,11 +428,11 @@ def test_the_report_draws_its_graphs_and_is_readable_at_any_width(browser, repor
 def test_the_report_says_in_words_what_it_draws(browser, report):
     drawn = browser.new_page()
     drawn.goto(report)
-    drawn.wait_for_selector(".mg-band")
+    drawn.wait_for_selector(".mg-mark-solid")
     plain = browser.new_context(java_script_enabled=False).new_page()
     plain.goto(report)
     said = plain.locator("[data-trace]").all_text_contents()
-    assert said[1].startswith("Image 1: likely copy, triggered at step 3, S_mem 20.0, 14 steps corrected.")
+    assert said[1].startswith("Image 1: likely copy, triggered at step 3, S_mem 20.0, as far as 1 in 2,000 ordinary images,")
     assert drawn.locator(".mg-live").all_text_contents() == said
     plain.context.close()
     drawn.close()

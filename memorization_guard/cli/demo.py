@@ -47,7 +47,8 @@ def demo(
         title="Memorization Guard: the demo",
         introduction="A small Stable Diffusion was trained on many images, and on some of them hundreds of times. Each "
         "prompt below was sampled twice from the same noise: as the model does by itself, and with mitigation. Beneath "
-        "each image stands how far the latent moved at every step, against the band in which ordinary prompts stay.",
+        "each image stands how unusual its prompt is among ordinary ones, and what was corrected; docs/graph.md says how to "
+        "read it.",
         copy_threshold=lab.COPY_THRESHOLD,
     )
     write_all([(page, content), (sheet, png(contact_sheet(comparisons, copy_threshold=lab.COPY_THRESHOLD)))])

@@ -15,7 +15,7 @@ function outline(changes = {}) {
   return {
     steps: STEPS,
     bands: { latent: band(30, 1), update: band(2, 0.1), denoised: band(20, 1) },
-    thresholds: { method: "reference", gamma: 3 },
+    thresholds: { method: "reference", false_positive_rate: 0.005, gamma: 3 },
     mode: "mitigate",
     note: null,
     reference_count: 50,
@@ -35,7 +35,9 @@ function event(step, changes = {}) {
     denoised_score: [0, 0],
     state: ["stable", "stable"],
     p_value: null,
+    judged_by: [null, null],
     mitigated: [false, false],
+    bands: ["latent", "update", "denoised"],
     ...changes,
   };
 }
@@ -50,7 +52,7 @@ function trace(changes = {}) {
     nonfinite_step: null,
     note: null,
     mode: "mitigate",
-    thresholds: { gamma: 3 },
+    thresholds: { method: "reference", false_positive_rate: 0.005, gamma: 3 },
     steps: {
       sigma: fill(1),
       latent_norm: fill(30),
@@ -185,26 +187,32 @@ test("the run and the band are drawn to one scale, and the trigger and the corre
   const corrected = shapes(plot, "corrected").map(([, { cx, cy }]) => [cx, cy]);
   assert.deepEqual(corrected, curve.slice(3, 7));
   const edge = points(shapes(plot, "band")[0]).map(([, y]) => y);
-  assert.ok(Math.abs(Math.max(...edge) - Math.min(...edge) - (plot.y(1.7) - plot.y(2.3))) < 0.2);
+  const spread = Math.sqrt(Math.log(1 + 0.05 ** 2)); // of the logarithm, where mean and sd are 2 and 0.1
+  const [low, high] = [-3, 3].map((sd) => 2 * Math.exp(sd * spread - spread ** 2 / 2));
+  assert.ok(Math.abs(Math.max(...edge) - plot.y(low)) < 0.2 && Math.abs(Math.min(...edge) - plot.y(high)) < 0.2);
   assert.ok(Math.abs(points(shapes(plot, "trigger")[0])[0][0] - plot.x(3)) < 1);
   assert.ok(words(plot).includes("trigger at step 3"));
-  assert.ok(words(plot).includes("size of the latent update"));
+  assert.ok(words(plot).includes("update norm"));
 });
 
 test("the legend says what is drawn, and no more", () => {
   const said = (run, compact = false) => legendOf(run, "update", compact).map(([, text]) => text);
-  assert.deepEqual(said(runOf([trace()])), ["this run", "corrected", "mean ± 3 sd of 50 reference runs"]);
-  assert.deepEqual(said(runOf([trace()]), true), ["corrected", "mean ± 3 sd"]);
-  assert.deepEqual(said(runOf([trace({ bands: {} }), trace({ bands: {}, nonfinite_step: 8 })])), ["trigger", "not a number", "corrected"]);
-  assert.deepEqual(said(startRun(outline())), ["mean ± 3 sd of 50 reference runs"]);
+  assert.deepEqual(said(runOf([trace()])), ["this run", "corrected", "50 ordinary runs, ± 3 sd"]);
+  assert.deepEqual(said(runOf([trace()]), true), ["corrected", "ordinary"]);
+  const bare = { bands: {}, reference_count: null };
+  assert.deepEqual(said(runOf([trace(bare), trace({ ...bare, nonfinite_step: 8 })])), ["trigger", "not a number", "corrected"]);
+  assert.deepEqual(said(startRun(outline())), []);
 });
 
 test("every size and quantity stays inside the drawing, and no two labels overlap", () => {
-  const batch = [trace(), trace({ trigger_step: 4, verdict: "strong" }), trace({ nonfinite_step: 9 })];
+  const rare = (p_value, changes) => trace({ p_value, p_value_floor: 0.000125, judged_by: "asked", trigger_step: 0, ...changes });
+  const batch = [rare(0.000125), rare(0.004, { trigger_step: 4, verdict: "strong" }), rare(0.8, { nonfinite_step: 9, judged_by: "first" })];
+  const levels = [...Array(16).keys()].map((i) => rare(Math.max(0.000125, 0.9 / 2 ** i)));
   for (const [width, height] of [[250, 110], [290, 150], [640, 260], [900, 220]]) {
-    for (const traces of [[trace()], batch, Array(16).fill(trace())]) {
+    for (const traces of [[rare(0.005)], [rare(0.0055)], batch, levels, Array(16).fill(rare(0.000125))]) {
       for (const quantity of QUANTITIES) {
         const plot = layout(runOf(traces), { width, height, quantity, compact: width < 400 });
+        assert.equal(plot.empty, undefined);
         const boxes = [];
         for (const [tag, a, text] of plot.shapes) {
           const all = tag === "text" ? [[a.x, a.y]] : tag === "circle" ? [[a.cx, a.cy]] : points([tag, a]);
@@ -226,8 +234,10 @@ test("every size and quantity stays inside the drawing, and no two labels overla
   }
 });
 
-test("the band and the planned axis are there before the first step, and the axis keeps still inside the band", () => {
+test("the band and the planned axis are there from the first step on, and the axis keeps still inside the band", () => {
   const run = startRun(outline());
+  assert.equal(layout(run, size).empty, "waiting for the first step");
+  addStep(run, event(0));
   const before = layout(run, size);
   assert.equal(before.steps, STEPS);
   assert.equal(shapes(before, "band").length, 1);
@@ -239,18 +249,104 @@ test("the band and the planned axis are there before the first step, and the axi
   }
 });
 
+test("a band is drawn where it holds, and said to be missing where it does not", () => {
+  const run = startRun(outline());
+  addStep(run, event(0, { bands: ["denoised"] }));
+  assert.equal(shapes(layout(run, size), "band").length, 0);
+  assert.deepEqual(legendOf(run, "update", false).map(([, text]) => text), ["no band holds for this run"]);
+  assert.ok(Number.isNaN(valuesAt(run, 0, "update").low));
+  assert.equal(shapes(layout(run, { ...size, quantity: "denoised" }), "band").length, 1);
+});
+
+test("a band's tail has no part in the axis, and its lower edge is above zero", () => {
+  const wide = { mean: fill(2), std: fill(4) };
+  const run = runOf([trace({ bands: { update: wide } })]);
+  const { low, high } = valuesAt(run, 4, "update");
+  assert.ok(low > 0 && high > 20);
+  assert.ok(layout(run, size).y(4) < size.height / 2, "the run fills the picture");
+});
+
+const evidence = { ...size, quantity: "evidence" };
+const rare = (p_value, changes = {}) => trace({ p_value, p_value_floor: 0.000125, judged_by: "asked", trigger_step: 0, ...changes });
+
+test("the evidence is how rare the prompt is, as a level with its mark, over threshold and ordinary prompts", () => {
+  const plot = layout(runOf([rare(0.001, { verdict: "corrected" })]), evidence);
+  const y = (count) => shapes(plot, "grid").map((each) => points(each)[0][1])[Math.log10(count) - 1];
+  const [[x0, level], [x1, end]] = points(shapes(plot, "run")[0]);
+  assert.ok(Math.abs(level - y(1000)) < 1 && level === end && x0 < x1);
+  const [mark] = shapes(plot, "mark-outlined");
+  assert.equal(mark[0], "polygon", "a diamond: the network was asked");
+  assert.ok(points(mark).every(([x]) => x < plot.x(0)), "judged before the first step");
+  const threshold = points(shapes(plot, "threshold")[0])[0][1];
+  assert.ok(threshold > y(1000) && threshold < y(100));
+  assert.ok(words(plot).includes("triggers from 1 in 200 on"));
+  assert.ok(words(plot).includes("9 of 10 ordinary prompts"));
+  assert.ok(Math.abs(Math.min(...points(shapes(plot, "band")[0]).map(([, at]) => at)) - y(10)) < 1);
+  assert.deepEqual(shapes(plot, "corrected").map(([, { cx }]) => cx), [3, 4, 5, 6].map((i) => Math.round(plot.x(i) * 10) / 10));
+});
+
+test("what the references tell no further lies beyond the axis", () => {
+  const at = (p_value) => points(shapes(layout(runOf([rare(p_value)]), evidence), "run")[0])[0][1];
+  const limit = points(shapes(layout(runOf([rare(0.5)]), evidence), "axis")[0])[0][1];
+  assert.ok(at(0.000125) < limit - 4 && at(0.00013) >= limit - 1);
+});
+
+test("every image has its mark, by verdict and by look, and images of one level share a line and a label", () => {
+  const stable = rare(0.6, { verdict: "stable", judged_by: "first", trigger_step: null });
+  const plot = layout(runOf([rare(0.000125), rare(0.000125), rare(0.000125), stable]), evidence);
+  assert.equal(shapes(plot, "mark-solid").length, 3);
+  assert.deepEqual(shapes(plot, "mark-plain").map(([tag]) => tag), ["circle"]);
+  assert.equal(new Set(shapes(plot, "mark-solid").map(([, { points: at }]) => at)).size, 3, "side by side");
+  assert.equal(shapes(plot, "run").length, 2);
+  assert.deepEqual(shapes(plot, "item").map(([, , text]) => text), ["1-3", "4"]);
+  const said = legendOf(runOf([rare(0.001), stable]), "evidence", false).map(([, text]) => text);
+  assert.deepEqual(said, ["judged at the first evaluation", "judged by what the network was asked", "corrected"]);
+});
+
+test("evidence is live: the scale is there before the first step, the mark with it, and the line grows", () => {
+  const run = startRun(outline({ p_value_floor: 0.000125 }));
+  assert.equal(shapes(layout(run, evidence), "threshold").length, 1);
+  assert.equal(shapes(layout(run, evidence), "run").length, 0);
+  const ends = [];
+  for (const step of [0, 1, 2]) {
+    addStep(run, event(step, { p_value: [0.6, 0.001], judged_by: ["first", "asked"], state: ["stable", "likely copy"] }));
+    const plot = layout(run, evidence);
+    ends.push(points(shapes(plot, "run")[0])[1][0]);
+    assert.equal(shapes(plot, "mark-solid").length + shapes(plot, "mark-plain").length, 2);
+  }
+  assert.ok(ends[0] < ends[1] && ends[1] < ends[2]);
+});
+
+test("where nothing is judged, the evidence says so", () => {
+  const bare = trace({ verdict: "unscored", p_value: null, trigger_step: null });
+  assert.match(layout(runOf([bare]), evidence).empty, /^not judged/);
+  const run = startRun({ steps: STEPS });
+  assert.equal(layout(run, evidence).empty, "waiting for the first step");
+  addStep(run, event(0, { state: [] }));
+  assert.match(layout(run, evidence).empty, /^not judged/);
+});
+
+test("the published method's evidence is its score at every step, with its thresholds", () => {
+  const thresholds = { method: "published", tau_mild: 3, tau_strong: 14, gamma: 3 };
+  const plot = layout(runOf([trace({ thresholds })]), evidence);
+  assert.equal(points(shapes(plot, "run")[0]).length, STEPS);
+  assert.ok(Math.abs(points(shapes(plot, "run")[0])[0][1] - plot.y(4)) < 0.1, "the smaller of the two scores");
+  assert.ok(words(plot).includes("triggers above 3 sd") && !words(plot).includes("strong above 14 sd"));
+  assert.equal(valuesAt(runOf([trace({ thresholds })]), 4, "evidence").items[0].words, "4");
+});
+
 test("a run that leaves the band widens the axis in few, round steps", () => {
   const highs = new Set();
-  for (let value = 2; value < 20; value += 0.1) highs.add(rangeOf([value], [1.7], [2.3]).high);
+  for (let value = 2; value < 20; value += 0.1) highs.add(rangeOf([value], [1.7, 2.3]).high);
   assert.ok(highs.size <= 9, [...highs].join());
 });
 
 test("a log scale where the norms stretch over more than a decade", () => {
   const falling = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9].map((i) => 100 / 2 ** i);
-  const range = rangeOf(falling, falling.map((v) => v * 0.9), falling.map((v) => v * 1.1));
+  const range = rangeOf(falling, falling.flatMap((v) => [v * 0.9, v * 1.1]));
   assert.equal(range.log, true);
-  assert.equal(rangeOf([2, 3, 4], [], []).log, false);
-  assert.equal(rangeOf([1e9, 2], [1.7], [2.3]).high < 60, true, "a latent that exploded must not hide the band");
+  assert.equal(rangeOf([2, 3, 4], []).log, false);
+  assert.equal(rangeOf([1e9, 2], [1.7, 2.3]).high < 60, true, "a latent that exploded must not hide the band");
 });
 
 test("a batch is told apart by colour, dash and number", () => {
@@ -274,7 +370,7 @@ test("a batch whose first image has another number is numbered from there, and a
 
 test("the values at a step are those of the drawing", () => {
   const at = valuesAt(runOf([trace()]), 4, "update");
-  assert.equal(at.mean, 2);
-  assert.ok(Math.abs(at.half - 0.3) < 1e-9);
-  assert.deepEqual(at.items, [{ value: 2, corrected: true, score: 20 }]);
+  assert.ok(Math.abs(Math.sqrt(at.low * at.high) - 2 / Math.sqrt(1 + 0.05 ** 2)) < 1e-9, "its middle is the mean of the logarithm");
+  assert.deepEqual(at.items, [{ value: 2, words: "2", corrected: true, score: 20 }]);
+  assert.equal(valuesAt(runOf([rare(0.001)]), 4, "evidence").items[0].words, "1 in 1,000");
 });
