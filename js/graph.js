@@ -309,7 +309,8 @@ function layoutEvidence(frame) {
   const judged = run.items.flatMap(({ pValue }, index) => (pValue === null ? [] : [{ index, pValue }]));
   if (!judged.length && !(live && run.pValueFloor)) {
     const waits = live && !frame.taken && !run.note;
-    return { shapes: [], steps: 0, empty: waits ? "waiting for the first step" : "not judged: how unusual the prompt is is not known" };
+    const empty = waits ? "waiting for the first step" : "not judged: how unusual the prompt is is not known";
+    return { shapes: [], steps: 0, taken: frame.taken, empty };
   }
   const floor = run.pValueFloor ?? 0;
   const limit = 1 / Math.max(run.thresholds.rate, floor);
@@ -350,7 +351,8 @@ function layoutEvidence(frame) {
   // Words stand where no image's line goes through them, if there is such a place.
   const free = (at) => groups.every((group) => Math.abs(group.y - (at - 4)) >= 10);
   const threshold = [y(limit) - 5, y(limit) + 13].find(free) ?? (many ? NaN : y(limit) - 5);
-  if (Number.isFinite(threshold)) pen.text("label-trigger", [right - 4, threshold], `triggers from ${rarity(1 / limit)} on`, "end");
+  const triggers = `triggers from ${rarity(1 / limit)} on`;
+  if (Number.isFinite(threshold)) pen.text("label-trigger", [right - 4, threshold], triggers, "end");
   const ordinary = [common + 13, bottom - 5].find((at) => at <= bottom - 3 && free(at) && !(Math.abs(at - threshold) < 12));
   if (ordinary) pen.text("tick", [right - 4, ordinary], compact ? "9 of 10 ordinary" : "9 of 10 ordinary prompts", "end");
 
@@ -392,10 +394,12 @@ function layoutScores(frame) {
   const { mild, strong } = run.thresholds;
   const values = finite(curves.flat());
   if (!values.length && !frame.live) {
-    return { shapes: [], steps: 0, empty: "not judged: the published method holds for the profile's own sampler and schedule" };
+    const empty = "not judged: the published method holds for the profile's own sampler and schedule";
+    return { shapes: [], steps: 0, taken: frame.taken, empty };
   }
   const range = { low: 0, high: Math.max(1.4 * mild, Math.min(1.15 * largest([0, ...values]), 3 * strong)), log: false };
-  return layoutCurves(frame, curves, range, "distance from ordinary runs", (value) => `${short(value)} sd`, ({ pen, left, right, y }) => {
+  const name = (value) => `${short(value)} sd`;
+  return layoutCurves(frame, curves, range, "distance from ordinary runs", name, ({ pen, left, right, y }) => {
     pen.area("band", [[left, y(0)], [right, y(0)], [right, y(mild)], [left, y(mild)]]);
     for (const [limit, words] of [[mild, `triggers above ${mild} sd`], [strong, `strong above ${strong} sd`]]) {
       if (limit > range.high) continue;
@@ -414,7 +418,7 @@ function layoutNorm(frame, quantity) {
   const range = rangeOf(curves.flat(), [...mean, ...inner]);
   if (range === null) {
     const nothing = live ? "waiting for the first step" : "no step was recorded";
-    return { shapes: [], steps: 0, empty: taken ? "no norm of this run is a number" : nothing };
+    return { shapes: [], steps: 0, taken, empty: taken ? "no norm of this run is a number" : nothing };
   }
   const title = AXIS_TITLES[quantity] + (range.log ? ", log scale" : "");
   return layoutCurves(frame, curves, range, title, short, ({ pen, x, y }) => {
@@ -535,7 +539,8 @@ function numbersOf(images) {
     if (parts.length && parts.at(-1)[1] === image - 1) parts.at(-1)[1] = image;
     else parts.push([image, image]);
   }
-  const words = parts.map(([from, to]) => (from === to ? `${from}` : to === from + 1 ? `${from}, ${to}` : `${from}-${to}`)).join(", ");
+  const said = parts.map(([from, to]) => (from === to ? `${from}` : to === from + 1 ? `${from}, ${to}` : `${from}-${to}`));
+  const words = said.join(", ");
   return words.length <= 8 ? words : `${images.length} of all`;
 }
 

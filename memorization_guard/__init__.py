@@ -15,6 +15,15 @@ from .core.trace import Trace, trace_schema
 
 __version__ = "0.1.0"
 
+
+def _drawn(trace: Trace) -> str:
+    from .reports.graph import svg  # the hosts that draw nothing do not load it
+
+    return svg(trace)
+
+
+Trace.drawn = _drawn
+
 __all__ = [
     "CalibrationError",
     "Calibrator",

@@ -69,7 +69,7 @@ def test_without_a_profile_it_says_that_nothing_is_scored(call, model, tmp_path)
     assert result.exit_code == 0, result.output
     assert "verdict: unscored" in result.output
     assert "--profile auto" in result.output
-    assert Image.open(tmp_path / "t.png").size == (640, 300)
+    assert Image.open(tmp_path / "t.png").size == (640, 440)
 
 
 def test_a_profile_that_does_not_fit_is_said(call, model, prompts, of_another_model, tmp_path):

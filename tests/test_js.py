@@ -70,7 +70,7 @@ def address():
 
 @pytest.fixture
 def page(browser, address):
-    """A page with an empty live run, of which the update norm is shown; whatever it complains of or asks of another host fails the test."""
+    """A page with an empty live run, showing the update norm; what it complains of or asks of another host fails the test."""
     page = browser.new_page(viewport={"width": 900, "height": 500})
     page.set_default_timeout(10_000)
     complaints = []

@@ -34,7 +34,8 @@ live = load()
 def begin(run="a", **changes):
     band = {"mean": [2.0] * 20, "std": [0.1] * 20}
     outline = {"steps": 20, "bands": {"update": band}, "thresholds": {"gamma": 3}, "note": None, "reference_count": 50}
-    return {"kind": "begin", "run": run, "title": f"title of {run}", **outline, **changes}
+    told = {"kind": "begin", "run": run, "title": f"title of {run}", "p_value_floor": 0.000125}
+    return {**told, **outline, **changes}
 
 
 def step(number, run="a"):
@@ -45,15 +46,17 @@ def step(number, run="a"):
         "denoised_norm": [20.0],
         "update_score": [1.0],
         "denoised_score": [0.0],
-        "p_value": [None],
+        "p_value": [0.3],
     }
-    told = {"sigma": 20.0 - number, "state": ["stable"], "mitigated": [False]}
+    told = {"sigma": 20.0 - number, "state": ["stable"], "mitigated": [False], "judged_by": ["first"], "bands": ["update"]}
     return {"kind": "step", "run": run, "step": number, **norms, **told}
 
 
 def end(run="a", steps=20, verdict="stable"):
     norms = {"update_norm": [2.1] * steps, "latent_norm": [30.0] * steps, "denoised_norm": [20.0] * steps}
-    return {"kind": "end", "run": run, "traces": [{"verdict": verdict, "score": 1.5, "trigger_step": None, "steps": norms}]}
+    rare = {"p_value": 0.3, "p_value_floor": 0.000125, "judged_by": "first"}
+    trace = {"verdict": verdict, "score": 1.5, "trigger_step": None, "steps": norms, **rare}
+    return {"kind": "end", "run": run, "traces": [trace]}
 
 
 def texts(events):
@@ -331,8 +334,7 @@ def see_steps(page, count, where="#results"):
     page.wait_for_function(
         """([where, count]) => {
           const panel = document.querySelector(`${where} > [id$=gallery_container] + div`)?.shadowRoot;
-          const points = panel?.querySelector(".mg-scene .mg-run")?.getAttribute("points") ?? "";
-          return points.split(" ").length === count;
+          return panel?.querySelector(".mg-cursor")?.ariaValueNow === String(count - 1);
         }""",
         arg=[where, count],
     )
@@ -396,6 +398,9 @@ def test_what_the_monitor_tells_is_drawn(page, served):
     page.wait_for_function(
         "document.querySelector('#results > div + div').shadowRoot.querySelector('.mg-status').textContent === ''"
     )
+    assert page.locator(".mg-empty").inner_text() == "not judged: how unusual the prompt is is not known"
+    page.click("text=update")
+    page.wait_for_timeout(200)
     assert page.locator(".mg-scene .mg-run").count() == 2
 
 
@@ -470,7 +475,7 @@ def test_each_tab_has_a_panel_of_its_own(page, served):
     start(page, served, "task(c)", "img2img")
     served.send("task(c)", begin(), step(0), step(1))
     see_steps(page, 2, "#results2")
-    assert page.locator("main [aria-pressed=true]").all_inner_texts() == ["update", "latent"]
+    assert page.locator("main [aria-pressed=true]").all_inner_texts() == ["evidence", "latent"]
     finish(page, served, "task(a)")
     finish(page, served, "task(c)", "img2img")
     assert is_quiet(page, served)
@@ -532,11 +537,11 @@ def test_it_follows_the_selection_of_the_gallery(page, served):
     served.send("t", {"kind": "images", "run": "a", "infotexts": ["<b>1</b>", "grid"]})
     served.send("t", {"kind": "images", "run": "b", "infotexts": ["two", "three", "grid"]})
     assert buttons(page)[1] == [False, True]  # a grid is of all runs
-    assert page.locator(".mg-item").all_text_contents() == ["2", "3"]
+    assert page.locator(".mg-item").all_text_contents() == ["2, 3"]
     assert [select(index) for index in (1, 2, 0, 4)] == [0, 1, 1, 1]
     faint = "all => all.map(e => e.getAttribute('opacity'))"
     assert select(3) == 1
-    assert page.eval_on_selector_all(".mg-scene .mg-run", faint) == ["0.3", None]
+    assert page.eval_on_selector_all(".mg-scene .mg-mark-plain", faint) == ["0.3", None]
     page.get_by_text("title of a").click()  # holds until another image is selected
     page.evaluate("document.getElementById('txt2img_gallery_container').append(document.createElement('p'))")
     assert buttons(page)[1] == [True, False]

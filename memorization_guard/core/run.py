@@ -33,8 +33,8 @@ WITHHELD = "Nothing of the image is handed on: if a picture comes out, it is a p
 class StepEvent:
     """What a live graph needs of one solver step; every list has one entry a sample of the batch.
 
-    A score or p-value is ``None`` where nothing was judged; ``state`` is the verdict so far. ``judged_by`` is as in a trace.
-    ``bands`` names those of the outline's bands that hold, as far as is known by then.
+    A score or p-value is ``None`` where nothing was judged; ``state`` is the verdict so far. ``bands`` names those of the
+    outline that hold, as far as is known by then.
     """
 
     step: int
@@ -225,8 +225,7 @@ class Run:
 
     @property
     def _holding(self) -> list[str]:
-        """The bands that hold for the run, as far as is known: of its own sampler all; else that of x0, and those of latent
-        and update for a solver that adds no noise at the profile's guidance scale."""
+        """The bands that hold: of the run's own sampler all; else x0's, and without noise or other guidance the others."""
         if self.check is None or self.check.exact:
             return list(Norms._fields)
         other_scale = any(found.field == "guidance_scale" for found in self.check.transferred)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 import numpy as np
 
@@ -144,6 +144,13 @@ class Trace:
     settings: RunSettings = field(default_factory=RunSettings)
     thresholds: Thresholds = field(default_factory=Thresholds)
     mode: Mode = "trace"
+
+    #: Draws a trace as SVG, for notebooks. The package sets it, since pictures stand above the core.
+    drawn: ClassVar[Callable[[Trace], str] | None] = None
+
+    def _repr_svg_(self) -> str | None:
+        draw = type(self).drawn
+        return None if draw is None else draw(self)
 
     @property
     def mitigated(self) -> np.ndarray:

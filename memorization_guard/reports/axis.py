@@ -41,3 +41,29 @@ class Axis:
         step = next(step * n for n in (1, 0.5, 0.2, 0.1) if (self.high - self.low) / (step * n) >= 3)
         first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
         return [round(number * step, 12) for number in range(first, last + 1)]
+
+
+def norm_axis(run: np.ndarray, mean: np.ndarray, inner: np.ndarray, top: float, bottom: float) -> Axis | None:
+    """The axis for a run and its band; ``None`` if nothing is finite.
+
+    It is logarithmic where the values stretch over more than a decade, as in some schedules: a linear axis would press the end
+    of the run flat. The tails of the band have no part in it.
+    """
+    values = np.concatenate([run, mean, inner])
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return None
+    known = np.concatenate([mean, inner])
+    known = known[np.isfinite(known)]
+    high = float(values.max())
+    if len(known):
+        high = min(high, 20 * float(known.max()))  # a latent that exploded must not hide the band
+    high = high if high > 0 else 1.0
+    # Values near zero in a few steps do not count: a last step that hardly moves, say.
+    usual = known if len(known) else values
+    if 0 < np.quantile(usual, 0.1) < usual.max() / 12:
+        floor = float(values[values > 0].min())
+        return Axis(max(floor, high / 1000) / 1.15, high * 1.15, bottom, top, log=True)
+    low = float(values.min())
+    low = 0.0 if low < high / 2 else low - 0.08 * (high - low) - 1e-3 * high
+    return Axis(low, high + 0.08 * (high - low), bottom, top)

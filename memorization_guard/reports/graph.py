@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from ..core.trace import Trace, rarity
-from .axis import Axis
+from .axis import Axis, norm_axis
 from .drawing import DARK, LIGHT, STYLES, Shape, pixels, text_width, vector
 from .words import called_up, unusual
 
@@ -117,7 +117,8 @@ def _evidence(trace: Trace, right: float, top: float, bottom: float) -> list[Sha
     if trace.p_value is None and np.isfinite(_joint(trace)).any() and trace.thresholds.method == "published":
         return _scores(trace, right, top, bottom)
     if trace.p_value is None:
-        return [_text("tick", right / 2, (top + bottom) / 2, "not judged: how unusual the prompt is is not known", "middle")]
+        words = _cut("not judged: how unusual the prompt is is not known", right - 28)
+        return [_text("tick", (right + 14) / 2, (top + bottom) / 2, words, "middle")]
     floor = trace.p_value_floor or 0.0
     limit = 1 / max(trace.thresholds.false_positive_rate, floor)
     most = 1 / floor if floor else max(_REACH, 1.3 * limit, 1 / max(trace.p_value, 1e-12))
@@ -145,12 +146,12 @@ def _evidence(trace: Trace, right: float, top: float, bottom: float) -> list[Sha
     y = top + _BEYOND / 2 if beyond else float(axis(1 / max(trace.p_value, 1 / most)))
     lower = abs(at - 5 - y) < 10  # the run's line would go through the words above
     words = f"triggers from {rarity(1 / limit)} on"
-    shapes.append(_text("label-trigger", right - 4, at + (13 if lower else -5), words, "end"))
-    upper = float(axis(min(1 / _COMMON, limit)))
-    if (
-        place := next((at for at in (upper + 13, bottom - 5) if at <= bottom - 3 and abs(at - 4 - y) >= 10), None)
-    ) is not None:
-        shapes.append(_text("tick", right - 4, place, "9 of 10 ordinary prompts", "end"))
+    told = at + (13 if lower else -5)
+    shapes.append(_text("label-trigger", right - 4, told, words, "end"))
+    for place in (float(axis(min(1 / _COMMON, limit))) + 13, bottom - 5):
+        if place <= bottom - 3 and abs(place - 4 - y) >= 10 and abs(place - told) >= 12:
+            shapes.append(_text("tick", right - 4, place, "9 of 10 ordinary prompts", "end"))
+            break
     seen = len(x) if trace.nonfinite_step is None else trace.nonfinite_step + 1
     if len(x):
         shapes.append(Shape("line", "run", [(left + 16, y), (float(x[seen - 1]), y)]))
@@ -193,7 +194,7 @@ def _norm(trace: Trace, name: str, start: float, right: float, top: float, botto
     """A norm over the steps, small, with the band of ordinary runs where it holds for this sampler."""
     values = getattr(trace.steps, f"{name}_norm")
     mean, low, high, inner = _band(trace, name)
-    axis = _vertical_axis(values, mean, inner, top, bottom)
+    axis = norm_axis(values, mean, inner, top, bottom)
     title = NORMS[name] + (", log scale" if axis is not None and axis.log else "")
     if trace.reference_count is not None and name not in trace.bands:
         title += " (no band holds)"
@@ -235,32 +236,6 @@ def _band(trace: Trace, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, 
         shown = np.minimum(reach, 0.8)
         edges = [np.where(np.isfinite(centre), np.exp(centre + offset), np.nan) for offset in (-reach, reach, -shown, shown)]
     return band["mean"], edges[0], edges[1], np.concatenate(edges[2:])
-
-
-def _vertical_axis(run: np.ndarray, mean: np.ndarray, inner: np.ndarray, top: float, bottom: float) -> Axis | None:
-    """The axis for a run and its band; ``None`` if nothing is finite.
-
-    It is logarithmic where the values stretch over more than a decade, as in some schedules: a linear axis would press the end
-    of the run flat. The tails of the band have no part in it.
-    """
-    values = np.concatenate([run, mean, inner])
-    values = values[np.isfinite(values)]
-    if not len(values):
-        return None
-    known = np.concatenate([mean, inner])
-    known = known[np.isfinite(known)]
-    high = float(values.max())
-    if len(known):
-        high = min(high, 20 * float(known.max()))  # a latent that exploded must not hide the band
-    high = high if high > 0 else 1.0
-    # Values near zero in a few steps do not count: a last step that hardly moves, say.
-    usual = known if len(known) else values
-    if 0 < np.quantile(usual, 0.1) < usual.max() / 12:
-        floor = float(values[values > 0].min())
-        return Axis(max(floor, high / 1000) / 1.15, high * 1.15, bottom, top, log=True)
-    low = float(values.min())
-    low = 0.0 if low < high / 2 else low - 0.08 * (high - low) - 1e-3 * high
-    return Axis(low, high + 0.08 * (high - low), bottom, top)
 
 
 def _places(trace: Trace, left: float, right: float) -> np.ndarray:

@@ -69,7 +69,7 @@ def test_the_report_judges_its_own_samplers_images_and_draws_them(batch: Any, se
         assert Trace.from_dict(one).verdict == expected
         assert float(run.outputs(score)["text"][0]) == pytest.approx(one["score"], rel=1e-4)
         (drawn,) = run.images(picture)
-        assert drawn.size == (640, 300)
+        assert drawn.size == (640, 440)
 
 
 def test_the_map_is_laid_over_the_image_and_shows_a_copy_more_than_an_ordinary_image(batch: Any, server: Any) -> None:
@@ -107,7 +107,7 @@ def test_two_runs_of_one_image_are_two_rows_of_its_graph(batch: Any, server: Any
     run = server.queue(g.prompt())
     run.wait()
     assert [len(entry["traces"]) for entry in run.outputs(report)["memorization_guard"]] == [1, 1]
-    assert run.images(picture)[0].size == (640, 600)
+    assert run.images(picture)[0].size == (640, 880)
 
 
 def saved(run: Any, node: Any, folder: Path) -> list[Path]:

@@ -447,7 +447,7 @@ def test_traces_and_graphs_beside_the_image(host, profile):
     told = [runs[0].to_dict() for runs in answer.traces]
     assert sorted(map(json.dumps, saved)) == sorted(map(json.dumps, told))
     assert all(file.with_name(file.name.replace(".stability.json", ".png")).exists() for file in files)
-    assert [image.size for image in answer.images[-2:]] == [(640, 300)] * 2
+    assert [image.size for image in answer.images[-2:]] == [(640, 440)] * 2
 
 
 def test_saved_images_carry_their_evidence_and_what_else_is_saved_does_not(host, profile, tmp_path):
@@ -520,7 +520,7 @@ def test_compare_gives_pairs_and_their_graphs(host, profile):
         without, mitigated, *graphs = answer.images[4 * number : 4 * number + 4]
         assert without.tobytes() == plain[number]
         assert mitigated.tobytes() != without.tobytes()
-        assert [graph.size for graph in graphs] == [(640, 300)] * 2
+        assert [graph.size for graph in graphs] == [(640, 440)] * 2
     assert len(answer.info["infotexts"]) == 8
 
 
