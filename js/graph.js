@@ -541,7 +541,7 @@ function numbersOf(images) {
   }
   const said = parts.map(([from, to]) => (from === to ? `${from}` : to === from + 1 ? `${from}, ${to}` : `${from}-${to}`));
   const words = said.join(", ");
-  return words.length <= 8 ? words : `${images.length} of all`;
+  return words.length <= 8 ? words : `${images.length} images`;
 }
 
 /** What the plot shows: pairs of a role and the words for it. */

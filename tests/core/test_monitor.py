@@ -337,6 +337,47 @@ def test_what_else_is_in_a_batch_has_no_part_in_a_verdict(world):
         world.sample(alone, seeds=(seed,), memorized=factor, ask=asking(world, seed=seed, memorized=factor))
         assert alone.traces[0].p_value == pytest.approx(trace.p_value, rel=1e-6)
         assert alone.traces[0].verdict == trace.verdict
+        assert alone.traces[0].judged_by == trace.judged_by
+    assert [trace.judged_by for trace in together.traces] == ["asked", "first", "first"]
+    later = StabilityMonitor(profile, settings=world.settings(world.schedule(8, start=1.0)))
+    world.sample(later, sigmas=world.schedule(8, start=1.0), ask=asking(world))
+    assert later.traces[0].judged_by == "asked"
+    assert StabilityMonitor().traces == []
+    assert world.trace().judged_by is None
+
+
+def test_bands_are_given_where_they_hold(world, profile):
+    """Of the profile's own sampler all; else x0's, and the others for a solver without noise at the profile's guidance."""
+
+    def bands(**how):
+        events = []
+        settings = world.settings(how.get("sigmas"), how.pop("sampler", "other"), how.get("guidance", world.guidance))
+        monitor = StabilityMonitor(profile, settings=settings, on_step=events.append)
+        planned = set(monitor.outline()["bands"])
+        world.sample(monitor, **how)
+        told = [tuple(event.bands) for event in events]
+        assert set(told) == {tuple(monitor.traces[0].bands)}  # from the first step on
+        assert set(told[0]) <= planned
+        return set(told[0])
+
+    every = {"latent", "update", "denoised"}
+    assert bands(sampler="euler") == bands() == bands(sigmas=world.schedule(50)) == bands(memorized=2.0) == every
+    for noise in (1.0, 0.5):
+        assert bands(ancestral=noise) == bands(ancestral=noise, sigmas=world.schedule(50)) == {"denoised"}
+    assert bands(guidance=7.0) == {"denoised"}
+
+
+def test_ordinary_runs_lie_in_the_bands_that_hold(world, profile):
+    """Whatever the sampler: of 20 runs' steps, hardly any lies outside of three standard deviations of the logarithm."""
+    for how in ({"sampler": "euler"}, {"sigmas": world.schedule(30)}, {"ancestral": 1.0}):
+        outside = []
+        for seed in range(700, 720):
+            trace = world.trace(profile, seed=seed, **{"sampler": "other", **how})
+            for name, band in trace.bands.items():
+                spread = np.sqrt(np.log1p((band["std"] / band["mean"]) ** 2))
+                away = np.log(getattr(trace.steps, f"{name}_norm") / band["mean"]) + spread**2 / 2
+                outside += (np.abs(away) > 3 * spread).tolist()
+        assert np.mean(outside) < 0.03, how
 
 
 def test_what_the_network_answers_decides(world):

@@ -116,7 +116,10 @@ class Page:
         self.page.wait_for_selector(".progressDiv", state="attached")
 
     def points(self, tab="txt2img"):
-        """Points of the graph's first curve; 0 where there is no graph."""
+        """Points of the graph's first curve, of the update norm; 0 where there is no graph."""
+        other = self.page.locator(f"{PANEL.format(tab)} [data-mg-quantity=update][aria-pressed=false]")
+        if other.count():
+            other.click()
         curves = self.page.locator(f"{PANEL.format(tab)} .mg-scene .mg-run")
         points = curves.first.get_attribute("points", timeout=5000) if curves.count() else None
         return len(points.split()) if points else 0

@@ -9,7 +9,7 @@
     return inGraph(graph, path.at(-1));
   };
   mg.box = (id) => mg.node(id)?.widgets.find((widget) => widget.name === "stability_graph").element;
-  // A curve each image.
+  // A curve each image, of the update norm: see `mg.add`.
   mg.curves = (id) => [...(mg.box(id)?.querySelectorAll(".mg-scene .mg-run[points]") ?? [])].map((curve) => {
     const words = curve.getAttribute("points").split(" ");
     return words.length;
@@ -21,6 +21,7 @@
   mg.add = (type, at, values = {}) => {
     const node = LiteGraph.createNode(type);
     if (!node) throw new Error(`there is no ${type}`);
+    node.properties.stability_quantity = "update"; // its curves have a point each step
     app.graph.add(node);
     node.pos = at;
     for (const [name, value] of Object.entries(values)) mg.set(node, name, value);
