@@ -284,6 +284,7 @@ def test_a_workflow_of_before_a_choice_was_there_is_valid(page):
     (guard,) = (node for node in state["nodes"] if node["type"] == "MemorizationGuard")
     assert guard["widgets_values"] == ["trace", 0.005, -1, 3, "keep", ""]
     guard["widgets_values"] = ["trace", 0.005, -1, 3, ""]
+    guard["properties"]["stability_quantity"] = "update"  # whose curve has a point each step
     guard["inputs"] = [each for each in guard["inputs"] if each["name"] != "correction"]
     (sampler,) = (node for node in state["nodes"] if node["type"] == "KSampler")
     sampler["widgets_values"][0] = 77  # what ran already comes from the cache, and draws nothing
