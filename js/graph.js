@@ -1014,7 +1014,7 @@ export class StabilityGraph {
       badge.className = `mg-badge mg-badge-${BADGES[verdict]}`;
       badge.textContent = many ? `${run.first + image} ${verdict}` : verdict;
       rare.textContent = "";
-      if (pValue !== null && narrow && many) rare.textContent = ""; // the graph says it
+      if (pValue !== null && narrow && many && this.#quantity === "evidence") rare.textContent = ""; // the graph says it
       else if (pValue !== null && narrow) {
         rare.textContent = rarity(pValue, run.pValueFloor).replace(/,000,000$/, "M").replace(/,000$/, "k");
       } else if (pValue !== null) rare.textContent = rarity(pValue, run.pValueFloor);
