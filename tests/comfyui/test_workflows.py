@@ -227,7 +227,7 @@ def test_the_template_browser_lists_them_with_their_thumbnails(server):
 
 def test_every_node_has_a_help_page_and_every_input_and_output_a_tooltip(server, object_info):
     ours = {name: info for name, info in object_info.items() if info["python_module"] == f"custom_nodes.{PACK}"}
-    assert len(ours) == 8
+    assert len(ours) == 9
     for name, info in ours.items():
         page = server.fetch(f"/extensions/{PACK}/docs/{name}.md").decode()
         assert page.startswith(f"# {info['display_name']}\n")
