@@ -215,7 +215,7 @@ def test_the_pack_loads_fast_and_adds_no_warning(server: Any) -> None:
 
 def test_every_input_and_node_explains_itself(server: Any) -> None:
     names = [name for name in server.object_info() if name.startswith("MemorizationGuard")]
-    assert len(names) == 8
+    assert len(names) == 9
     for name in names:
         info = server.object_info(name)
         assert info["category"] == "memorization guard"
