@@ -143,7 +143,7 @@ def test_steps_and_guidance_scale_are_the_clients(serve):
         ({"prompt": "secret", "guidance_scale": 12.5}, "guidance_scale: at most 12"),
         ({"prompt": "secret", "guidance_scale": "high"}, "guidance_scale"),
         ({"prompt": "secret", "height": 4096}, "height"),
-        (["secret"], "body"),
+        (["secret"], "object"),
     ],
 )
 def test_bad_input_is_refused_before_it_costs_anything(serve, body, named, monkeypatch):
@@ -269,7 +269,7 @@ def test_settings_that_cannot_work_end_the_start_with_a_sentence(serving, tmp_pa
     file = tmp_path / "settings.json"
     file.write_text(content)
     monkeypatch.setattr(sys, "argv", ["serving", str(file)])
-    monkeypatch.setattr(serving.__main__.uvicorn.Server, "run", lambda *_, **__: pytest.fail("the service started"))
+    monkeypatch.setattr(serving.connections.Server, "run", lambda *_, **__: pytest.fail("the service started"))
     with pytest.raises(SystemExit) as stopped:
         serving.__main__.main()
     assert re.match("serving: .*" + message, str(stopped.value))

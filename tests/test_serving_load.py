@@ -76,8 +76,8 @@ def running(folder, **settings):
 
 @pytest.fixture(scope="module")
 def strict(tmp_path_factory):
-    """A service with little patience: 26 connections, a second to ask, a second to read; gives its port."""
-    limits = {"max_connections": 26, "receive_seconds": 1, "send_seconds": 1}
+    """A service with little patience: 64 connections, three seconds to ask, one to read; gives its port."""
+    limits = {"max_connections": 64, "receive_seconds": 3, "send_seconds": 1}
     with running(tmp_path_factory.mktemp("strict"), **limits) as (_, port):
         yield port
 
@@ -129,7 +129,7 @@ def test_a_request_that_does_not_come_whole_ends(strict, part):
         client.sendall(part)
         begun = time.monotonic()
         assert answer(client) is None
-        assert 0.9 < time.monotonic() - begun < 10
+        assert 2.9 < time.monotonic() - begun < 20
 
 
 def until_it_ends(client, parts, pause):
@@ -194,12 +194,12 @@ def test_an_answer_to_a_body_that_is_too_large_arrives(strict):
 
 def test_whoever_asks_gets_the_place_of_whoever_does_not(strict):
     with contextlib.ExitStack() as stack, closes(strict, "full"):
-        silent = [stack.enter_context(connect(strict)) for _ in range(60)]
+        silent = [stack.enter_context(connect(strict)) for _ in range(100)]
         with connect(strict) as client:
             client.sendall(get("/healthz"))
             assert answer(client)[0] == 200
-        assert metrics(strict)["connections",] <= 26
-        assert [answer(each) for each in silent] == [None] * 60
+        assert metrics(strict)["connections",] <= 64
+        assert [answer(each) for each in silent] == [None] * 100
     assert metrics(strict)["connections",] <= 2
 
 
@@ -330,7 +330,7 @@ def look(port, pid, done):
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
 def test_many_clients_at_once(tmp_path):
-    settings = {"max_connections": 128, "receive_seconds": 5, "send_seconds": 2}
+    settings = {"receive_seconds": 5, "send_seconds": 2}
     with running(tmp_path, **settings) as (process, port), ThreadPoolExecutor(1) as pool:
         with connect(port) as client:
             client.sendall(post())

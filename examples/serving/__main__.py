@@ -6,7 +6,7 @@ from typing import Any
 import uvicorn
 
 from .app import create_app
-from .connections import limited
+from .connections import Server, limited
 from .metrics import Metrics
 from .settings import Settings, SettingsError, read_settings
 
@@ -19,7 +19,7 @@ def server(settings: Settings, **config: Any) -> uvicorn.Server:
     """
     metrics = Metrics()
     app = create_app(settings, metrics)
-    return uvicorn.Server(uvicorn.Config(app, **limited(settings, metrics), **config))
+    return Server(uvicorn.Config(app, **limited(settings, metrics), **config))
 
 
 def main() -> None:

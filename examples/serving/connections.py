@@ -6,6 +6,7 @@ them, and then answers everybody with 503, Prometheus included. So the limits ar
 """
 
 import asyncio
+import socket
 from typing import Any
 
 try:
@@ -14,6 +15,7 @@ except ImportError:  # Windows sets no such limit
     resource = None  # type: ignore[assignment]
 
 import h11
+import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .app import problem
@@ -22,6 +24,9 @@ from .settings import Reason, Settings, SettingsError
 
 #: Seconds between two looks at all connections.
 LOOK = 0.5
+
+#: Connections that wait with the system until they are taken in.
+WAITING = 2048
 
 #: Open files of the process that are no connections.
 OTHER_FILES = 64
@@ -116,6 +121,18 @@ def look(loop: asyncio.AbstractEventLoop, connections: set[Connection]) -> None:
         loop.call_later(LOOK, look, loop, connections)
 
 
+class Server(uvicorn.Server):
+    """A server whose connections wait with the system until they are taken in. What the system cannot keep it lets try again,
+    seconds later."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for server in self.servers:
+            for each in server.sockets:
+                with each.dup() as listening:
+                    listening.listen(WAITING)
+
+
 def limited(settings: Settings, metrics: Metrics) -> dict[str, Any]:
     """What uvicorn is configured with for these settings.
 
@@ -140,6 +157,6 @@ def limited(settings: Settings, metrics: Metrics) -> dict[str, Any]:
         # Another protocol would take a connection away from its limits.
         "ws": "none",
         # So many are taken in at once, and three rounds later they are read. Of many that come together, none then has to give
-        # way before it could ask; the others wait for the system to hand them over.
+        # way before it could ask.
         "backlog": max(1, settings.max_connections // 16),
     }
