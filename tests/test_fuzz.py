@@ -200,7 +200,7 @@ def write_audit(path, rng):
     (path / dataset.MANIFEST).write_text(mutated_json(manifest, rng))
     row = {"image": 0, "row": 0, "prompt": "a", "seed": 0, "verdict": "stable", "steps": 5, "corrected_steps": 0}
     part = path / dataset.RESULTS / "part-000000.parquet"
-    dataset.write_table(part, [row | {"p_value": 0.5, "trace": json.dumps(trace().to_dict())}])
+    dataset.write_table(part, [row | {"p_value": 0.5, "screened_out": False, "trace": json.dumps(trace().to_dict())}])
     if rng.random() < 0.5:
         part.write_bytes(mutated_bytes(part.read_bytes(), rng))
     return path
