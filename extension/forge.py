@@ -7,9 +7,9 @@ given the predictions.
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from modules import script_callbacks
 from torch import Tensor
 
 from ..memorization_guard import NoiseLevel, StabilityMonitor
-from ..memorization_guard.core.asking import Answer, Prompts
+from ..memorization_guard.core.asking import Answer
 from . import hosts
 from .calls import Predicted, called_back, tiling_kept, told
 from .prompts import OtherPrompts, Rows, Texts, picked
@@ -48,35 +48,50 @@ def judged_in_patcher(denoiser: Any, monitor: StabilityMonitor, predicted: Predi
         yield
 
 
+@dataclass(frozen=True)
+class _Network:
+    """How a fork evaluates its network in a run.
+
+    Attributes:
+        compiled: the host's form of a prompt's rows.
+        calculated: gives the predictions with and without the prompt, from conditions, latent and noise level.
+        cond, uncond: the run's conditions; ``uncond`` is ``None`` where guidance is off.
+    """
+
+    compiled: Callable[[Rows], list[dict[str, Any]]]
+    calculated: Callable[[Any, Any, Tensor, Tensor], Sequence[Tensor]]
+    cond: Any
+    uncond: Any
+
+    @property
+    def weight(self) -> float:
+        """That of all prompts together, which AND joins."""
+        return float(sum(each.get("strength", 1) for each in self.cond))
+
+
 def _last_before_guidance(monitor: StabilityMonitor, predicted: Predicted, texts: Texts) -> Callable[..., Any]:
     """Forge's pre-CFG functions are called before the network; the last one knows which function guidance is left to."""
 
     def before_network(model: Any, cond: Any, uncond: Any, x: Any, timestep: Any, options: dict[str, Any]) -> tuple[Any, ...]:
         chosen = options.get("sampler_cfg_function")
-        weight = _weight(cond)
+
+        def compiled(rows: Rows) -> Any:
+            from backend.sampling.condition import compile_conditions
+
+            return compile_conditions(rows)
+
+        def calculated(cond: Any, uncond: Any, x: Tensor, timestep: Tensor) -> Sequence[Tensor]:
+            from backend.sampling.sampling_function import calc_cond_uncond_batch
+
+            return calc_cond_uncond_batch(model, cond, uncond, x, timestep, options)
+
+        network = _Network(compiled, calculated, cond, uncond)
+        weight = network.weight
 
         def guide(args: dict[str, Any]) -> Any:
             prompted, without = args["cond_denoised"], args["uncond_denoised"]
-
-            def conditions(rows: Rows) -> Any:
-                from backend.sampling.condition import compile_conditions
-
-                return compile_conditions(rows)
-
-            def network(cond: Any, uncond: Any, x: Tensor, timestep: Tensor) -> Sequence[Tensor]:
-                from backend.sampling.sampling_function import calc_cond_uncond_batch
-
-                return calc_cond_uncond_batch(model, cond, uncond, x, timestep, options)
-
             with told(monitor):
-
-                def evaluate(x: Tensor, timestep: Tensor, *, alone: bool) -> Sequence[Tensor]:
-                    return network(cond, None if alone else uncond, x, timestep)
-
-                given = conditions, network, cond, uncond, x, timestep, functools.partial(_at_highest, model, monitor)
-                prompts = _other_prompts(texts, *given) if weight == 1 else None
-                alone = None if uncond is None else without
-                _judge(monitor, predicted, args, prompted, alone, weight, evaluate, prompts)
+                _judge(monitor, predicted, texts, network, args, prompted, without)
             if chosen is not None:
                 return chosen({**args, "cond": args["input"] - prompted})
             difference = (prompted - without) * args["cond_scale"]
@@ -88,28 +103,16 @@ def _last_before_guidance(monitor: StabilityMonitor, predicted: Predicted, texts
 
 
 def _other_prompts(
-    texts: Texts,
-    conditions: Callable[[Rows], list[dict[str, Any]]],
-    network: Callable[[Any, Any, Tensor, Tensor], Sequence[Tensor]],
-    cond: Any,
-    uncond: Any,
-    x: Tensor,
-    timestep: Tensor,
-    in_noise: Callable[[Tensor], tuple[Tensor, float]],
+    texts: Texts, network: _Network, x: Tensor, timestep: Tensor, in_noise: Callable[[Tensor], tuple[Tensor, float]]
 ) -> OtherPrompts | None:
-    """Other prompts in the place of those that the network is given; ``None`` where AND joins several.
-
-    Args:
-        conditions: the host's form of a prompt's rows.
-        network: gives the predictions with and without the prompt, from conditions, latent and noise level.
-    """
-    if len(cond) != 1:
+    """Other prompts in the place of those that the network is given; ``None`` where AND joins several."""
+    if len(network.cond) != 1:
         return None
-    (present,) = cond
+    (present,) = network.cond
 
     def with_rows(rows: Rows, images: list[int]) -> list[dict[str, Any]]:
         """The condition for these images, with other rows."""
-        (other,) = conditions(rows)
+        (other,) = network.compiled(rows)
         kept = {
             name: type(part)(part.cond[images]) if isinstance(part.cond, Tensor) and len(part.cond) == len(x) else part
             for name, part in present["model_conds"].items()
@@ -120,12 +123,12 @@ def _other_prompts(
     def asked(latent: Tensor, level: float, sample: int, rows: Rows) -> Tensor:
         conditions, levels = with_rows(rows, [sample] * len(latent)), timestep.new_full((len(latent),), level)
         with tiling_kept():
-            return network(conditions, None, latent, levels)[0]
+            return network.calculated(conditions, None, latent, levels)[0]
 
     def again(rows: Rows) -> Tensor:
         conditions = with_rows(picked(rows, texts.places), list(range(len(x))))
         with tiling_kept():
-            return network(conditions, uncond, x, timestep)[0]
+            return network.calculated(conditions, network.uncond, x, timestep)[0]
 
     return OtherPrompts(texts, in_noise, asked, again)
 
@@ -151,72 +154,60 @@ def _first_after_network(monitor: StabilityMonitor, predicted: Predicted, texts:
 
     def after_network(args: dict[str, Any]) -> Any:
         prompted, without = args["conds_out"][:2]
-        cond, uncond = args["conds"][:2]
 
-        weight = _weight(cond)
-
-        def conditions(rows: Rows) -> Any:
+        def compiled(rows: Rows) -> Any:
             from modules_forge.forge_sampler import cond_from_a1111_to_patched_ldm
 
             return cond_from_a1111_to_patched_ldm(rows)
 
-        def network(cond: Any, uncond: Any, x: Tensor, timestep: Tensor) -> Sequence[Tensor]:
+        def calculated(cond: Any, uncond: Any, x: Tensor, timestep: Tensor) -> Sequence[Tensor]:
             from ldm_patched.modules.samplers import calc_cond_uncond_batch
 
             return calc_cond_uncond_batch(args["model"], cond, uncond, x, timestep, args["model_options"])
 
-        def evaluate(x: Tensor, timestep: Tensor, *, alone: bool) -> Sequence[Tensor]:
-            return network(cond, None if alone else uncond, x, timestep)
-
         with told(monitor):
-            given = args["input"], args["sigma"], lambda noise: _at_highest(args["model"], monitor, noise)
-            prompts = _other_prompts(texts, conditions, network, cond, uncond, *given) if weight == 1 else None
-            alone = None if uncond is None else without
-            _judge(monitor, predicted, args, prompted, alone, weight, evaluate, prompts)
+            _judge(monitor, predicted, texts, _Network(compiled, calculated, *args["conds"][:2]), args, prompted, without)
         return args["conds_out"]
 
     return after_network
 
 
-def _weight(cond: Any) -> float:
-    """That of all prompts together, which AND joins."""
-    return float(sum(each.get("strength", 1) for each in cond))
-
-
 def _judge(
     monitor: StabilityMonitor,
     predicted: Predicted,
+    texts: Texts,
+    network: _Network,
     args: dict[str, Any],
     prompted: Tensor,
     without: Tensor | None,
-    weight: float,
-    evaluate: Callable[..., Sequence[Tensor]],
-    prompts: Prompts | None = None,
 ) -> None:
     """Judges the prediction with the prompt, an average, at the weight that guidance gives it, and replaces it in place.
 
     Args:
-        evaluate: gives the predictions with and without the prompt for a latent and its noise level; ``alone`` if the one
-            with the prompt is enough.
-        prompts: has the network evaluate others.
+        args: of the host's own function, with latent and noise level.
+        prompted, without: the predictions, whatever the second one is where there is no condition for it.
     """
-    sigma = args["sigma"]
+    x, sigma, weight = args["input"], args["sigma"], network.weight
+    if network.uncond is None:
+        without = None
+
+    def in_noise(noise: Tensor) -> tuple[Tensor, float]:
+        return _at_highest(args["model"], monitor, noise)
 
     def at_weight(prompted: Tensor, without: Tensor | None) -> Tensor:
         return prompted if without is None or weight in (0.0, 1.0) else torch.lerp(without, prompted, weight)
 
     def ask(noise: Tensor | None, *, alone: bool = False) -> Answer:
-        if noise is None:
-            latent, level = args["input"], float(sigma[0])
-        else:
-            latent, level = _at_highest(args["model"], monitor, noise)
+        latent, level = (x, float(sigma[0])) if noise is None else in_noise(noise)
+        uncond = None if alone and weight == 1 else network.uncond
         with tiling_kept():
-            found, other = evaluate(latent, torch.full_like(sigma, level), alone=alone and weight == 1)
-        rest = None if without is None or (alone and weight == 1) else other
+            found, other = network.calculated(network.cond, uncond, latent, torch.full_like(sigma, level))
+        rest = None if uncond is None else other
         return latent, level, at_weight(found, rest), rest
 
+    prompts = _other_prompts(texts, network, x, sigma, in_noise) if weight == 1 else None
     joined = at_weight(prompted, without)
-    corrected = predicted(args["input"], sigma, joined, without, ask=ask, prompts=prompts)
+    corrected = predicted(x, sigma, joined, without, ask=ask, prompts=prompts)
     if corrected is joined:
         return
     if without is not None and joined is not prompted:

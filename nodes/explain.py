@@ -2,34 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterator
 from typing import Any
 
-import comfy.sample
-import comfy.samplers
-import comfy.supported_models
-import torch
-from comfy.model_patcher import ModelPatcher
 from comfy_api.v0_0_2 import io
 
-from ..memorization_guard import StabilityProfile, Thresholds, Trace
-from ..memorization_guard.automatic import STEPS
-from ..memorization_guard.core.settings import USUAL_GUIDANCE
+from ..memorization_guard import Trace
 from ..memorization_guard.core.words import ORDINARY, Words, marked
 from ..memorization_guard.reports.words import NO_WORDS, explanation, prompt_verdict, word_rarities
-from .guard import CATEGORY, StabilityProfileType, also_found_as, threshold_input
-from .prompts import Encoder, encoded
-from .references import Automatic, sample_references
-from .runs import TraceLog
-from .sampling import send, unguarded
+from .guard import CATEGORY, also_found_as
+from .judging import InNoise, inputs
+from .prompts import Encoder
 
 #: Key of what the node shows.
 SHOWN = "memorization_guard_prompt"
-
-#: The field of the constant that both nodes offer.
-FALSE_POSITIVE_RATE = next(field for field in dataclasses.fields(Thresholds) if field.name == "false_positive_rate")
 
 
 class ExplainPrompt(io.ComfyNode):
@@ -45,14 +32,7 @@ class ExplainPrompt(io.ComfyNode):
                 "of sampling."
             ),
             **also_found_as("duplicate", "plagiarism", "overfit", "copyright", "memorized", "trigger words"),
-            inputs=[
-                io.Model.Input(
-                    "model",
-                    tooltip="The model that is asked, with its LoRAs. It makes no difference whether a guard is on it.",
-                ),
-                io.Clip.Input(
-                    "clip", tooltip="The model's CLIP. It encodes the prompt, and the prompt without some of its words."
-                ),
+            inputs=inputs(
                 io.String.Input(
                     "text",
                     multiline=True,
@@ -60,26 +40,8 @@ class ExplainPrompt(io.ComfyNode):
                     placeholder="The prompt to explain",
                     tooltip="The prompt, as in CLIP Text Encode. Or connect a text.",
                 ),
-                StabilityProfileType.Input(
-                    "profile",
-                    optional=True,
-                    tooltip=(
-                        "Stability profile of this model. Without one, the node first makes a profile of the model and its "
-                        "LoRAs, from 100 built-in prompts, in about the time of ten images, and keeps it. Memorization Guard "
-                        "uses the same profile."
-                    ),
-                ),
-                io.Latent.Input(
-                    "latent",
-                    optional=True,
-                    tooltip=(
-                        "The Empty Latent Image that you sample with. If the node makes a profile, it uses this size, and "
-                        "otherwise 512 x 512 for Stable Diffusion 1 and 2, and 1024 x 1024 for other models. If there is a "
-                        "profile, this input makes no difference."
-                    ),
-                ),
-                threshold_input(FALSE_POSITIVE_RATE),
-            ],
+                clip="The model's CLIP. It encodes the prompt, and the prompt without some of its words.",
+            ),
             outputs=[
                 io.String.Output(
                     "text_without",
@@ -100,13 +62,8 @@ class ExplainPrompt(io.ComfyNode):
     ) -> io.NodeOutput:
         if not text.strip():
             raise ValueError("there is no prompt to explain: type one, or connect a text")
-        if clip is None:
-            raise ValueError("this checkpoint has no CLIP: load the one that belongs to the model")
-        model = unguarded(model)
-        size = empty_latent(model, latent)
-        if profile is None:
-            profile = automatic_profile(model, clip, size, cls.hidden.unique_id)
-        trace = _asked(model, clip, text, profile, size, Thresholds(**thresholds))
+        in_noise = InNoise(model, clip, profile, latent, thresholds, node=cls.hidden.unique_id)
+        trace = _only(in_noise.traces([text], 0, "first", Encoder(clip, lambda: [text])))
         told = {
             "verdict": prompt_verdict(trace),
             "memorized": trace.trigger_step is not None,
@@ -122,59 +79,16 @@ class ExplainPrompt(io.ComfyNode):
         )
 
 
-def automatic_profile(model: ModelPatcher, clip: Any, latent: torch.Tensor, node: str) -> StabilityProfile:
-    """The profile of this model that makes itself, as before a guarded run of this size."""
-    guider = comfy.samplers.CFGGuider(model)
-    guider.set_cfg(USUAL_GUIDANCE)
-    automatic, log = Automatic(clip), TraceLog("trace")
-    automatic.make(guider, latent, lambda said: send(node, log.next_name(), "begin", lambda: {"note": said}))
-    profile, missing = automatic.profile(guider)
-    if profile is None:
-        raise ValueError(f"the prompt cannot be judged, since there is no profile of this model. {missing}")
-    return profile
-
-
-def _asked(
-    model: ModelPatcher, clip: Any, text: str, profile: StabilityProfile, latent: torch.Tensor, thresholds: Thresholds
-) -> Trace:
-    """What the model says of a prompt in noise, as the first evaluation of a run.
+def _only(traces: list[Trace]) -> Trace:
+    """The trace of the prompt.
 
     Raises:
         ValueError: if it could not be judged.
     """
-    shape, scale = profile.settings.latent_shape, profile.settings.guidance_scale
-    nothing, prompt = encoded(clip, ["", text])
-    if len(prompt) != 1:
-        raise ValueError("this CLIP makes several conditionings of a text (scheduled hooks): connect it without its hooks")
-    traces = sample_references(
-        model,
-        [prompt],
-        nothing,
-        0,
-        "first",
-        steps=STEPS,
-        cfg=USUAL_GUIDANCE if scale is None else scale,
-        latent=latent if shape is None else torch.zeros(1, *shape),
-        profile=profile,
-        thresholds=thresholds,
-        encoder=Encoder(clip, lambda: [text]),
-    )
     notes = [trace.note for trace in traces if trace.p_value is None] if traces else [None]
     if notes:
         raise ValueError(f"the prompt could not be judged. {notes[0] or 'The log says why.'}")
     return traces[0]
-
-
-def empty_latent(model: ModelPatcher, latent: Any) -> torch.Tensor:
-    """An empty latent of the size of another; without one, of that which models of this kind are usually sampled at: ComfyUI
-    knows no size of a model."""
-    if latent is not None:
-        samples = torch.zeros_like(latent["samples"][:1], device="cpu")
-    else:
-        small = (comfy.supported_models.SD15, comfy.supported_models.SD20)
-        side = (512 if isinstance(model.model.model_config, small) else 1024) // 8
-        samples = torch.zeros(1, 4, side, side)
-    return comfy.sample.fix_empty_latent_channels(model, samples)
 
 
 def _pieces(text: str, trace: Trace) -> Iterator[dict[str, Any]]:

@@ -6,18 +6,11 @@ import math
 from typing import Any
 
 import comfy.utils
-import torch
-from comfy.model_patcher import ModelPatcher
 from comfy_api.v0_0_2 import io
 
-from ..memorization_guard import StabilityProfile, Thresholds, Trace
-from ..memorization_guard.automatic import STEPS
-from ..memorization_guard.core.settings import USUAL_GUIDANCE
-from .explain import FALSE_POSITIVE_RATE, automatic_profile, empty_latent
-from .guard import CATEGORY, StabilityProfileType, threshold_input
-from .prompts import encoded
-from .references import sample_references
-from .sampling import unguarded
+from ..memorization_guard import Trace
+from .guard import CATEGORY
+from .judging import InNoise, inputs
 
 #: Prompts that are judged at once: if one of them is suspicious, all are asked about.
 AT_ONCE = 8
@@ -36,35 +29,15 @@ class ScreenPrompts(io.ComfyNode):
                 "Tells of every prompt of a list whether the model remembers an image under it, and puts out the suspicious "
                 "ones. Makes no image: a prompt takes about as long as one or two steps of sampling."
             ),
-            inputs=[
-                io.Model.Input("model", tooltip="The model that is asked, with its LoRAs. A guard on it makes no difference."),
-                io.Clip.Input("clip", tooltip="The model's CLIP: encodes the prompts."),
+            inputs=inputs(
                 io.String.Input(
                     "prompts",
                     multiline=True,
                     placeholder="One prompt a line",
                     tooltip="The prompts, one a line. Or connect a text. Empty lines are left out.",
                 ),
-                StabilityProfileType.Input(
-                    "profile",
-                    optional=True,
-                    tooltip=(
-                        "Stability profile of this model. Without one, the profile of the model and its LoRAs makes itself "
-                        "first, as with Memorization Guard, from 100 built-in prompts in the time of some ten images. It is "
-                        "kept, and the guard uses it too."
-                    ),
-                ),
-                io.Latent.Input(
-                    "latent",
-                    optional=True,
-                    tooltip=(
-                        "The Empty Latent Image that you sample with: a profile that makes itself gets its size. Without it "
-                        "512 x 512 for Stable Diffusion 1 and 2, and 1024 x 1024 for other models. Where there is a profile "
-                        "it makes no difference."
-                    ),
-                ),
-                threshold_input(FALSE_POSITIVE_RATE),
-            ],
+                clip="The model's CLIP: encodes the prompts.",
+            ),
             outputs=[
                 io.String.Output(
                     "table",
@@ -87,13 +60,7 @@ class ScreenPrompts(io.ComfyNode):
         texts = [line.strip() for line in prompts.splitlines() if line.strip()]
         if not texts:
             raise ValueError("there are no prompts to screen: type one a line, or connect a text")
-        if clip is None:
-            raise ValueError("this checkpoint has no CLIP: load the one that belongs to the model")
-        model = unguarded(model)
-        size = empty_latent(model, latent)
-        if profile is None:
-            profile = automatic_profile(model, clip, size, cls.hidden.unique_id)
-        traces = _judged(model, clip, texts, profile, size, Thresholds(**thresholds))
+        traces = _judged(InNoise(model, clip, profile, latent, thresholds, node=cls.hidden.unique_id), texts)
         _check(traces)
         order = sorted(range(len(texts)), key=lambda number: _p_value(traces[number]))
         lines = [f"{_verdict(traces[number])}\t{_shown(traces[number])}\t{texts[number]}" for number in order]
@@ -101,39 +68,17 @@ class ScreenPrompts(io.ComfyNode):
         return io.NodeOutput("\n".join(["verdict\tp_value\tprompt", *lines]), "\n".join(suspicious))
 
 
-def _judged(
-    model: ModelPatcher,
-    clip: Any,
-    texts: list[str],
-    profile: StabilityProfile,
-    latent: torch.Tensor,
-    thresholds: Thresholds,
-) -> list[Trace]:
-    """What the model says of each prompt in noise, as the first evaluation of a run.
+def _judged(in_noise: InNoise, texts: list[str]) -> list[Trace]:
+    """What the model says of each prompt, some at a time.
 
     Raises:
         ValueError: if there is not one trace of every prompt.
     """
-    shape, scale = profile.settings.latent_shape, profile.settings.guidance_scale
-    (nothing,) = encoded(clip, [""])
     bar, traces = comfy.utils.ProgressBar(len(texts)), list[Trace]()
     for start in range(0, len(texts), AT_ONCE):
-        some = encoded(clip, texts[start : start + AT_ONCE])
-        if any(len(prompt) != 1 for prompt in some):
-            raise ValueError("this CLIP makes several conditionings of a text (scheduled hooks): connect it without its hooks")
-        traces += sample_references(
-            model,
-            some,
-            nothing,
-            start,
-            "verdict",
-            steps=STEPS,
-            cfg=USUAL_GUIDANCE if scale is None else scale,
-            latent=latent if shape is None else torch.zeros(1, *shape),
-            profile=profile,
-            thresholds=thresholds,
-        )
-        if len(traces) != min(start + AT_ONCE, len(texts)):
+        some = texts[start : start + AT_ONCE]
+        traces += in_noise.traces(some, start, "verdict")
+        if len(traces) != start + len(some):
             raise ValueError("the prompts could not be judged. The log says why.")
         bar.update(len(some))
     return traces

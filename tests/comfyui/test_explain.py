@@ -155,19 +155,19 @@ def test_models_of_all_kinds_are_asked(in_comfyui: Any) -> None:
     result = in_comfyui(
         TINY
         + """
-explain, references = module("nodes.explain"), module("nodes.references")
+explain, judging, references = (module(f"nodes.{name}") for name in ("explain", "judging", "references"))
 runs_of = sys.modules[pack.__name__ + ".memorization_guard.core.calibration"].ReferenceRuns
 node = type("Node", (explain.ExplainPrompt,), {"hidden": type("Hidden", (), {"unique_id": "1"})})
 for name in ("SD 1", "SD 2 v", "SDXL", "SD3", "Flux", "Wan"):
     model, clip = tiny(name), Clip(name)
-    empty = explain.empty_latent(model, {"samples": torch.zeros(2, *MODELS[name][-1])})[:, :, :1 if name == "Wan" else None]
+    empty = judging.empty_latent(model, {"samples": torch.zeros(2, *MODELS[name][-1])})[:, :, :1 if name == "Wan" else None]
     nothing, *prompts = (clip.encode_from_tokens_scheduled(text) for text in ("", *map(str, range(8))))
     known = runs_of(None, name)
     sampled = references.sample_references(model, prompts, nothing, 0, "whole", steps=4, cfg=4.0, latent=empty)
     known.add(sampled, 8)
     text = "a red cat on a mat"
     without, report, memorized = node.execute(model, clip, text, known.profile()[0], false_positive_rate=0.5).args
-    usual = list(explain.empty_latent(model, None).shape)
+    usual = list(judging.empty_latent(model, None).shape)
     result[name] = {"told": report.split("\\n")[1], "memorized": memorized, "changed": without != text, "size": usual}
 """
     )
