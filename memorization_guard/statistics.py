@@ -104,6 +104,12 @@ def exact_interval(events: int, trials: int) -> list[float]:
     return [float(found.low), float(found.high)]
 
 
+def exact_rate(events: int, trials: int) -> dict[str, Any]:
+    """``count``, ``of``, ``rate`` and its :func:`exact_interval`; the last two are ``None`` where there was no trial."""
+    rate, interval = (events / trials, exact_interval(events, trials)) if trials else (None, None)
+    return {"count": events, "of": trials, "rate": rate, "interval": interval}
+
+
 def _interval(drawn: Sequence[float], figure: float, *, trials: int) -> list[float]:
     """The interval of a bootstrap; of a figure that is 0 or 1, the exact one for that many independent trials."""
     if figure in (0.0, 1.0):

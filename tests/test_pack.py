@@ -15,11 +15,12 @@ from memorization_guard import __version__, lab
 REPOSITORY = Path(__file__).parents[1]
 WORKFLOWS = sorted((REPOSITORY / "example_workflows").glob("*.json"))
 HELP = REPOSITORY / "js" / "docs"
-SOURCE = "\n".join(file.read_text(encoding="utf-8") for file in sorted((REPOSITORY / "nodes").glob("*.py")))
-#: The source of each of our nodes, by its id.
+SOURCES = {file.stem: file.read_text(encoding="utf-8") for file in sorted((REPOSITORY / "nodes").glob("*.py"))}
+#: The source of each of our nodes, by its id; of those that judge prompts, with that of the inputs that they share.
 NODES = {
-    found.group(1): part
-    for part in re.split(r"^class ", SOURCE, flags=re.MULTILINE)
+    found.group(1): part + (SOURCES["judging"] if "inputs=inputs(" in part else "")
+    for source in SOURCES.values()
+    for part in re.split(r"^class ", source, flags=re.MULTILINE)
     if (found := re.search(r'node_id="(\w+)"', part))
 }
 CORE = {

@@ -31,8 +31,9 @@ from ..core.settings import TRIGGERED
 from ..evaluation.encoders import Encoder
 from ..files import ContentError, parse_json, path_inside, read_whole, write_whole
 from ..fingerprint import content_hash
+from ..parquet import open_parquet
 from ..pictures import opened
-from ..statistics import clustered_rate, exact_interval
+from ..statistics import clustered_rate, exact_rate
 from . import AuditError
 from .dataset import PROFILE, TRAINING, read_manifest, scan, write_table
 from .nearest import COMPARED, LOWEST, SAME, Found, OwnPairs, Vectors, encoded, own_pairs, search
@@ -167,11 +168,12 @@ class TrainingAudit:
             # Under the names of columns that a prompt list has. An audit that was begun there must be of the same list.
             lines = (json.dumps({"caption": row["prompt"], "seed": row["seed"]}) + "\n" for row in triggered)
             write_whole(self._work / TRIGGERED_LIST, "".join(lines))
+            again, mitigating = Plan.of(self._work / TRIGGERED_LIST), replace(recipe, mode="mitigate", keep="all")
             run_audit(
-                replace(recipe, mode="mitigate", keep="all"),
-                again := Plan.of(self._work / TRIGGERED_LIST),
+                mitigating,
+                again,
                 self.folder / MITIGATED,
-                lambda: start(replace(recipe, mode="mitigate", keep="all")),
+                lambda: start(mitigating),
                 profile=self.folder / PROFILE,
                 batch_size=batch_size,
                 report=report,
@@ -244,8 +246,8 @@ class TrainingAudit:
             },
             "encoder": self._encoder.name,
             "threshold": self._about_threshold(threshold, own),
-            "images_copied": _exact(int(copied.sum()), len(images)),
-            "captions_copied": _exact(
+            "images_copied": exact_rate(int(copied.sum()), len(images)),
+            "captions_copied": exact_rate(
                 len({p["prompt"] for p in pairs if p["is_copy"]} & captions.keys()), len(prompts & captions.keys())
             ),
             "outputs_copied": _clustered(pairs, lambda pair: pair["is_copy"]),
@@ -332,21 +334,9 @@ def _csv(pairs: Sequence[dict[str, Any]]) -> str:
 
 def read_pairs(folder: Path) -> Iterator[dict[str, Any]]:
     """The rows of ``pairs.parquet`` that :class:`TrainingAudit` has written, the most similar first."""
-    import pyarrow.parquet as pq
-
-    with open(folder / f"{PAIRS}.parquet", "rb") as stream, pq.ParquetFile(stream) as file:
+    with open_parquet(folder / f"{PAIRS}.parquet") as file:
         for batch in file.iter_batches(1024):
             yield from batch.to_pylist()
-
-
-def _exact(count: int, of: int) -> dict[str, Any]:
-    """A share with its exact interval."""
-    return {
-        "count": count,
-        "of": of,
-        "rate": count / of if of else None,
-        "interval": exact_interval(count, of) if of else None,
-    }
 
 
 def _clustered(pairs: Sequence[dict[str, Any]], event: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:

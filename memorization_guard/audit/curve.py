@@ -33,7 +33,7 @@ def read_curve(folders: Sequence[Path]) -> dict[str, Any]:
         FileNotFoundError: if a folder is no audit, or was not held against a training folder.
         AuditError: if one cannot be read, or was made otherwise than the first.
     """
-    from ..statistics import exact_interval
+    from ..statistics import exact_rate
 
     points: list[dict[str, Any]] = []
     same: list[dict[str, Any]] = []
@@ -48,9 +48,9 @@ def read_curve(folders: Sequence[Path]) -> dict[str, Any]:
         try:
             loras = [(str(lora["file"]), float(lora["weight"])) for lora in mapping(manifest.get("model"))["loras"]]
             count, of = sum(found["verdicts"]["triggered"].values()), int(found["outputs"])
-            shares = found | {
-                "outputs_triggered": {"count": count, "of": of, "rate": count / of, "interval": exact_interval(count, of)}
-            }
+            if not of:
+                raise ValueError("an audit has outputs")
+            shares = found | {"outputs_triggered": exact_rate(count, of)}
             points.append(
                 {"folder": str(folder), "name": _name(loras), "loras": loras}
                 | {key: {name: shares[key][name] for name in ("count", "of", "rate", "interval")} for key in SHARES}
@@ -63,7 +63,7 @@ def read_curve(folders: Sequence[Path]) -> dict[str, Any]:
                     "settings": manifest["settings"],
                 }
             )
-        except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError):
+        except (KeyError, TypeError, ValueError, AttributeError):
             raise AuditError(f"{folder / TRAINING / SUMMARY} is damaged: delete it and call the audit again") from None
         if differing := [name for name, value in same[-1].items() if value != same[0][name]]:
             raise AuditError(f"{folder} was made with another {differing[0]} than {folders[0]}, so they are no curve")

@@ -221,7 +221,7 @@ class Run:
         if not self.judges or self.profile is None or self.check is None or self.other_size or len(levels) < 2:
             return {}
         bands = self.profile.bands([self._sigma(level) for level in levels[:-1]], levels, exact=self.check.exact)
-        return {name: band for name, band in bands.items() if name in self._holding}
+        return {name: bands[name] for name in self._holding if name in bands}
 
     @property
     def _holding(self) -> list[str]:

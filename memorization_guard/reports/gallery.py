@@ -7,8 +7,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
-
 from ..audit.copies import GALLERY, read_pairs
 from ..audit.dataset import p_value_floor, read_manifest
 from ..audit.training import TrainingError, TrainingImage, TrainingSet
@@ -59,7 +57,7 @@ def write_gallery(folder: Path, found: Mapping[str, Any], training: TrainingSet)
         audited=audited([manifest]),
     )
     title = f"What {manifest['model'].get('name') or 'a model'} copies of its training images"
-    write_whole(folder / GALLERY, page(title, Markup(body), style=charts.STYLE + resource("audit.css")))
+    write_whole(folder / GALLERY, page(title, body, style=charts.STYLE + resource("audit.css")))
 
 
 def _best(pairs: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..core.trace import Trace, rarity
 from .axis import Axis, norm_axis
-from .drawing import DARK, LIGHT, STYLES, Shape, pixels, text_width, vector
+from .drawing import DARK, LIGHT, STYLES, Shape, pixels, text_width, tick_width, vector
 from .words import called_up, unusual
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def _evidence(trace: Trace, right: float, top: float, bottom: float) -> list[Sha
     axis = Axis(1.0, most, bottom, top + (_BEYOND if floor else 0.0), log=True)
     decades = [10.0**n for n in range(1, 13) if 10.0**n <= most]
     names = {tick: f"1 in {tick:,.0f}" for tick in decades}
-    left = 14 + 5.9 * max(map(len, names.values()), default=0)
+    left = 14 + max(map(tick_width, names.values()), default=0)
 
     shapes = []
     for role, low, high in (("wide", 1.0, limit), ("band", 1.0, min(1 / _COMMON, limit))):
@@ -203,7 +203,7 @@ def _norm(trace: Trace, name: str, start: float, right: float, top: float, botto
         return [*shapes, _text("tick", (start + right) / 2, (top + bottom) / 2, "no number", "middle")]
     ticks = axis.ticks()
     ticks = ticks if len(ticks) <= 4 else ticks[:: 2 if len(ticks) < 8 else 3]
-    left = start + 8 + 5.9 * max(len(f"{tick:g}") for tick in ticks)
+    left = start + 8 + max(tick_width(f"{tick:g}") for tick in ticks)
     x = _places(trace, left, right)
     y, y_low, y_high = axis(values), axis(low), axis(high)
     for part in _stretches(np.isfinite(y_low)):
@@ -292,11 +292,11 @@ def _legend(keys: Sequence[_Key], y: float, right: float) -> list[Shape]:
         "area": [(0, -8), (18, -8), (18, 0), (0, 0)],
     }
     for kind, role, words in keys:
-        if x + 24 + 5.9 * len(words) > right:
+        if x + 24 + tick_width(words) > right:
             continue
         shapes.append(Shape(kind, role, [(x + dx, y + dy) for dx, dy in swatches[kind]]))
         shapes.append(_text("tick", x + 24, y, words))
-        x += 38 + 5.9 * len(words)
+        x += 38 + tick_width(words)
     return shapes
 
 
